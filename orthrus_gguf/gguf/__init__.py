@@ -1,0 +1,1 @@
+"""GGUF files: names of keys and tensors, the reader, the writer."""

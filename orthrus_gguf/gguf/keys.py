@@ -1,0 +1,24 @@
+"""Names in an Orthrus GGUF that the `gguf` package does not know (its `gguf.Keys` has the rest)."""
+
+from __future__ import annotations
+
+ARCH_ORTHRUS = "orthrus"
+ARCH_QWEN3 = "qwen3"
+
+BLOCK_SIZE = "orthrus.diffusion.block_size"
+MASK_TOKEN_ID = "tokenizer.ggml.mask_token_id"
+
+#: The six tensors per layer that the diffusion view adds: `blk.N.<name>.weight`.
+DIFFUSION_TENSORS = (
+    "attn_q_diff",
+    "attn_k_diff",
+    "attn_v_diff",
+    "attn_output_diff",
+    "attn_q_norm_diff",
+    "attn_k_norm_diff",
+)
+
+
+def model_key(template: str, arch: str) -> str:
+    """Fill the architecture into a `gguf.Keys` template such as `{arch}.block_count`."""
+    return template.format(arch=arch)
