@@ -1,0 +1,267 @@
+"""ModelConfig: everything the runtimes need to know about a model, read once from metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.fields import Fields, describe
+from orthrus_gguf.gguf.reader import Value
+
+ARCHITECTURES = (keys.ARCH_ORTHRUS, keys.ARCH_QWEN3)
+
+# Sanity limits, far above any Qwen3 and far below what could exhaust memory by itself.
+MAX_LAYERS = 1024
+MAX_HEADS = 4096
+MAX_HEAD_DIM = 1024
+MAX_WIDTH = 1 << 20
+MAX_VOCAB = 1 << 24
+MAX_CONTEXT = 1 << 30
+BLOCK_SIZES = (2, 1024)
+
+#: Special tokens that the runtime may use: each must be inside the vocabulary.
+TOKEN_ID_KEYS = (
+    gguf.Keys.Tokenizer.BOS_ID,
+    gguf.Keys.Tokenizer.EOS_ID,
+    gguf.Keys.Tokenizer.EOT_ID,
+    gguf.Keys.Tokenizer.EOM_ID,
+    gguf.Keys.Tokenizer.PAD_ID,
+    keys.MASK_TOKEN_ID,
+)
+
+#: Keys of features that are not supported, and the values that leave them unused.
+NEUTRAL = {
+    "{arch}.rope.scale_linear": (0, 1),
+    gguf.Keys.Attention.SLIDING_WINDOW: (0,),
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding (NeoX pairing). `factor` is 1 unless YaRN scales the context.
+
+    The YaRN fields have the meaning and defaults of llama.cpp's `yarn_*` settings, resolved:
+    `ext_factor` is 0 without YaRN and 1 with it (unless the file says otherwise), and
+    `attn_factor` comes before YaRN's own magnitude correction, like `ggml_rope_ext`'s argument.
+    """
+
+    freq_base: float
+    factor: float = 1.0
+    original_context: int = 0
+    ext_factor: float = 0.0
+    attn_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and constants of one Qwen3 / Orthrus model (sizes in elements)."""
+
+    name: str
+    n_layers: int
+    n_ctx_train: int
+    n_embd: int
+    n_ff: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_vocab: int
+    rms_eps: float
+    rope: Rope
+    tied: bool
+    block_size: int | None
+    mask_token: int | None
+
+    @property
+    def has_heads(self) -> bool:
+        """True when the diffusion view can be used."""
+        return self.block_size is not None and self.mask_token is not None
+
+    @classmethod
+    def from_metadata(
+        cls,
+        metadata: Mapping[str, Value],
+        *,
+        path: Path,
+        n_vocab: int,
+        tied: bool,
+        has_heads: bool,
+    ) -> ModelConfig:
+        """The config of a file, with every value checked.
+
+        path: the file, for error messages and as a stand-in for a missing name.
+        n_vocab: rows of `token_embd.weight`. tied: no `output.weight`.
+        has_heads: whether the block size and the mask token are required, or left out.
+        Raises OrthrusError for a key that is missing, of the wrong type, out of range, or that
+        contradicts another.
+        """
+        fields = Fields(metadata, path)
+        arch = architecture(fields)
+        _check_neutral(fields, arch)
+        _check_vocabulary(fields, n_vocab)
+        llm, attention = gguf.Keys.LLM, gguf.Keys.Attention
+        key = partial(keys.model_key, arch=arch)
+        n_layers = fields.integer(key(llm.BLOCK_COUNT), 1, MAX_LAYERS)
+        n_ctx_train = fields.integer(key(llm.CONTEXT_LENGTH), 1, MAX_CONTEXT)
+        n_embd = fields.integer(key(llm.EMBEDDING_LENGTH), 1, MAX_WIDTH)
+        n_head = fields.uniform_integer(key(attention.HEAD_COUNT), 1, MAX_HEADS)
+        n_head_kv = fields.uniform_integer(key(attention.HEAD_COUNT_KV), 1, n_head, n_head)
+        if n_head % n_head_kv:
+            raise fields.error(
+                key(attention.HEAD_COUNT_KV),
+                f"expected a divisor of the {n_head} heads, found {n_head_kv}",
+            )
+        block_size = mask_token = None
+        if has_heads:
+            _check_diffusion_keys(fields)
+            block_size = fields.integer(keys.BLOCK_SIZE, *BLOCK_SIZES)
+            mask_token = fields.integer(keys.MASK_TOKEN_ID, 0, n_vocab - 1)
+        return cls(
+            name=fields.text(gguf.Keys.General.NAME, "") or path.stem,
+            n_layers=n_layers,
+            n_ctx_train=n_ctx_train,
+            n_embd=n_embd,
+            n_ff=fields.uniform_integer(key(llm.FEED_FORWARD_LENGTH), 1, MAX_WIDTH),
+            n_head=n_head,
+            n_head_kv=n_head_kv,
+            head_dim=_head_dim(fields, arch, n_embd // n_head),
+            n_vocab=n_vocab,
+            rms_eps=fields.positive(key(attention.LAYERNORM_RMS_EPS)),
+            rope=_rope(fields, arch, n_ctx_train),
+            tied=tied,
+            block_size=block_size,
+            mask_token=mask_token,
+        )
+
+
+def architecture(fields: Fields) -> str:
+    """The file's architecture, one of ARCHITECTURES."""
+    key = gguf.Keys.General.ARCHITECTURE
+    arch = fields.text(key)
+    if arch not in ARCHITECTURES:
+        raise fields.error(
+            key,
+            f"expected {' or '.join(map(repr, ARCHITECTURES))}, found {describe(arch)}",
+            "only Qwen3 models and their Orthrus versions are supported",
+        )
+    return arch
+
+
+def _check_neutral(fields: Fields, arch: str) -> None:
+    """Refuse settings that this runtime does not implement rather than ignore them."""
+    for template, harmless in NEUTRAL.items():
+        key = keys.model_key(template, arch)
+        if key not in fields.metadata:
+            continue
+        value = fields.metadata[key]
+        if not isinstance(value, (int, float)) or value not in harmless:
+            raise fields.error(
+                key, f"{describe(value)} is not supported", "use a standard Qwen3 conversion"
+            )
+
+
+def _check_diffusion_keys(fields: Fields) -> None:
+    for key in (keys.BLOCK_SIZE, keys.MASK_TOKEN_ID):
+        if key not in fields.metadata:
+            raise fields.error(
+                key,
+                "is missing, but the file holds diffusion heads, which are unusable without it",
+            )
+
+
+def _head_dim(fields: Fields, arch: str, default: int) -> int:
+    """Elements per head. Keys, values and the rotated part must agree on it."""
+    key_length = keys.model_key(gguf.Keys.Attention.KEY_LENGTH, arch)
+    head_dim = fields.integer(key_length, 2, MAX_HEAD_DIM, default)
+    if head_dim % 2:
+        raise fields.error(key_length, f"expected an even number, found {head_dim}")
+    for template in (gguf.Keys.Attention.VALUE_LENGTH, gguf.Keys.Rope.DIMENSION_COUNT):
+        key = keys.model_key(template, arch)
+        other = fields.integer(key, 0, MAX_WIDTH, head_dim)
+        if other != head_dim:
+            raise fields.error(key, f"expected {head_dim} as in {key_length}, found {other}")
+    return head_dim
+
+
+def _rope(fields: Fields, arch: str, n_ctx_train: int) -> Rope:
+    """RoPE settings; only YaRN scaling is known."""
+    rope = gguf.Keys.Rope
+    key = partial(keys.model_key, arch=arch)
+    freq_base = fields.positive(key(rope.FREQ_BASE))
+    scaling = fields.text(key(rope.SCALING_TYPE), "linear")  # llama.cpp's default
+    factor = fields.number(key(rope.SCALING_FACTOR), 1.0) or 1.0  # there, 0 means unset
+    attn_factor = fields.positive(key(rope.SCALING_ATTN_FACTOR), 1.0)
+    if scaling == "none" or (scaling == "linear" and factor == 1.0):
+        if attn_factor != 1.0:
+            raise fields.error(
+                key(rope.SCALING_ATTN_FACTOR), f"{attn_factor} without YaRN is not supported"
+            )
+        return Rope(freq_base)
+    if scaling != "yarn":
+        raise fields.error(
+            key(rope.SCALING_TYPE),
+            f"expected 'yarn' or 'none', found {describe(scaling)}",
+            "this RoPE scaling is not supported",
+        )
+    if factor < 1.0:
+        raise fields.error(key(rope.SCALING_FACTOR), f"expected at least 1, found {factor}")
+    ext_factor = fields.number(key(rope.SCALING_YARN_EXT_FACTOR), -1.0)
+    return Rope(
+        freq_base,
+        factor=factor,
+        original_context=fields.integer(
+            key(rope.SCALING_ORIG_CTX_LEN), 1, MAX_CONTEXT, n_ctx_train
+        ),
+        ext_factor=1.0 if ext_factor < 0 else ext_factor,
+        attn_factor=attn_factor * fields.positive(key(rope.SCALING_YARN_ATTN_FACTOR), 1.0),
+        beta_fast=fields.positive(key(rope.SCALING_YARN_BETA_FAST), 32.0),
+        beta_slow=fields.positive(key(rope.SCALING_YARN_BETA_SLOW), 1.0),
+    )
+
+
+def _check_vocabulary(fields: Fields, n_vocab: int) -> None:
+    """The tokenizer's arrays (where there is a tokenizer) and ids must fit the embedding."""
+    if not 1 <= n_vocab <= MAX_VOCAB:
+        raise OrthrusError(
+            f"{fields.path}: expected a vocabulary of 1 to {MAX_VOCAB} tokens, found {n_vocab} "
+            "rows in token_embd.weight; convert the model again"
+        )
+    tokenizer = gguf.Keys.Tokenizer
+    tokens = fields.metadata.get(tokenizer.LIST)
+    if tokens is not None:
+        if not isinstance(tokens, list):
+            raise fields.error(
+                tokenizer.LIST, f"expected an array of strings, found {describe(tokens)}"
+            )
+        if len(tokens) != n_vocab:
+            raise fields.error(
+                tokenizer.LIST,
+                f"expected {n_vocab} tokens as in token_embd.weight, found {len(tokens)}",
+            )
+    merges = fields.metadata.get(tokenizer.MERGES)
+    if merges is not None and not isinstance(merges, list):
+        raise fields.error(
+            tokenizer.MERGES, f"expected an array of strings, found {describe(merges)}"
+        )
+    for key, kind, word in (
+        (tokenizer.TOKEN_TYPE, np.integer, "integers"),
+        (tokenizer.SCORES, np.floating, "floats"),
+    ):
+        array = fields.metadata.get(key)
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, kind):
+            raise fields.error(key, f"expected an array of {word}, found {describe(array)}")
+        if array.size != n_vocab:
+            raise fields.error(key, f"expected {n_vocab} elements, found {array.size}")
+    for key in TOKEN_ID_KEYS:
+        if key in fields.metadata:
+            fields.integer(key, 0, n_vocab - 1)
