@@ -1,0 +1,175 @@
+"""Logits → tokens: penalties, filters, greedy choice, and seeded noise keyed by position.
+
+Sampling at temperature > 0 uses the Gumbel-max trick: `argmax(logits / T + noise)` is an exact
+sample of the softmax when the noise is Gumbel-distributed. The noise of token `v` at absolute
+position `p` is a function of `(seed, p, v)` alone, so plain AR decoding and draft verification draw
+the same token at the same position, and the text cannot depend on the strategy.
+
+Filters run in llama.cpp's default order: penalties, top-k, top-p, min-p, temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orthrus_gguf.errors import OrthrusError
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """Names, meaning and defaults of llama.cpp's sampling flags.
+
+    temperature: <= 0 is greedy. top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off.
+    repeat_last_n: window of the penalties in tokens; 0 switches them off, -1 is the whole context.
+    banned: token ids that are never chosen (for `--ignore-eos`).
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    banned: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        in_range = {
+            "temp": np.isfinite(self.temperature),
+            "top-p": self.top_p > 0,
+            "min-p": self.min_p <= 1,
+            "repeat-penalty": 0 < self.repeat_penalty < np.inf,
+            "repeat-last-n": self.repeat_last_n >= -1,
+            "presence-penalty": np.isfinite(self.presence_penalty),
+            "frequency-penalty": np.isfinite(self.frequency_penalty),
+            "seed": 0 <= self.seed <= MAX_SEED,
+        }
+        wrong = [f"--{flag}" for flag, fine in in_range.items() if not fine]
+        if wrong:
+            raise OrthrusError(f"{', '.join(wrong)}: out of range; see --help")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature <= 0
+
+    @property
+    def penalizes(self) -> bool:
+        return self.repeat_last_n != 0 and (
+            self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        )
+
+
+class Sampler:
+    """Chooses the token after a prefix. It has no state: same prefix and logits, same token."""
+
+    def __init__(self, settings: SamplingSettings) -> None:
+        self.settings = settings
+        self._banned = np.asarray(settings.banned, dtype=np.int64)
+
+    def sample(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> int:
+        """The token at position `len(prefix)`, given its logits of shape [vocab]."""
+        scores = self._adjusted(logits, prefix)
+        if self.settings.greedy:
+            best = int(np.argmax(scores))  # the lowest id wins a tie
+        else:
+            tokens = _filtered(scores, self.settings)
+            noise = gumbel_noise(self.settings.seed, len(prefix), tokens)
+            tempered = scores[tokens].astype(np.float64) / self.settings.temperature
+            best = int(tokens[np.argmax(tempered + noise)])
+        if not np.isfinite(scores[best]):
+            raise OrthrusError(
+                f"the model produced no finite logits at position {len(prefix)}: the weights are"
+                " damaged or overflow; convert the model again, or try another quantization"
+            )
+        return best
+
+    def _adjusted(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after bans and penalties; the input itself when there are none."""
+        if not self.settings.penalizes and not self._banned.size:
+            return logits
+        scores = logits.copy()
+        if self.settings.penalizes:
+            _penalize(scores, prefix, self.settings)
+        scores[self._banned] = -np.inf
+        return scores
+
+
+def _penalize(
+    scores: NDArray[np.float32], prefix: Sequence[int], settings: SamplingSettings
+) -> None:
+    """Apply repeat, frequency and presence penalties to `scores` [vocab] in place."""
+    window = prefix if settings.repeat_last_n < 0 else prefix[-settings.repeat_last_n :]
+    tokens, counts = np.unique(np.asarray(window, dtype=np.int64), return_counts=True)
+    seen = scores[tokens]
+    seen = np.where(seen <= 0, seen * settings.repeat_penalty, seen / settings.repeat_penalty)
+    seen -= counts * settings.frequency_penalty + settings.presence_penalty
+    scores[tokens] = seen
+
+
+def _filtered(scores: NDArray[np.float32], settings: SamplingSettings) -> NDArray[np.int64]:
+    """Ids of the tokens that survive top-k, top-p and min-p, in ascending order."""
+    tokens = _top_k(scores, settings.top_k)
+    if settings.top_p < 1:
+        order = np.argsort(-scores[tokens], kind="stable")
+        kept = scores[tokens[order]].astype(np.float64)
+        mass = np.cumsum(np.exp(kept - kept[0]))
+        enough = int(np.searchsorted(mass, settings.top_p * mass[-1])) + 1
+        tokens = np.sort(tokens[order[:enough]])
+    if settings.min_p > 0:
+        floor = scores[tokens].max() + np.log(settings.min_p)
+        tokens = tokens[scores[tokens] >= floor]
+    return tokens
+
+
+def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Ids of the k largest scores, ascending; at the threshold the lowest ids win."""
+    if not 0 < k < scores.size:
+        return np.arange(scores.size)
+    threshold = np.partition(scores, scores.size - k)[scores.size - k]
+    above = np.flatnonzero(scores > threshold)
+    level = np.flatnonzero(scores == threshold)[: k - above.size]
+    return np.sort(np.concatenate([above, level]))
+
+
+def gumbel_noise(seed: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Standard Gumbel noise of `tokens` at one position; a pure function of its arguments.
+
+    Word `token % 4` of Philox4x32-10 with counter (token // 4, position, 0, 0) and the 64-bit seed
+    as key gives a uniform u = (word + ½) / 2³²; the noise is -ln(-ln u).
+    """
+    zero = np.zeros(tokens.shape, np.uint32)
+    counter = ((tokens >> 2).astype(np.uint32), zero + np.uint32(position), zero, zero)
+    words = np.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)))
+    chosen = np.take_along_axis(words, (tokens & 3)[None], axis=0)[0]
+    uniform = (chosen.astype(np.float64) + 0.5) / 2.0**32
+    noise: NDArray[np.float64] = -np.log(-np.log(uniform))
+    return noise
+
+
+Words = tuple[NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32], NDArray[np.uint32]]
+
+
+def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
+    """Philox4x32 with 10 rounds (Salmon et al., SC 2011), elementwise over uint32 arrays.
+
+    The same function as `tl.philox` in Triton and the generator of CUDA's cuRAND, so that GPU
+    runtimes can draw identical noise.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0 = c0.astype(np.uint64) * np.uint64(0xD2511F53)
+        product1 = c2.astype(np.uint64) * np.uint64(0xCD9E8D57)
+        high0, low0 = (product0 >> np.uint64(32)).astype(np.uint32), product0.astype(np.uint32)
+        high1, low1 = (product1 >> np.uint64(32)).astype(np.uint32), product1.astype(np.uint32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint32(k0), low1, high0 ^ c3 ^ np.uint32(k1), low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3

@@ -1,0 +1,105 @@
+"""What a generation cost and gained, counted the same way everywhere.
+
+Counting is where speculative decoders differ most, so: *tokens per cycle* is accepted drafts plus
+one, averaged over cycles; *tokens per forward* is output tokens divided by all forward passes, the
+prompt's counted as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orthrus_gguf.decode import Cycle
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts of one generation.
+
+    offered, confirmed: per draft position (first after the anchor = index 0), in how many cycles
+        it was proposed, and in how many it was accepted.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    cycles: int
+    forwards: int
+    offered: tuple[int, ...]
+    confirmed: tuple[int, ...]
+
+    @property
+    def tokens_per_cycle(self) -> float | None:
+        return (sum(self.confirmed) + self.cycles) / self.cycles if self.cycles else None
+
+    @property
+    def tokens_per_forward(self) -> float | None:
+        return self.output_tokens / self.forwards if self.output_tokens else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted share of all drafts."""
+        return sum(self.confirmed) / sum(self.offered) if self.offered else None
+
+    @property
+    def acceptance_by_position(self) -> tuple[float, ...]:
+        return tuple(c / o for c, o in zip(self.confirmed, self.offered, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
+            "cycles": self.cycles,
+            "forwards": self.forwards,
+            "tokens_per_cycle": self.tokens_per_cycle,
+            "tokens_per_forward": self.tokens_per_forward,
+            "drafted": sum(self.offered),
+            "accepted": sum(self.confirmed),
+            "acceptance": self.acceptance,
+            "acceptance_by_position": list(self.acceptance_by_position),
+        }
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock of one generation, in seconds. The first token comes out of the prompt's pass."""
+
+    prompt: float
+    generation: float
+    prompt_tokens: int
+    generated_tokens: int
+
+    @property
+    def prompt_per_second(self) -> float | None:
+        return self.prompt_tokens / self.prompt if self.prompt > 0 else None
+
+    @property
+    def generated_per_second(self) -> float | None:
+        return self.generated_tokens / self.generation if self.generation > 0 else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt_ms": self.prompt * 1e3,
+            "generation_ms": self.generation * 1e3,
+            "prompt_tokens_per_second": self.prompt_per_second,
+            "generation_tokens_per_second": self.generated_per_second,
+        }
+
+
+def count(
+    cycles: Sequence[Cycle], *, prompt_tokens: int, cached_tokens: int, output_tokens: int
+) -> Statistics:
+    """Statistics of a finished generation from its cycles."""
+    widest = max((len(c.drafts) for c in cycles), default=0)
+    return Statistics(
+        prompt_tokens=prompt_tokens,
+        cached_tokens=cached_tokens,
+        output_tokens=output_tokens,
+        cycles=len(cycles),
+        forwards=min(output_tokens, 1) + sum(2 if c.drafts else 1 for c in cycles),
+        offered=tuple(sum(len(c.drafts) > i for c in cycles) for i in range(widest)),
+        confirmed=tuple(sum(c.accepted > i for c in cycles) for i in range(widest)),
+    )
