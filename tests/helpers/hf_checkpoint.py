@@ -216,7 +216,5 @@ def write_checkpoint(
         file = f"model-{shard + 1:05d}-of-{n_shards:05d}.safetensors"
         write_safetensors(folder / file, {name: weights[name] for name in part}, dtype)
         weight_map |= dict.fromkeys(part, file)
-    write_json(
-        folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
-    )
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     return folder

@@ -1,0 +1,115 @@
+"""The process that renders one chat template: run as a script by `chat.py`, never imported.
+
+Reads a job as JSON from stdin and writes {"text": ...} or {"error": ...} to stdout. It imports
+nothing of this package, and Jinja only after it knows where to look for it.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from contextlib import suppress
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+
+class RefusalError(Exception):
+    """The template's own complaint."""
+
+
+def main() -> None:
+    """Do the one job on stdin."""
+    job = json.load(sys.stdin)
+    sys.path[:] = job["path"]
+    limits = job["limits"]
+    environment = make_environment()
+    restrict(limits)
+    try:
+        answer = {"text": render(environment, job["source"], job["variables"], limits["output"])}
+    except MemoryError:
+        answer = {"error": f"needs more than {limits['memory'] >> 20} MiB of memory"}
+    except RecursionError:
+        answer = {"error": "is nested, or calls itself, too deeply"}
+    except RefusalError as error:
+        answer = {"error": f"refuses the messages: {error!s:.300}"}
+    except Exception as error:  # a template can raise anything
+        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        answer = {"error": f"{line}{type(error).__name__}: {error!s:.300}"}
+    json.dump(answer, sys.stdout)
+
+
+def make_environment() -> Environment:
+    """The environment in which Hugging Face renders chat templates."""
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    return environment
+
+
+def restrict(limits: dict[str, int]) -> None:
+    """Have the kernel bound the rest of this process, which takes effect inside C code too."""
+    seconds, memory = limits["cpu_seconds"], limits["memory"]
+    lower(resource.RLIMIT_CORE, 0, 0)
+    lower(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU first, which tells the parent
+    lower(resource.RLIMIT_AS, memory, memory)
+
+
+def lower(kind: int, soft: int, hard: int) -> None:
+    """Set a limit, unless a tighter one holds already or (RLIMIT_AS on macOS) none can be had."""
+    with suppress(OSError, ValueError):
+        resource.setrlimit(kind, (soft, hard))
+
+
+def render(
+    environment: Environment, source: str, variables: dict[str, Any], max_output: int
+) -> str:
+    """The template's output, in pieces so that it can be stopped before it grows too long."""
+    pieces: list[str] = []
+    length = 0
+    for piece in environment.from_string(source).generate(**variables):
+        length += len(piece)
+        if length > max_output:
+            raise OverflowError(f"the output is longer than {max_output} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON, without the HTML escapes of Jinja's own filter."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def raise_exception(message: str) -> NoReturn:
+    """What a template calls about messages that it cannot express."""
+    raise RefusalError(message)
+
+
+def strftime_now(format: str) -> str:
+    """The local date or time; templates put it into system prompts."""
+    return datetime.now().strftime(format)
+
+
+if __name__ == "__main__":
+    main()

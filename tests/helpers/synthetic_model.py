@@ -1,0 +1,177 @@
+"""Model files with random weights: any shape, any quantization, for benchmarks and tests.
+
+Speed and memory do not depend on what the weights say, so these stand in for models that are too
+large to ship. What they generate is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from orthrus_gguf.config import ModelConfig, Rope
+from orthrus_gguf.ggml.binding import Ggml
+from orthrus_gguf.ggml.quantize import needs_importance, quantize
+from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.tensors import base_tensors, diffusion_tensors
+
+_TYPES = gguf.GGMLQuantizationType
+
+#: Tensor name -> its type.
+TypeRule = Callable[[str], gguf.GGMLQuantizationType]
+
+#: Distinct random rows per matrix; the others repeat them in random order. Quantizing 152,000 rows
+#: would take minutes and tell the kernels nothing new. Some types are slow even for a few.
+DISTINCT_ROWS = 256
+SLOW_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
+
+
+def model_shape(
+    *,
+    n_layers: int = 2,
+    n_embd: int = 256,
+    n_ff: int = 512,
+    n_head: int = 4,
+    n_head_kv: int = 2,
+    head_dim: int = 64,
+    n_vocab: int = 320,
+    n_ctx_train: int = 4096,
+    rope: Rope | None = None,
+    tied: bool = True,
+    block_size: int | None = 16,
+) -> ModelConfig:
+    """A config to write; without a block size, one of a plain Qwen3 model."""
+    return ModelConfig(
+        name="synthetic",
+        n_layers=n_layers,
+        n_ctx_train=n_ctx_train,
+        n_embd=n_embd,
+        n_ff=n_ff,
+        n_head=n_head,
+        n_head_kv=n_head_kv,
+        head_dim=head_dim,
+        n_vocab=n_vocab,
+        rms_eps=1e-6,
+        rope=rope or Rope(1e6),
+        tied=tied,
+        block_size=block_size,
+        mask_token=None if block_size is None else n_vocab - 1,
+    )
+
+
+def qwen3_0_6b(block_size: int | None = 32) -> ModelConfig:
+    """The shape of Qwen3-0.6B."""
+    return model_shape(
+        n_layers=28,
+        n_embd=1024,
+        n_ff=3072,
+        n_head=16,
+        n_head_kv=8,
+        head_dim=128,
+        n_vocab=151936,
+        n_ctx_train=40960,
+        block_size=block_size,
+    )
+
+
+def q4_k_m(n_layers: int) -> TypeRule:
+    """llama-quantize's Q4_K_M for a tied model: Q4_K, and Q6_K where it counts."""
+
+    def rule(name: str) -> gguf.GGMLQuantizationType:
+        if name == "token_embd.weight":
+            return _TYPES.Q6_K
+        parts = name.split(".")
+        if parts[0] == "blk" and parts[2] in ("attn_v", "ffn_down"):
+            layer, eighth = int(parts[1]), n_layers // 8
+            if layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2:
+                return _TYPES.Q6_K
+        return _TYPES.Q4_K
+
+    return rule
+
+
+def write_model(api: Ggml, path: Path, config: ModelConfig, rule: TypeRule, seed: int = 0) -> None:
+    """Write a model of this shape to `path`, matrices by `rule`, norms in F32."""
+    arch = keys.ARCH_ORTHRUS if config.has_heads else keys.ARCH_QWEN3
+    writer = gguf.GGUFWriter(path, arch)
+    _write_metadata(writer, config)
+    tensors = base_tensors(config)
+    if config.has_heads:
+        tensors |= diffusion_tensors(config)
+    rng = np.random.default_rng(seed)
+    for name, shape in tensors.items():
+        if len(shape) == 1:
+            writer.add_tensor(name, (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32))
+        else:
+            data = _random_matrix(api, rng, shape, rule(name))
+            writer.add_tensor(name, data, raw_dtype=rule(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _random_matrix(
+    api: Ggml,
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    qtype: gguf.GGMLQuantizationType,
+) -> NDArray[np.uint8]:
+    """Bytes [rows, bytes per row]; rows of unit length, so that activations keep their size."""
+    rows, columns = shape
+    distinct = min(rows, 4 if qtype.name in SLOW_TYPES else DISTINCT_ROWS)
+    values = rng.standard_normal((distinct, columns)) / np.sqrt(columns)
+    importance = np.ones(columns, np.float32) if needs_importance(api, qtype) else None
+    data = quantize(api, values.astype(np.float32), qtype, importance)
+    return data if distinct == rows else data[rng.integers(0, distinct, rows)]
+
+
+def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    writer.add_name(config.name)
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.n_ctx_train)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_ff)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head_kv)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_eps)
+    writer.add_rope_freq_base(config.rope.freq_base)
+    if config.rope.factor != 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(config.rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
+    if config.block_size is not None and config.mask_token is not None:
+        writer.add_uint32(keys.BLOCK_SIZE, config.block_size)
+        writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(_tokens(config.n_vocab))
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.n_vocab)
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(config.n_vocab - 2)
+
+
+def _tokens(count: int) -> list[str]:
+    """A byte-level vocabulary: 256 letters that stand for bytes, then made-up words."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    moved = [256 + i for i in range(256 - len(printable))]
+    letters = [chr(code) for code in (*printable, *moved)]
+    return (letters + [f"word{i}" for i in range(len(letters), count)])[:count]
+
+
+def uniform(qtype: gguf.GGMLQuantizationType) -> TypeRule:
+    """The same type for all matrices."""
+    return lambda name: qtype
+
+
+def rules_by_name(
+    default: gguf.GGMLQuantizationType, others: Mapping[str, gguf.GGMLQuantizationType]
+) -> TypeRule:
+    """`default`, except for the tensors named in `others`."""
+    return lambda name: others.get(name, default)
