@@ -1,0 +1,160 @@
+"""orthrus-bench: how fast a model runs here, in the manner of llama-bench."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+from orthrus_gguf.benchmark import (
+    BenchmarkSettings,
+    Measurement,
+    machine,
+    peak_memory,
+    run_benchmark,
+)
+from orthrus_gguf.cli import options
+from orthrus_gguf.cli.common import Parser, base_parser, run_command
+from orthrus_gguf.cli.loaded import say
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime import load_model
+
+DESCRIPTION = """\
+Measure prompt speed (pp), generation speed (tg) and the time of passes of several rows, in the AR
+view ("ar 16") and as a diffusion block ("diffusion 16"). Medians over repetitions.
+
+  orthrus-bench model.gguf
+  orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `orthrus-bench` command; returns the exit code."""
+    return run_command(_parser(), _run, argv)
+
+
+def _parser() -> Parser:
+    parser = base_parser("orthrus-bench", DESCRIPTION)
+    options.add_model_options(parser)
+    group = parser.add_argument_group("tests")
+
+    def add(*flags: str, default: int, text: str) -> None:
+        kind = options.positive if flags[0] == "-r" else options.natural
+        group.add_argument(
+            *flags, type=kind, default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+
+    add("-p", "--n-prompt", default=512, text="prompt tokens; 0 leaves the test out")
+    add("-n", "--n-gen", default=128, text="generated tokens; 0 leaves the test out")
+    add("-d", "--n-depth", default=0, text="tokens in the cache before each test")
+    add("-r", "--repetitions", default=5, text="repetitions that count")
+    group.add_argument(
+        "--rows",
+        type=_rows,
+        default=(1, 2, 4, 8, 16, 32),
+        metavar="N,N,…",
+        help="row counts of the pass-time tests; empty leaves them out (default: 1,2,4,8,16,32)",
+    )
+    group.add_argument(
+        "-o", "--output", choices=list(WRITERS), default="md", help="format (default: md)"
+    )
+    return parser
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    return tuple(options.positive(part) for part in text.split(",") if part)
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = BenchmarkSettings(
+        prompt=args.n_prompt,
+        generate=args.n_gen,
+        rows=args.rows,
+        depth=args.n_depth,
+        repetitions=args.repetitions,
+        batch=args.batch_size,
+    )
+    with (
+        ModelFile.open(options.model_path(args), args.heads) as file,
+        closing(load_model(file, options.runtime_settings(args))) as model,
+    ):
+        results = []
+        for measurement in run_benchmark(model, settings):
+            results.append(measurement)
+            if sys.stderr.isatty():
+                say(f"{measurement.test}: {measurement.median * 1e3:.2f} ms")
+        head = {
+            "model": file.config.name,
+            "file_bytes": sum(info.n_bytes for info in file.tensors.values()),
+            "runtime": model.description,
+            "depth": args.n_depth,
+            "repetitions": args.repetitions,
+            "peak_memory_bytes": peak_memory(),
+            **machine(),
+        }
+    print(WRITERS[args.output](head, results), end="")
+    return 0
+
+
+def _records(results: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """One record per test; `ratio` compares a pass with the pass of fewest rows of its view."""
+    first: dict[str, float] = {}
+    records = []
+    for m in results:
+        kind = m.test.split()[0]
+        is_pass = " " in m.test
+        records.append(
+            {
+                "test": m.test,
+                "ms": m.median * 1e3,
+                "spread": m.spread,
+                "tokens_per_second": m.per_second,
+                "ratio": m.median / first.setdefault(kind, m.median) if is_pass else None,
+            }
+        )
+    return records
+
+
+def _markdown(head: dict[str, Any], results: Sequence[Measurement]) -> str:
+    peak = head["peak_memory_bytes"]
+    lines = [
+        f"{head['model']}, {head['file_bytes'] / 1e6:.1f} MB of weights, on {head['runtime']}",
+        f"{head['cpu']}, {head['system']}, Python {head['python']},"
+        f" orthrus-gguf {head['orthrus-gguf']}; depth {head['depth']},"
+        f" {head['repetitions']} repetitions"
+        + ("" if peak is None else f", peak memory {peak / 1e6:.0f} MB"),
+        "",
+        "| test | ms | ± | tokens/s | × fewest rows |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for r in _records(results):
+        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
+        lines.append(
+            f"| {r['test']} | {r['ms']:.2f} | {100 * r['spread']:.0f} % |"
+            f" {r['tokens_per_second']:.1f} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _json(head: dict[str, Any], results: Sequence[Measurement]) -> str:
+    return json.dumps({**head, "tests": _records(results)}, ensure_ascii=False) + "\n"
+
+
+def _csv(head: dict[str, Any], results: Sequence[Measurement]) -> str:
+    text = io.StringIO()
+    records = [{**head, **record} for record in _records(results)]
+    writer = csv.DictWriter(text, fieldnames=list(records[0]) if records else list(head))
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+WRITERS = {"md": _markdown, "json": _json, "csv": _csv}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

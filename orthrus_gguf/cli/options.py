@@ -1,0 +1,171 @@
+"""Flags shared by the commands that run a model, under llama.cpp's names, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from orthrus_gguf.decode import PROMPT_BATCH, Strategy
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.runtime import RuntimeName, RuntimeSettings
+from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
+
+#: Key in the file → field of SamplingSettings (which is also the flag's `dest`).
+FILE_DEFAULTS = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repeat_penalty",
+    "general.sampling.penalty_last_n": "repeat_last_n",
+}
+
+#: Flag → field of SamplingSettings, type, help.
+SAMPLING_FLAGS = (
+    ("--temp", "temperature", float, "temperature; 0 is greedy"),
+    ("--top-k", "top_k", int, "keep the k likeliest tokens; 0 keeps all"),
+    ("--top-p", "top_p", float, "keep the likeliest tokens up to this mass; 1 keeps all"),
+    ("--min-p", "min_p", float, "drop tokens below this share of the likeliest; 0 keeps all"),
+    ("--repeat-penalty", "repeat_penalty", float, "penalty of seen tokens; 1 is off"),
+    ("--repeat-last-n", "repeat_last_n", int, "window of the penalties; 0 off, -1 all"),
+    ("--presence-penalty", "presence_penalty", float, "penalty of any seen token"),
+    ("--frequency-penalty", "frequency_penalty", float, "penalty for each time it was seen"),
+)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model file and how to run it."""
+    group = parser.add_argument_group("model")
+    group.add_argument("model", nargs="?", metavar="FILE.gguf", help="the model")
+    group.add_argument("-m", "--model", dest="model_flag", metavar="FILE.gguf", help="same")
+    group.add_argument("--heads", metavar="HEADS.gguf", help="diffusion heads of a split model")
+    group.add_argument(
+        "--runtime",
+        choices=[name.value for name in RuntimeName],
+        default=RuntimeName.AUTO.value,
+        help="what computes: cpu (ggml), reference (torch, float32, slow) (default: auto)",
+    )
+    group.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="CPU threads (default: physical cores)"
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=positive,
+        default=PROMPT_BATCH,
+        metavar="N",
+        help=f"prompt tokens per pass (default: {PROMPT_BATCH})",
+    )
+    for key in "kv":
+        group.add_argument(
+            f"-ct{key}",
+            f"--cache-type-{key}",
+            metavar="TYPE",
+            help=f"cache type of {'keys' if key == 'k' else 'values'}: f32, f16, q8_0, q4_0"
+            " (default: f16)",
+        )
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """How tokens are found. None of these changes the text."""
+    group = parser.add_argument_group("decoding (never changes the text)")
+    group.add_argument(
+        "--strategy",
+        choices=[strategy.value for strategy in Strategy],
+        help="two-pass drafts with the diffusion heads, ar is plain decoding"
+        " (default: two-pass where the model has heads)",
+    )
+    group.add_argument(
+        "--draft-width",
+        type=positive,
+        metavar="N",
+        help="draft tokens verified per cycle (default: block size - 1)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """Sampling flags; unset ones are None, which means "what the file says, else the default"."""
+    group = parser.add_argument_group("sampling (the file's general.sampling.* go before defaults)")
+    group.add_argument(
+        "-s", "--seed", type=seed, default=-1, metavar="N", help="seed (default: -1, random)"
+    )
+    standard = SamplingSettings()
+    for flag, field, kind, text in SAMPLING_FLAGS:
+        group.add_argument(
+            flag,
+            dest=field,
+            type=kind,
+            metavar="N",
+            help=f"{text} (default: {getattr(standard, field)})",
+        )
+    group.add_argument("--ignore-eos", action="store_true", help="never end by itself")
+
+
+def model_path(args: argparse.Namespace) -> str:
+    """The model file, given bare or with -m. Raises OrthrusError unless exactly one is."""
+    given = [path for path in (args.model, args.model_flag) if path is not None]
+    if len(given) != 1:
+        raise OrthrusError("name one model file: FILE.gguf, or -m FILE.gguf")
+    return str(given[0])
+
+
+def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:
+    return RuntimeSettings(
+        name=RuntimeName(args.runtime),
+        threads=args.threads,
+        cache_type_k=args.cache_type_k,
+        cache_type_v=args.cache_type_v,
+    )
+
+
+def sampling_settings(
+    args: argparse.Namespace, metadata: Mapping[str, Value], eog: frozenset[int]
+) -> SamplingSettings:
+    """Flags over the file's `general.sampling.*` over llama.cpp's defaults.
+
+    eog: the ids that `--ignore-eos` bans.
+    """
+    base = SamplingSettings(
+        seed=secrets.randbits(32) if args.seed < 0 else args.seed,
+        banned=tuple(sorted(eog)) if args.ignore_eos else (),
+    )
+    chosen: dict[str, Any] = {}
+    for key, field in FILE_DEFAULTS.items():
+        value = metadata.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise OrthrusError(f"the file's {key} is {value!r}: expected a number")
+        chosen[field] = type(getattr(base, field))(value)
+    for _, field, _, _ in SAMPLING_FLAGS:
+        if getattr(args, field) is not None:
+            chosen[field] = getattr(args, field)
+    return replace(base, **chosen)
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 0")
+    return value
+
+
+def seed(text: str) -> int:
+    """argparse type: -1 (random) or a 64-bit seed."""
+    value = int(text)
+    if not -1 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{value}: expected -1 or 0 .. 2^64-1")
+    return value

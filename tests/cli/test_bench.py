@@ -1,0 +1,84 @@
+"""orthrus-bench: every test asked for is there, in every format, and the figures fit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from toy_model import ToyModel
+
+from orthrus_gguf.benchmark import BenchmarkSettings, Measurement, run_benchmark
+from orthrus_gguf.cli.bench import main
+from orthrus_gguf.errors import OrthrusError
+
+FLAGS = ("-t", "1", "-p", "8", "-n", "4", "--rows", "1,3", "-d", "5", "-r", "2")
+TESTS = ["pp8", "tg4", "ar 1", "ar 3", "diffusion 1", "diffusion 3"]
+
+
+@pytest.fixture
+def output(
+    demo_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    model = str(demo_file("f16"))
+
+    def call(kind: str) -> str:
+        capsys.readouterr()
+        assert main([model, *FLAGS, "-o", kind]) == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_formats(output: Callable[[str], str]) -> None:
+    report = json.loads(output("json"))
+    assert [t["test"] for t in report["tests"]] == TESTS
+    assert report["repetitions"] == 2
+    assert report["peak_memory_bytes"] > 20e6
+    assert {"cpu", "system", "python", "orthrus-gguf", "runtime", "model"} <= set(report)
+    for test in report["tests"]:
+        rows = int(test["test"].split()[-1].lstrip("ptg"))
+        assert test["tokens_per_second"] == pytest.approx(rows / test["ms"] * 1e3)
+        is_pass = " " in test["test"]
+        assert (test["ratio"] is not None) == is_pass
+        if test["test"].endswith(" 1"):
+            assert test["ratio"] == 1
+
+    table = csv.DictReader(io.StringIO(output("csv")))
+    assert [row["test"] for row in table] == TESTS
+    lines = output("md").splitlines()
+    assert [line.split("|")[1].strip() for line in lines[5:]] == TESTS
+
+
+def test_figures_of_a_measurement() -> None:
+    m = Measurement("pp10", 10, (0.2, 0.1, 0.4))
+    assert (m.median, m.per_second) == (0.2, 50)
+    assert m.spread == pytest.approx(0.75)
+
+
+def test_a_model_without_heads_has_no_diffusion_tests() -> None:
+    settings = BenchmarkSettings(4, 0, (2,), depth=0, repetitions=1, batch=8)
+    tests = [m.test for m in run_benchmark(ToyModel(heads=False), settings)]
+    assert tests == ["pp4", "ar 2"]
+
+
+def test_the_cache_is_as_deep_as_asked_before_every_test() -> None:
+    model, seen = ToyModel(), []
+    forward = model.forward
+
+    def spy(segments, cache):  # type: ignore[no-untyped-def]
+        seen.append((segments[0].start, len(segments[0])))
+        return forward(segments, cache)
+
+    model.forward = spy  # type: ignore[method-assign]
+    list(run_benchmark(model, BenchmarkSettings(0, 0, (3,), depth=7, repetitions=2, batch=4)))
+    assert seen == [(0, 4), (4, 3)] + [(7, 3)] * 6
+
+
+def test_tests_beyond_the_context_are_refused() -> None:
+    settings = BenchmarkSettings(256, 0, (), depth=0, repetitions=1, batch=8)
+    with pytest.raises(OrthrusError, match="need 257 tokens of context, toy has 256"):
+        list(run_benchmark(ToyModel(), settings))

@@ -1,0 +1,343 @@
+"""orthrus-run as a user meets it: what it prints, where, and how it fails."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGUFReader, GGUFWriter
+
+from orthrus_gguf.cli import options
+from orthrus_gguf.cli.run import main, unescape
+from orthrus_gguf.errors import OrthrusError
+
+DemoFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model(demo_file: DemoFile) -> str:
+    return str(demo_file("f32"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process; returns exit code, stdout, stderr."""
+
+    def call(*argv: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([*argv, "-t", "1"])
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def golden_case(golden: dict[str, Any], number: int) -> tuple[str, dict[str, Any]]:
+    case = golden["cases"][number]
+    return case["prompt"], case
+
+
+@pytest.mark.parametrize("number", [1, 10])
+def test_json_equals_the_official_run(
+    run: Any, model: str, golden: dict[str, Any], number: int
+) -> None:
+    prompt, case = golden_case(golden, number)
+    code, out, err = run(
+        model, "-p", prompt, "--no-escape", "--temp", "0", "-n", str(case["n_new"]), "--json"
+    )
+    report = json.loads(out)
+    assert (code, out.count("\n")) == (0, 1)
+    assert "no chat template" in err
+    assert report["prompt_ids"] == case["prompt_ids"]
+    assert report["output_ids"] == case["output_ids"]
+    assert report["cycle_starts"] == case["cycle_starts"]
+    assert report["finish_reason"] == "length"
+    starts = [*case["cycle_starts"], len(case["prompt_ids"]) + case["n_new"] - 1]
+    gains = [b - a - 1 for a, b in pairwise(starts)]
+    assert report["accepted"] == gains
+    assert report["stats"]["accepted"] == sum(gains)
+    assert report["stats"]["cycles"] == len(gains)
+    assert report["settings"]["strategy"] == "two-pass"
+    assert report["settings"]["draft_width"] == 15
+    assert report["model"]["files"] == [model]
+    assert report["timings"]["generation_tokens_per_second"] > 0
+    assert set(report) == {
+        "prompt_ids",
+        "output_ids",
+        "text",
+        "finish_reason",
+        "cycle_starts",
+        "accepted",
+        "stats",
+        "timings",
+        "model",
+        "settings",
+    }
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "reference"])
+def test_text_goes_to_stdout_and_the_rest_to_stderr(run: Any, model: str, runtime: str) -> None:
+    flags = ("-p", "import os\\nimport", "-n", "20", "--temp", "0", "--runtime", runtime)
+    code, out, err = run(model, *flags, "--strategy", "two-pass")
+    assert code == 0
+    assert out.startswith(" os\nimport os")
+    for word in ("load", "prompt", "output", "20 tokens", "tokens per cycle", "accepted"):
+        assert word in err
+    assert f"Tiny Orthrus Stdlib on {runtime} (" in err
+    _, plain, plain_err = run(model, *flags, "--strategy", "ar", "--no-perf")
+    assert plain == out
+    assert "tok/s" not in plain_err
+
+
+def test_split_files_give_the_same_text(run: Any, model: str, demo_file: DemoFile) -> None:
+    base = demo_file("f32", split=True)
+    heads = str(base.with_name(base.stem + "-heads.gguf"))
+    flags = ("-p", "def ", "-n", "30", "--temp", "0", "--json")
+    single = json.loads(run(model, *flags)[1])
+    pair = json.loads(run("-m", str(base), "--heads", heads, *flags)[1])
+    assert pair["output_ids"] == single["output_ids"]
+    assert pair["accepted"] == single["accepted"]
+    code, out, err = run(str(base), *flags)
+    assert code == 0
+    assert "no diffusion heads" in err
+    alone = json.loads(out)
+    assert alone["output_ids"] == single["output_ids"]
+    assert alone["settings"]["strategy"] == "ar"
+
+
+def test_prompt_files_and_escapes(
+    run: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_bytes("é\\n = 1\n\n".encode())
+    flags = ("-n", "1", "--temp", "0", "--json")
+    ids = json.loads(run(model, "-f", str(file), *flags)[1])["prompt_ids"]
+    assert ids == json.loads(run(model, "-p", "é\\n = 1\n", "--no-escape", *flags)[1])["prompt_ids"]
+    assert ids == json.loads(run(model, "-p", r"é\\n = 1\n", *flags)[1])["prompt_ids"]
+    with file.open(encoding="utf-8") as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert json.loads(run(model, "-f", "-", *flags)[1])["prompt_ids"] == ids
+    assert unescape(r"a\tb\\n\"\q" + "\\") == 'a\tb\\n"\\q\\'
+
+
+def test_seeds_and_stop_strings(run: Any, model: str) -> None:
+    flags = ("-p", "class ", "-n", "24", "--json")
+    first, again, other = (
+        json.loads(run(model, *flags, "--seed", seed)[1]) for seed in ("5", "5", "6")
+    )
+    assert first["text"] == again["text"] != other["text"]
+    assert first["settings"]["seed"] == 5
+    seeds = {json.loads(run(model, *flags)[1])["settings"]["seed"] for _ in range(2)}
+    assert len(seeds) == 2
+    cut = first["text"][6:9]
+    stopped = json.loads(run(model, *flags, "--seed", "5", "--stop", cut, "--no-escape")[1])
+    assert stopped["text"] == first["text"].split(cut)[0]
+    assert stopped["finish_reason"] == "stop"
+
+
+def with_metadata(source: str, target: Path, **values: float) -> str:
+    """A copy of a GGUF with `general.sampling.*` values added, written by the gguf package."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(str(target), "orthrus")
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kinds = field.types
+            writer.add_key_value(
+                name, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None
+            )
+    for name, value in values.items():
+        key = f"general.sampling.{name}"
+        if isinstance(value, int):
+            writer.add_int32(key, value)
+        else:
+            writer.add_float32(key, value)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(target)
+
+
+def test_the_file_sets_sampling_defaults(run: Any, model: str, tmp_path: Path) -> None:
+    plain = json.loads(run(model, "-p", "x", "-n", "1", "--json")[1])["settings"]
+    defaults = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n")
+    assert [plain[name] for name in defaults] == [0.8, 40, 0.95, 0.05, 1.0, 64]
+    file = with_metadata(
+        model, tmp_path / "m.gguf", temp=0.5, top_k=20, top_p=0.75, penalty_repeat=1.5
+    )
+    chosen = json.loads(run(file, "-p", "x", "-n", "1", "--top-k", "7", "--json")[1])["settings"]
+    assert [chosen[name] for name in defaults] == [0.5, 7, 0.75, 0.05, 1.5, 64]
+
+
+def test_sampling_values_of_the_wrong_kind() -> None:
+    parser = argparse.ArgumentParser()
+    options.add_sampling_options(parser)
+    with pytest.raises(OrthrusError, match=r"general\.sampling\.temp is 'hot': expected a number"):
+        options.sampling_settings(
+            parser.parse_args([]), {"general.sampling.temp": "hot"}, frozenset()
+        )
+
+
+def test_ignore_eos_bans_end_tokens(run: Any, model: str) -> None:
+    report = json.loads(run(model, "-p", "x", "-n", "1", "--ignore-eos", "--json")[1])
+    assert report["settings"]["ignore_eos"] is True
+
+
+BAD = {
+    "no model": ([], "name one model file"),
+    "two models": (["MODEL", "-m", "MODEL", "-p", "x"], "name one model file"),
+    "no such file": (["missing.gguf", "-p", "x"], "missing.gguf"),
+    "a folder": (["FOLDER", "-p", "x"], "FOLDER"),
+    "not a GGUF": (["TEXT", "-p", "x"], "GGUF"),
+    "no such heads": (["MODEL", "--heads", "missing.gguf", "-p", "x"], "missing.gguf"),
+    "heads twice": (["MODEL", "--heads", "MODEL", "-p", "x"], "already holds diffusion heads"),
+    "no prompt": (["MODEL"], "no prompt"),
+    "no prompt for JSON": (["MODEL", "--json"], "no prompt"),
+    "two prompts": (["MODEL", "-p", "x", "-f", "TEXT"], "not with both"),
+    "empty prompt": (["MODEL", "-p", ""], "prompt is empty"),
+    "no prompt file": (["MODEL", "-f", "missing.txt"], "missing.txt"),
+    "prompt not UTF-8": (["MODEL", "-f", "BINARY"], "not UTF-8"),
+    "prompt too long": (["MODEL", "-p", "a b c d e f", "-c", "4"], "the context 4"),
+    "system prompt": (["MODEL", "-p", "x", "-sys", "y"], "chat template"),
+    "thinking": (["MODEL", "-p", "x", "--think"], "--think"),
+    "width too large": (["MODEL", "-p", "x", "--draft-width", "17"], "1..16"),
+    "width zero": (["MODEL", "-p", "x", "--draft-width", "0"], "at least 1"),
+    "strategy": (["MODEL", "-p", "x", "--strategy", "magic"], "invalid choice"),
+    "temperature": (["MODEL", "-p", "x", "--temp", "nan"], "--temp"),
+    "seed": (["MODEL", "-p", "x", "--seed", "-2"], "--seed"),
+    "number": (["MODEL", "-p", "x", "-n", "many"], "invalid int"),
+    "empty stop string": (["MODEL", "-p", "x", "--stop", ""], "stop string"),
+    "unknown flag": (["MODEL", "-p", "x", "--fast"], "--fast"),
+    "cache type": (
+        ["MODEL", "-p", "x", "-ctk", "q8_0", "--runtime", "reference"],
+        "-ctk q8_0",
+    ),
+    "unknown cache type": (["MODEL", "-p", "x", "-ctk", "q9"], "q9"),
+    "context beyond memory": (["MODEL", "-p", "x", "-c", "99999999999"], "GiB"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gives_one_line_and_exit_code_1(
+    run: Any, model: str, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "text").write_text("hello, this is no model, only some text in a file\n" * 9)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    words = {
+        "MODEL": model,
+        "TEXT": str(tmp_path / "text"),
+        "BINARY": str(tmp_path / "binary"),
+        "FOLDER": str(tmp_path),
+    }
+    argv, message = BAD[name]
+    code, out, err = run(*(words.get(word, word) for word in argv))
+    lines = [line for line in err.splitlines() if "so the prompt is" not in line]
+    assert (code, out, len(lines)) == (1, "", 1), err
+    assert words.get(message, message) in lines[0]
+    assert lines[0].startswith("orthrus-run: error: ")
+
+
+def test_verbose_shows_the_traceback(run: Any) -> None:
+    code, _, err = run("missing.gguf", "-p", "x", "--verbose")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def start_process(*argv: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "orthrus_gguf.cli.run", *argv, "-t", "1"]
+    return subprocess.Popen(command, **options)
+
+
+def test_ctrl_c_ends_with_130_and_keeps_the_text(model: str) -> None:
+    process = start_process(
+        model,
+        "-p",
+        "import ",
+        "--ignore-eos",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert err.splitlines()[-1] == b"orthrus-run: interrupted"
+
+
+def test_a_reader_that_leaves_is_no_error(model: str) -> None:
+    process = start_process(
+        model,
+        "-p",
+        "import ",
+        "--ignore-eos",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr is not None
+    err = process.stderr.read()
+    assert process.wait(timeout=20) == 1
+    assert b"Traceback" not in err
+    assert b"Exception ignored" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_chat_in_a_terminal(model: str) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    process = start_process(
+        model,
+        "--temp",
+        "0",
+        "-n",
+        "40",
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+
+    unread = ""
+
+    def read_until(text: str) -> str:
+        nonlocal unread
+        end = time.monotonic() + 30
+        while text not in unread:
+            assert time.monotonic() < end, f"no {text!r} in {unread!r}"
+            if select.select([ours], [], [], 0.2)[0]:
+                unread += os.read(ours, 4096).decode()
+        seen, _, unread = unread.partition(text)
+        return seen
+
+    assert "continued as it is" in read_until("> ")
+    os.write(ours, b"import os\n")
+    assert "import os\r\nimport os" in read_until("tok/s")
+    read_until("> ")
+    process.send_signal(signal.SIGINT)  # at the prompt: a hint, not the end
+    read_until("Ctrl-D leaves")
+    read_until("> ")
+    os.write(ours, b"\x04")
+    assert process.wait(timeout=20) == 0
+    os.close(ours)

@@ -1,0 +1,101 @@
+"""Dependencies point one way: read from the import statements, not from what happens to load."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = (ROOT / "orthrus_gguf", ROOT / "converters/orthrus_converters")
+
+#: Room → rooms that it may import. A room is a module of orthrus_gguf or a folder in it.
+ALLOWED = {
+    "__init__": set(),
+    "errors": set(),
+    "gguf": {"errors"},
+    "config": {"errors", "gguf"},
+    "model_file": {"config", "errors", "gguf"},
+    "segments": {"config"},
+    "sampling": {"errors"},
+    "stop": {"errors"},
+    "vocab": {"errors", "gguf"},
+    "tokenizer": {"errors", "gguf", "vocab"},
+    "chat": {"errors", "gguf", "tokenizer"},
+    "chat_worker": set(),
+    "ggml": {"errors"},
+    "runtime": {"config", "errors", "gguf", "ggml", "model_file", "segments"},
+    "decode": {"errors", "sampling", "segments"},
+    "statistics": {"decode"},
+    "benchmark": {"__init__", "decode", "errors", "sampling", "segments"},
+    "engine": {"decode", "errors", "sampling", "segments", "statistics", "stop", "tokenizer"},
+    "orthrus_converters": {"__init__", "errors", "gguf"},
+}
+ANYTHING = {"cli"}
+
+#: Heavy third-party packages → the only modules that may import them.
+HEAVY = {"torch": {"orthrus_gguf.runtime", "orthrus_gguf.runtime.reference"}, "triton": set()}
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for package in PACKAGES:
+        for path in sorted(package.rglob("*.py")):
+            parts = path.relative_to(package.parent).with_suffix("").parts
+            name = ".".join(parts).removesuffix(".__init__") if len(parts) > 2 else ".".join(parts)
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] == "orthrus_converters":
+        return parts[0]
+    if parts[0] != "orthrus_gguf":
+        return None
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+ROOMS = {path.stem for path in (ROOT / "orthrus_gguf").glob("*") if path.name != "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("name", "tree"), [pytest.param(*module, id=module[0]) for module in modules()]
+)
+def test_imports(name: str, tree: ast.Module) -> None:
+    home = room(name)
+    assert home is not None
+    for target in imports(tree):
+        for package, users in HEAVY.items():
+            if target.split(".")[0] == package:
+                assert name in users, f"{name} imports {package}"
+        there = room(target)
+        if there is None or there == home or home in ANYTHING or there not in ROOMS:
+            continue
+        assert there in ALLOWED[home], f"{name} imports {target}"
+
+
+def test_the_table_is_complete() -> None:
+    assert {*ALLOWED, *ANYTHING} == {*ROOMS, "orthrus_converters"}
+
+
+def test_commands_start_without_torch() -> None:
+    """The core install has no torch: importing the commands must not ask for it."""
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['triton'] = None;"
+        "import orthrus_gguf.cli.run, orthrus_converters.cli, orthrus_gguf.runtime.ggml.model"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
