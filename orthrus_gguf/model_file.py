@@ -17,7 +17,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
-from orthrus_gguf.gguf.tensors import (
+from orthrus_gguf.tensors import (
     OUTPUT,
     TOKEN_EMBD,
     base_tensors,
@@ -26,8 +26,7 @@ from orthrus_gguf.gguf.tensors import (
     is_diffusion_tensor,
 )
 
-ADAPTER = "adapter"
-HEADS = "orthrus_heads"
+ADAPTER = gguf.GGUFType.ADAPTER
 
 #: What must be equal for heads to have been trained on a base.
 _IDENTITY = ("n_layers", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "rms_eps")
@@ -177,7 +176,7 @@ def _check_base(file: GGUFFile) -> None:
         architecture(fields)
         return
     kind = fields.text(gguf.Keys.Adapter.TYPE, "unknown")
-    if kind == HEADS:
+    if kind == keys.ADAPTER_HEADS:
         raise OrthrusError(
             f"{file.path}: holds only diffusion heads; "
             f"open their base model, with --heads {file.path}"
@@ -195,7 +194,7 @@ def _check_heads(file: GGUFFile) -> None:
     fields = Fields(file.metadata, file.path)
     for key, expected in (
         (gguf.Keys.General.TYPE, ADAPTER),
-        (gguf.Keys.Adapter.TYPE, HEADS),
+        (gguf.Keys.Adapter.TYPE, keys.ADAPTER_HEADS),
         (gguf.Keys.General.ARCHITECTURE, keys.ARCH_ORTHRUS),
     ):
         found = fields.text(key, "model" if key == gguf.Keys.General.TYPE else None)

@@ -95,7 +95,7 @@ class Sampler:
         """Logits after bans and penalties; the input itself when there are none."""
         if not self.settings.penalizes and not self._banned.size:
             return logits
-        scores = logits.copy()
+        scores: NDArray[np.float32] = logits.copy()
         if self.settings.penalizes:
             _penalize(scores, prefix, self.settings)
         scores[self._banned] = -np.inf

@@ -12,7 +12,7 @@ import pytest
 
 from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.gguf.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.tensors import base_tensors, diffusion_tensors
 
 PATH = Path("models/some-model.gguf")
 

@@ -19,7 +19,8 @@ ALLOWED = {
     "errors": set(),
     "gguf": {"errors"},
     "config": {"errors", "gguf"},
-    "model_file": {"config", "errors", "gguf"},
+    "tensors": {"config", "errors", "gguf"},
+    "model_file": {"config", "errors", "gguf", "tensors"},
     "segments": {"config"},
     "sampling": {"errors"},
     "stop": {"errors"},
@@ -33,7 +34,7 @@ ALLOWED = {
     "statistics": {"decode"},
     "benchmark": {"__init__", "decode", "errors", "sampling", "segments"},
     "engine": {"decode", "errors", "sampling", "segments", "statistics", "stop", "tokenizer"},
-    "orthrus_converters": {"__init__", "errors", "gguf"},
+    "orthrus_converters": {"__init__", "config", "errors", "gguf", "tensors"},
 }
 ANYTHING = {"cli"}
 

@@ -8,6 +8,9 @@ ARCH_QWEN3 = "qwen3"
 BLOCK_SIZE = "orthrus.diffusion.block_size"
 MASK_TOKEN_ID = "tokenizer.ggml.mask_token_id"
 
+#: `adapter.type` of a file that holds only diffusion heads (its `general.type` is `adapter`).
+ADAPTER_HEADS = "orthrus_heads"
+
 #: The six tensors per layer that the diffusion view adds: `blk.N.<name>.weight`.
 DIFFUSION_TENSORS = (
     "attn_q_diff",

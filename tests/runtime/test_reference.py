@@ -59,9 +59,7 @@ def test_logits_equal_the_official_ones(
     anchor = int(prefill_logits[-1].argmax())
     block = diffusion_segment(anchor, config.mask_token, config.block_size, len(prompt))
     (block_logits,) = model.forward([block], cache)
-    (verify_logits,) = model.forward(
-        [ar_segment([anchor, *case["drafts"][0]], len(prompt))], cache
-    )
+    (verify_logits,) = model.forward([ar_segment([anchor, *case["drafts"][0]], len(prompt))], cache)
     for name, logits in (
         ("prefill", prefill_logits),
         ("first_block_diffusion", block_logits),

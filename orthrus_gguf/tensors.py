@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gguf
 
+from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.reader import TensorInfo
-
-if TYPE_CHECKING:  # config.py itself imports this package
-    from orthrus_gguf.config import ModelConfig
 
 TOKEN_EMBD = "token_embd.weight"
 OUTPUT = "output.weight"

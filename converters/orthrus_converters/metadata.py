@@ -1,0 +1,170 @@
+"""The keys of the files: what llama.cpp's converter writes for Qwen3, and the diffusion heads'."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import gguf
+import yaml
+
+from orthrus_converters.file_types import FileType
+from orthrus_converters.json_file import JsonFile, describe
+from orthrus_converters.vocabulary import DEFAULT_TEMPLATE, Vocabulary
+from orthrus_gguf.config import ModelConfig, Rope
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf import keys
+
+
+#: Files beside config.json that the general metadata comes from.
+CARD = "README.md"
+GENERATION = "generation_config.json"
+
+_ValueType = gguf.GGUFValueType
+
+
+def read_card(folder: Path, n_parameters: int) -> gguf.Metadata:
+    """Name, license, origins, sampling defaults …: from the model card, config files, folder name.
+
+    n_parameters: of the file to be written; the size label follows from it unless the card or the
+    name has one. Raises OrthrusError for a card that cannot be read.
+    """
+    folder = Path(os.path.abspath(folder))  # its name counts, also when it was given as `.`
+    JsonFile.read_if_present(folder / GENERATION)
+    try:
+        card = gguf.Metadata.load(model_path=folder, total_params=n_parameters)
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        problem = " ".join(str(error).split())
+        raise OrthrusError(
+            f"{folder / CARD}: the front matter cannot be read ({problem}); correct or delete it"
+        ) from error
+    for field in dataclasses.fields(card):
+        value = getattr(card, field.name)
+        # YAML reads `version: 1.0` or `1977-05-25` as something else than text.
+        if "str]" in str(field.type) and isinstance(value, int | float | datetime.date):
+            setattr(card, field.name, str(value))
+    if isinstance(card.license, list):
+        card.license = ",".join(map(str, card.license))
+    card.name = card.name or folder.name or "model"
+    card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
+    return card
+
+
+def add_general(writer: gguf.GGUFWriter, card: gguf.Metadata, kind: str) -> None:
+    """`general.*` without the file type. kind: one of gguf.GGUFType."""
+    writer.add_type(kind)
+    card.set_gguf_meta_model(writer)
+    for key, item in writer.kv_data[0].items():
+        if not _fits(item.value, item.type):
+            raise OrthrusError(
+                f"{CARD} or {GENERATION}: the value for {key} is {_shown(item.value)}, expected "
+                f"{item.type.name}; correct it"
+            )
+
+
+def _fits(value: Any, kind: gguf.GGUFValueType) -> bool:
+    """True if gguf can store `value` as `kind` (it would raise all sorts of errors otherwise)."""
+    if kind == _ValueType.ARRAY:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == _ValueType.STRING:
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if kind == _ValueType.FLOAT32:
+        return abs(value) < 3.4e38
+    return isinstance(value, int) and -(2**31) <= value < 2**31
+
+
+def _shown(value: object) -> str:
+    return describe(value) if isinstance(value, dict | list | int | float) else repr(value)[:60]
+
+
+def add_model(writer: gguf.GGUFWriter, config: ModelConfig, file_type: FileType) -> None:
+    """Shape, constants and types, under the writer's architecture."""
+    writer.add_block_count(config.n_layers)
+    writer.add_context_length(config.n_ctx_train)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_feed_forward_length(config.n_ff)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_head_kv)
+    _add_rope(writer, config.rope)
+    writer.add_layer_norm_rms_eps(config.rms_eps)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_file_type(file_type.number)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
+    """The base, and for YaRN the scaling, whose finer settings are left out at their defaults."""
+    plain = Rope(rope.freq_base)
+    if rope != plain:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context)
+        if rope.ext_factor != 1.0:
+            writer.add_rope_scaling_yarn_ext_factor(rope.ext_factor)
+        if rope.attn_factor != plain.attn_factor:
+            writer.add_rope_scaling_yarn_attn_factor(rope.attn_factor)
+        if rope.beta_fast != plain.beta_fast:
+            writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        if rope.beta_slow != plain.beta_slow:
+            writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+    writer.add_rope_freq_base(rope.freq_base)
+
+
+def add_heads(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """What the diffusion view needs beside its tensors."""
+    assert config.block_size is not None
+    assert config.mask_token is not None
+    writer.add_uint32(keys.BLOCK_SIZE, config.block_size)
+    writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
+
+
+def add_adapter_type(writer: gguf.GGUFWriter) -> None:
+    """Marks a file that holds nothing but diffusion heads."""
+    writer.add_string(gguf.Keys.Adapter.TYPE, keys.ADAPTER_HEADS)
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """`tokenizer.*` without the mask token."""
+    names = gguf.Keys.Tokenizer
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list([token.text for token in vocabulary.tokens])
+    if vocabulary.model == "llama":
+        writer.add_token_scores([token.score for token in vocabulary.tokens])
+    writer.add_token_types([int(token.type) for token in vocabulary.tokens])
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
+    ids = {
+        "bos": names.BOS_ID,
+        "eos": names.EOS_ID,
+        "unk": names.UNK_ID,
+        "sep": names.SEP_ID,
+        "pad": names.PAD_ID,
+    }
+    for name, id_ in vocabulary.special.items():
+        writer.add_uint32(ids[name], id_)
+    flags = {"add_bos_token": names.ADD_BOS, "add_space_prefix": names.ADD_PREFIX}
+    for name, value in vocabulary.flags.items():
+        writer.add_bool(flags[name], value)
+    _add_templates(writer, vocabulary)
+
+
+def _add_templates(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """The default template, and others by name (GGUFWriter would list them in random order)."""
+    named = {
+        "".join(char if char.isascii() and char.isalnum() else "_" for char in name): template
+        for name, template in vocabulary.templates.items()
+        if name != DEFAULT_TEMPLATE
+    }
+    for name, template in sorted(named.items()):
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), template)
+    if named:
+        writer.add_array(gguf.Keys.Tokenizer.CHAT_TEMPLATES, sorted(named))
+    if DEFAULT_TEMPLATE in vocabulary.templates:
+        writer.add_string(gguf.Keys.Tokenizer.CHAT_TEMPLATE, vocabulary.templates[DEFAULT_TEMPLATE])

@@ -1,0 +1,138 @@
+"""Which weight of the checkpoint becomes which tensor of the file, and the check that all fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from orthrus_converters.checkpoint import Checkpoint
+from orthrus_converters.safetensors_file import FLOAT_DTYPES, SourceTensor, read_chunks
+from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+
+_GLOBAL = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output.weight": "lm_head.weight",
+    "output_norm.weight": "model.norm.weight",
+}
+_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_q_diff": "self_attn.q_proj_diff",
+    "attn_k_diff": "self_attn.k_proj_diff",
+    "attn_v_diff": "self_attn.v_proj_diff",
+    "attn_output_diff": "self_attn.o_proj_diff",
+    "attn_q_norm_diff": "self_attn.q_norm_diff",
+    "attn_k_norm_diff": "self_attn.k_norm_diff",
+}
+_LM_HEAD = _GLOBAL["output.weight"]
+_COMPARED = 1 << 20  # elements at a time
+
+
+@dataclass(frozen=True)
+class Weight:
+    """name: in the GGUF file. source: in the checkpoint, of the same shape."""
+
+    name: str
+    source: SourceTensor
+
+
+def has_heads(checkpoint: Checkpoint) -> bool:
+    """True if the checkpoint holds any weight of the diffusion view."""
+    return any(name.endswith("_diff.weight") for name in checkpoint.tensors)
+
+
+def match_weights(checkpoint: Checkpoint, config: ModelConfig) -> list[Weight]:
+    """All weights in the order of the file: embedding, output, layers, final norm.
+
+    Raises OrthrusError unless the checkpoint holds exactly the weights that `config` calls for, in
+    the right shapes and in types that we read.
+    """
+    shapes = base_tensors(config) | diffusion_tensors(config)
+    names = {name: _hf_name(name) for name in sorted(shapes, key=_position)}
+    missing = [hf_name for hf_name in names.values() if hf_name not in checkpoint.tensors]
+    if missing:
+        raise OrthrusError(
+            f"{checkpoint.folder}: weight {missing[0]}{_more(missing)} is missing; "
+            "the checkpoint is incomplete, or config.json belongs to another model"
+        )
+    _check_unused(checkpoint, config, set(names.values()))
+    weights = [Weight(name, checkpoint.tensors[hf_name]) for name, hf_name in names.items()]
+    for weight in weights:
+        _check_weight(weight.source, shapes[weight.name])
+    return weights
+
+
+def _hf_name(name: str) -> str:
+    if name in _GLOBAL:
+        return _GLOBAL[name]
+    _, layer, part, _ = name.split(".")
+    return f"model.layers.{layer}.{_LAYER[part]}.weight"
+
+
+def _position(name: str) -> tuple[int, int, int]:
+    """Sort key: where a tensor stands in the file."""
+    if not name.startswith("blk."):
+        return 2 * (name == "output_norm.weight"), list(_GLOBAL).index(name), 0
+    _, layer, part, _ = name.split(".")
+    return 1, int(layer), list(_LAYER).index(part)
+
+
+def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -> None:
+    """Raise OrthrusError if ignoring the weights that have no place would change the model."""
+    unused = [
+        name
+        for name in checkpoint.tensors
+        # Computed from config.json; old versions of transformers stored it.
+        if name not in used and not name.endswith(".rotary_emb.inv_freq")
+    ]
+    if config.tied and _LM_HEAD in unused:
+        _check_tied(checkpoint.tensors)
+        unused.remove(_LM_HEAD)
+    if unused:
+        raise OrthrusError(
+            f"{checkpoint.tensors[unused[0]].path}: weight {unused[0]}{_more(unused)} has no place "
+            "in an Orthrus model; the checkpoint is of another architecture"
+        )
+
+
+def _check_tied(tensors: Mapping[str, SourceTensor]) -> None:
+    """Raise OrthrusError unless the stored head is the copy of the embedding that it should be."""
+    head, embedding = tensors[_LM_HEAD], tensors[_GLOBAL["token_embd.weight"]]
+    _check_weight(head, embedding.shape)
+    _check_weight(embedding, embedding.shape)
+    chunks = zip(read_chunks(head, _COMPARED), read_chunks(embedding, _COMPARED), strict=True)
+    if head.dtype != embedding.dtype or not all(np.array_equal(a, b) for a, b in chunks):
+        raise OrthrusError(
+            f"{head.path}: {_LM_HEAD} differs from the embedding though config.json says "
+            "tie_word_embeddings; set it to false if the head is meant to be used"
+        )
+
+
+def _check_weight(source: SourceTensor, shape: tuple[int, ...]) -> None:
+    if source.shape != shape:
+        raise OrthrusError(
+            f"{source.path}: weight {source.name}: expected shape {shape}, found {source.shape}; "
+            "config.json belongs to another model"
+        )
+    if source.dtype not in FLOAT_DTYPES:
+        raise OrthrusError(
+            f"{source.path}: weight {source.name}: expected {', '.join(FLOAT_DTYPES)}, found "
+            f"{source.dtype}; get the checkpoint in one of these types"
+        )
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
