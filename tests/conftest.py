@@ -34,9 +34,7 @@ def golden_logits() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def demo_file(
-    checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def demo_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`demo_file(type, split=False)`: the demo checkpoint as a GGUF, converted once per session.
 
     With `split`, the path of the base file; its heads are beside it (`<stem>-heads.gguf`).

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from gguf import quants
 from numpy.typing import NDArray
 
 from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.ggml.binding import Ggml
-from orthrus_gguf.ggml.quantize import needs_importance, quantize
+from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.gguf.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.tensors import base_tensors, diffusion_tensors
 
 _TYPES = gguf.GGMLQuantizationType
 
@@ -25,8 +26,11 @@ _TYPES = gguf.GGMLQuantizationType
 TypeRule = Callable[[str], gguf.GGMLQuantizationType]
 
 #: Distinct random rows per matrix; the others repeat them in random order. Quantizing 152,000 rows
-#: would take minutes and tell the kernels nothing new. Some types are slow even for a few.
+#: would take minutes and tell the kernels nothing new.
 DISTINCT_ROWS = 256
+
+#: Types that take seconds to quantize even a few rows. Any bits are valid in their qblocks, but for
+#: a scale in F16, which most have in their first two bytes.
 SLOW_TYPES = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"})
 
 
@@ -121,13 +125,37 @@ def _random_matrix(
     shape: tuple[int, ...],
     qtype: gguf.GGMLQuantizationType,
 ) -> NDArray[np.uint8]:
-    """Bytes [rows, bytes per row]; rows of unit length, so that activations keep their size."""
+    """Bytes [rows, bytes per row]; rows of about unit length, so that activations keep size."""
     rows, columns = shape
-    distinct = min(rows, 4 if qtype.name in SLOW_TYPES else DISTINCT_ROWS)
-    values = rng.standard_normal((distinct, columns)) / np.sqrt(columns)
-    importance = np.ones(columns, np.float32) if needs_importance(api, qtype) else None
-    data = quantize(api, values.astype(np.float32), qtype, importance)
+    distinct = min(rows, DISTINCT_ROWS)
+    if qtype.name in SLOW_TYPES:
+        data = _random_qblocks(rng, distinct, columns, qtype)
+    else:
+        values = rng.standard_normal((distinct, columns)) / np.sqrt(columns)
+        data = quantize(api, values.astype(np.float32), qtype)
     return data if distinct == rows else data[rng.integers(0, distinct, rows)]
+
+
+def _random_qblocks(
+    rng: np.random.Generator, rows: int, columns: int, qtype: gguf.GGMLQuantizationType
+) -> NDArray[np.uint8]:
+    """Random bits with the scale that gives rows about unit length."""
+    qblock, n_bytes = gguf.GGML_QUANT_SIZES[qtype]
+    qblocks = rng.integers(0, 256, (rows * columns // qblock, n_bytes), np.uint8)
+    _set_scale(qblocks, qtype, 1.0)
+    spread = float(quants.dequantize(qblocks, qtype).std())
+    _set_scale(qblocks, qtype, 1 / (spread * np.sqrt(columns)))
+    return qblocks.reshape(rows, -1)
+
+
+def _set_scale(qblocks: NDArray[np.uint8], qtype: gguf.GGMLQuantizationType, scale: float) -> None:
+    bits = int(np.array(scale, "<f2").view("<u2"))
+    if qtype is not _TYPES.IQ1_M:
+        qblocks[:, :2] = bits & 255, bits >> 8
+        return
+    for i in range(4):  # its scale lies in the high nibbles of its last four 16-bit words
+        high = qblocks[:, 49 + 2 * i]
+        high[:] = high & 15 | (bits >> 4 * i & 15) << 4
 
 
 def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
