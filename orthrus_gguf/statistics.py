@@ -74,11 +74,11 @@ class Timings:
 
     @property
     def prompt_per_second(self) -> float | None:
-        return self.prompt_tokens / self.prompt if self.prompt > 0 else None
+        return self.prompt_tokens / self.prompt if self.prompt_tokens else None
 
     @property
     def generated_per_second(self) -> float | None:
-        return self.generated_tokens / self.generation if self.generation > 0 else None
+        return self.generated_tokens / self.generation if self.generated_tokens else None
 
     def to_json(self) -> dict[str, Any]:
         return {
