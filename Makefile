@@ -14,7 +14,7 @@ demo: $(BIN)/python
 	$(BIN)/python -m pip install --quiet .
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/python -m pip install --quiet '.[cuda]'; fi
 	$(BIN)/orthrus-convert $(DEMO) tiny-orthrus.gguf --overwrite
-	$(BIN)/orthrus-run tiny-orthrus.gguf -p 'def read(self, size=-1):\n' -n 120 --temp 0
+	$(BIN)/orthrus-run tiny-orthrus.gguf -p 'def read(self, size=-1):\n' -n 120 --temp 0 --strategy two-pass
 
 test: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m 'not gpu and not slow'

@@ -20,7 +20,7 @@ def chat_loop(loaded: Loaded, system: list[Message], *, statistics: bool) -> int
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - line editing and history in input(), where Python has it
-    say(f"{loaded.file.config.name} on {loaded.model.description}\n{HELP}")
+    say(f"{loaded.banner}\n{HELP}")
     history = list(system)
     while True:
         try:

@@ -41,6 +41,16 @@ class Loaded:
     thinking: bool | None
     seconds: float
 
+    @property
+    def banner(self) -> str:
+        """Model, runtime, and why its heads are idle if they are."""
+        line = f"{self.file.config.name} on {self.model.description}"
+        if self.file.config.has_heads and self.plan.strategy is Strategy.AR:
+            line += (
+                "\nplain decoding: on a CPU drafts cost more than they gain (--strategy two-pass)"
+            )
+        return line
+
     def render(self, messages: list[Message]) -> str:
         """The prompt text of a conversation; without a template, its last message as it is."""
         if self.template is None:
@@ -88,7 +98,7 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
         template=template,
         model=model,
         session=Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size),
-        plan=plan_for(model, _strategy(args, file), args.draft_width),
+        plan=plan_for(model, _strategy(args), args.draft_width),
         sampling=sampling,
         max_tokens=args.predict,
         stop=tuple(args.stop),
@@ -102,13 +112,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _strategy(args: argparse.Namespace, file: ModelFile) -> Strategy:
+def _strategy(args: argparse.Namespace) -> Strategy:
+    """What the flags ask for. A width alone asks for drafts."""
     if args.strategy is not None:
         return Strategy(args.strategy)
-    if file.config.has_heads:
-        return Strategy.TWO_PASS
-    say(f"{file.paths[0]}: no diffusion heads, so decoding is plain AR")
-    return Strategy.AR
+    return Strategy.AR if args.draft_width is None else Strategy.TWO_PASS
 
 
 def _check_template_flags(

@@ -76,8 +76,8 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--strategy",
         choices=[strategy.value for strategy in Strategy],
-        help="two-pass drafts with the diffusion heads, ar is plain decoding"
-        " (default: two-pass where the model has heads)",
+        help="two-pass drafts with the diffusion heads, ar is plain decoding (default: ar, since"
+        " on a CPU every row costs; two-pass if --draft-width is given)",
     )
     group.add_argument(
         "--draft-width",

@@ -159,7 +159,7 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
     finally:
         print(flush=True)
         if not args.no_perf:
-            say(f"\n{loaded.file.config.name} on {loaded.model.description}")
+            say(f"\n{loaded.banner}")
             say(statistics_block(request, generation.result, loaded.seconds))
     return 0
 

@@ -57,7 +57,17 @@ def test_json_equals_the_official_run(
 ) -> None:
     prompt, case = golden_case(golden, number)
     code, out, err = run(
-        model, "-p", prompt, "--no-escape", "--temp", "0", "-n", str(case["n_new"]), "--json"
+        model,
+        "-p",
+        prompt,
+        "--no-escape",
+        "--temp",
+        "0",
+        "-n",
+        str(case["n_new"]),
+        "--strategy",
+        "two-pass",
+        "--json",
     )
     report = json.loads(out)
     assert (code, out.count("\n")) == (0, 1)
@@ -106,17 +116,16 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(run: Any, model: str, runtim
 def test_split_files_give_the_same_text(run: Any, model: str, demo_file: DemoFile) -> None:
     base = demo_file("f32", split=True)
     heads = str(base.with_name(base.stem + "-heads.gguf"))
-    flags = ("-p", "def ", "-n", "30", "--temp", "0", "--json")
+    flags = ("-p", "def ", "-n", "30", "--temp", "0", "--json", "--strategy", "two-pass")
     single = json.loads(run(model, *flags)[1])
     pair = json.loads(run("-m", str(base), "--heads", heads, *flags)[1])
     assert pair["output_ids"] == single["output_ids"]
     assert pair["accepted"] == single["accepted"]
-    code, out, err = run(str(base), *flags)
-    assert code == 0
-    assert "no diffusion heads" in err
-    alone = json.loads(out)
+    alone = json.loads(run(str(base), *flags, "--strategy", "ar")[1])
     assert alone["output_ids"] == single["output_ids"]
-    assert alone["settings"]["strategy"] == "ar"
+    code, _, err = run(str(base), *flags)
+    assert code == 1
+    assert "has no diffusion heads; use --strategy ar, or name a heads file with --heads" in err
 
 
 def test_prompt_files_and_escapes(
