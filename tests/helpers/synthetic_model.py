@@ -59,7 +59,7 @@ def model_shape(
         n_head_kv=n_head_kv,
         head_dim=head_dim,
         n_vocab=n_vocab,
-        rms_eps=1e-6,
+        rms_eps=float(np.float32(1e-6)),
         rope=rope or Rope(1e6),
         tied=tied,
         block_size=block_size,

@@ -1,0 +1,1 @@
+"""ggml from Python: find and check the library, call it, quantize with it."""

@@ -1,0 +1,112 @@
+"""What this process may use of the machine: physical cores and memory.
+
+`root` stands for the file system's root, so that tests can put a made-up machine there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+ROOT = Path("/")
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may run on at once, at least 1.
+
+    ggml's threads wait for each other by spinning, so a second thread per core, or more threads
+    than the container's CPU quota pays for, makes everything slower.
+    """
+    if sys.platform == "darwin":
+        return darwin_cores()
+    try:
+        cpus = os.sched_getaffinity(0)
+    except AttributeError:  # not Linux
+        return max(1, os.cpu_count() or 1)
+    return linux_cores(cpus)
+
+
+def linux_cores(cpus: set[int], root: Path = ROOT) -> int:
+    """Distinct physical cores among the allowed logical `cpus`, cut to the cgroup's quota."""
+    cores = set()
+    for cpu in cpus:
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        cores.add(siblings or str(cpu))
+    quota = cpu_quota(root)
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def darwin_cores() -> int:
+    """Performance cores where there are two kinds (as llama.cpp counts), else all physical ones."""
+    library = ctypes.CDLL(ctypes.util.find_library("c"))
+    for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):
+        count, size = ctypes.c_int32(0), ctypes.c_size_t(4)
+        found = library.sysctlbyname(name, ctypes.byref(count), ctypes.byref(size), None, 0) == 0
+        if found and count.value > 0:
+            return count.value
+    return max(1, os.cpu_count() or 1)
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """CPUs that the control group pays for (quota / period), None without a limit."""
+
+    def version2(folder: Path) -> float | None:
+        quota, _, period = _read(folder / "cpu.max").partition(" ")
+        return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+    def version1(folder: Path) -> float | None:
+        quota, period = _read(folder / "cpu.cfs_quota_us"), _read(folder / "cpu.cfs_period_us")
+        return int(quota) / int(period) if quota.isdigit() and period.isdigit() else None
+
+    return _tightest(root, "cpu", version2, version1)
+
+
+def memory_bytes(root: Path = ROOT) -> int:
+    """Memory that this process can hope for: the machine's, cut to the control group's limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def version2(folder: Path) -> float | None:
+        text = _read(folder / "memory.max")
+        return int(text) if text.isdigit() else None
+
+    def version1(folder: Path) -> float | None:
+        text = _read(folder / "memory.limit_in_bytes")
+        return int(text) if text.isdigit() else None
+
+    limit = _tightest(root, "memory", version2, version1)
+    return total if limit is None else min(total, int(limit))
+
+
+def _tightest(
+    root: Path,
+    controller: str,
+    version2: Callable[[Path], float | None],
+    version1: Callable[[Path], float | None],
+) -> float | None:
+    """The smallest limit on the way from this process's control group up to the root."""
+    limits = []
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers == "":
+            mount, read = root / "sys/fs/cgroup", version2
+        elif controller in controllers.split(","):
+            mount, read = root / "sys/fs/cgroup" / controllers, version1
+        else:
+            continue
+        path = PurePosixPath(group.lstrip("/"))
+        limits += [read(mount / folder) for folder in (path, *path.parents)]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _read(path: Path) -> str:
+    """The text of a small system file, empty where there is none."""
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,213 @@
+"""GgmlModel: a model on the CPU, in ggml."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.ggml.binding import STATUS_SUCCESS
+from orthrus_gguf.ggml.library import load_library
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime.ggml.cache import GgmlCache, cache_layout
+from orthrus_gguf.runtime.ggml.graph import Shape
+from orthrus_gguf.runtime.ggml.graph_pool import GraphPool
+from orthrus_gguf.runtime.ggml.passes import Piece, columns_for, cut
+from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
+from orthrus_gguf.runtime.ggml.weights import Weights
+from orthrus_gguf.segments import Logits, Segment, View, check_segments
+
+#: Most rows of one pass, unless the caller says otherwise (llama.cpp's `-ub`).
+BATCH_ROWS = 512
+
+#: Diffusion rows of one pass: four blocks of the released models. More run as several passes.
+BLOCK_ROWS = 128
+
+#: Memory that attention scores of one pass may take. Long contexts get smaller prompt batches.
+SCORE_BYTES = 32 << 20
+
+
+class GgmlModel:
+    """See `segments.Model`. Use as a context manager, or close it.
+
+    One pass runs at a time; calls from several threads wait for one another.
+    """
+
+    def __init__(
+        self,
+        file: ModelFile,
+        *,
+        threads: int | None = None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+        batch_rows: int = BATCH_ROWS,
+    ) -> None:
+        """See `load`."""
+        if batch_rows < 1:
+            raise OrthrusError(f"-b {batch_rows}: expected at least 1 row per batch")
+        self.config = file.config
+        self._batch_rows = batch_rows
+        self._layout = cache_layout(file.config, cache_type_k, cache_type_v)
+        self._threads = thread_count(threads)
+        self._library = load_library()
+        self._lock = threading.Lock()
+        api = self._api = self._library.api
+        with ExitStack() as stack:
+            self._weights = Weights(self._library, file)
+            stack.callback(self._weights.close)
+            self._pool = stack.enter_context(shared_pool(api, self._threads))
+            self._backend = api.backend_cpu_init()
+            stack.callback(api.backend_free, self._backend)
+            api.backend_cpu_set_n_threads(self._backend, self._threads)
+            api.backend_cpu_set_threadpool(self._backend, self._pool.handle)
+            # Kernels that give a row other bits when it has company stay off.
+            api.backend_cpu_set_use_ref(self._backend, True)
+            self._graphs = GraphPool(api, file.config, self._weights)
+            stack.callback(self._graphs.close)
+            self._finalizer = weakref.finalize(self, stack.pop_all().close)
+
+    @classmethod
+    def load(
+        cls,
+        file: ModelFile,
+        *,
+        threads: int | None = None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+        batch_rows: int = BATCH_ROWS,
+    ) -> GgmlModel:
+        """Make a model of an open file, whose mapping is used as it is and kept alive.
+
+        threads: default one per physical core that this process may use.
+        cache_type_k, cache_type_v: f32, f16, q8_0 or q4_0, for the caches of this model.
+        batch_rows: most rows of one pass; longer segments run as several.
+        Raises OrthrusError for a library, weight type, or setting that cannot be used.
+        """
+        return cls(
+            file,
+            threads=threads,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            batch_rows=batch_rows,
+        )
+
+    @property
+    def description(self) -> str:
+        types = "/".join(sorted(qtype.name for qtype in self._weights.types))
+        cache = f"{self._layout.type_k.name.lower()}/{self._layout.type_v.name.lower()}"
+        plural = "" if self._threads == 1 else "s"
+        return (
+            f"cpu (ggml {self._library.version}, {self._threads} thread{plural}, "
+            f"{types} weights, {cache} cache)"
+        )
+
+    def new_cache(self, capacity: int) -> GgmlCache:
+        """See `Model.new_cache`. The cache frees itself when it is no longer used."""
+        self._check_open()
+        cache = GgmlCache(self._api, self._layout, capacity, self._spare_rows)
+        weakref.finalize(cache, self._graphs.forget, cache.serial)
+        return cache
+
+    def forward(self, segments: Sequence[Segment], cache: GgmlCache) -> list[Logits]:
+        """See `Model.forward`."""
+        with self._lock:
+            self._check_open()
+            self._check(segments, cache)
+            length = cache.length
+            try:
+                return self._run(segments, cache)
+            except BaseException:
+                cache.truncate(min(length, cache.length))
+                raise
+
+    def close(self) -> None:
+        """Free everything but the caches handed out, which can only be closed from now on."""
+        with self._lock:
+            self._finalizer()
+
+    def __enter__(self) -> GgmlModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _spare_rows(self) -> int:
+        """Cache rows set aside for the diffusion rows of a pass."""
+        return max(BLOCK_ROWS, self.config.block_size or 0)
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise OrthrusError("the model is closed; load it again")
+
+    def _check(self, segments: Sequence[Segment], cache: GgmlCache) -> None:
+        if cache.closed or cache.layout is not self._layout:
+            raise ValueError("the cache is closed, or belongs to another model")
+        check_segments(segments, cache)
+        for segment in segments:
+            low, high = min(segment.tokens), max(segment.tokens)
+            if low < 0 or high >= self.config.n_vocab:
+                raise OrthrusError(
+                    f"token {low if low < 0 else high} is outside the vocabulary of "
+                    f"{self.config.n_vocab}; the tokenizer does not belong to this model"
+                )
+            if segment.view is View.DIFFUSION:
+                if not self.config.has_heads:
+                    raise OrthrusError(
+                        f"{self.config.name} has no diffusion heads; use --strategy ar"
+                    )
+                if len(segment) > self._spare_rows:
+                    raise ValueError(
+                        f"block of {len(segment)} rows, at most {self._spare_rows} fit"
+                    )
+
+    def _max_rows(self, segments: Sequence[Segment], cache: GgmlCache) -> int:
+        """Rows of one pass that keep its attention scores within SCORE_BYTES."""
+        if not self._layout.transposed:
+            return self._batch_rows  # flash attention stores no scores
+        reach = columns_for(cache.length + sum(map(len, segments)))
+        rows = SCORE_BYTES // (reach * self.config.n_head * 4)
+        return min(self._batch_rows, max(rows // 32 * 32, 32))
+
+    def _run(self, segments: Sequence[Segment], cache: GgmlCache) -> list[Logits]:
+        found: list[list[Logits]] = [[] for _ in segments]
+        passes = cut(segments, self._max_rows(segments, cache), self._spare_rows)
+        for number, pieces in enumerate(passes, 1):
+            logits = self._run_pass(pieces, cache)
+            if logits is None:
+                continue
+            if number < len(passes):
+                logits = logits.copy()  # the next pass reuses this memory
+            row = 0
+            for piece in pieces:
+                count = len(piece.wanted)
+                if count:
+                    found[piece.index].append(logits[row : row + count])
+                row += count
+        return [self._joined(parts) for parts in found]
+
+    def _joined(self, parts: list[Logits]) -> Logits:
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([np.empty((0, self.config.n_vocab), np.float32), *parts])
+
+    def _run_pass(self, pieces: Sequence[Piece], cache: GgmlCache) -> Logits | None:
+        ar_rows = sum(piece.count for piece in pieces if piece.segment.view is View.AR)
+        diffusion_rows = sum(piece.count for piece in pieces) - ar_rows
+        columns = min(columns_for(cache.length + ar_rows + diffusion_rows), cache.rows)
+        wanted = sum(len(piece.wanted) for piece in pieces)
+        ready = self._graphs.get(cache, Shape(ar_rows, diffusion_rows, wanted, columns))
+        ready.inputs.fill(pieces, cache.length, cache.element_offsets)
+        with self._pool.lock:
+            status = self._api.backend_graph_compute(self._backend, ready.graph)
+        if status != STATUS_SUCCESS:
+            raise OrthrusError(
+                f"ggml could not run a pass of {ar_rows + diffusion_rows} rows (status {status}); "
+                "memory may have run out: choose a smaller context with -c"
+            )
+        cache.append(ar_rows)
+        return ready.logits

@@ -1,0 +1,63 @@
+"""How the segments of one `forward` call are cut into passes. Pure bookkeeping, no ggml."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orthrus_gguf.runtime.ggml.cache import COLUMNS
+from orthrus_gguf.segments import Segment, View
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` rows of a segment from its row `first` on, which run in one pass."""
+
+    index: int
+    segment: Segment
+    first: int
+    count: int
+
+    @property
+    def wanted(self) -> range:
+        """The wanted rows of the segment that lie in this piece, counted from its first row."""
+        wanted, stop = self.segment.wanted, self.first + self.count
+        low, high = max(wanted.start, self.first), min(wanted.stop, stop)
+        return range(low - self.first, max(low, high) - self.first)
+
+
+def cut(segments: Sequence[Segment], max_rows: int, max_block_rows: int) -> list[list[Piece]]:
+    """Passes of at most `max_rows` rows, `max_block_rows` of them in blocks, in order.
+
+    An AR segment may be cut anywhere, since its rows do not depend on their company. Blocks join
+    the last pass while they fit. A block is never cut, because its rows see one another, so a large
+    one may exceed `max_rows`. A block of which nothing is wanted leaves no trace and does not run.
+    """
+    passes: list[list[Piece]] = []
+    for index, segment in enumerate(segments):
+        if segment.view is View.AR:
+            for first in range(0, len(segment), max_rows):
+                count = min(max_rows, len(segment) - first)
+                passes.append([Piece(index, segment, first, count)])
+        elif segment.wanted:
+            if not passes or not _fits(passes[-1], len(segment), max_rows, max_block_rows):
+                passes.append([])
+            passes[-1].append(Piece(index, segment, 0, len(segment)))
+    return passes
+
+
+def _fits(pieces: Sequence[Piece], rows: int, max_rows: int, max_block_rows: int) -> bool:
+    """Whether a block of `rows` rows can join the pass of these pieces."""
+    total = sum(piece.count for piece in pieces)
+    blocks = sum(piece.count for piece in pieces if piece.segment.view is View.DIFFUSION)
+    return total + rows <= max_rows and blocks + rows <= max_block_rows
+
+
+def columns_for(rows: int) -> int:
+    """Cache columns that a graph spans to reach `rows` rows: more, so that it serves a while.
+
+    Steps grow with the context (an eighth of it, at least COLUMNS): hidden columns cost time, new
+    graphs too.
+    """
+    step = max(COLUMNS, 1 << max(rows.bit_length() - 4, 0))
+    return -(-rows // step) * step
