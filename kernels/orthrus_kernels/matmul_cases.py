@@ -1,0 +1,227 @@
+"""The matrix products as cases for `orthrus_kernels.offline`: every type, tile and architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gguf import GGMLQuantizationType
+
+from orthrus_kernels import matmul_a8, matmul_a16, matmul_dequantize, matmul_outputs
+from orthrus_kernels.dispatch import INT8_TYPES, Tile, Use, safe_tile
+from orthrus_kernels.matmul import kind_of
+from orthrus_kernels.offline import CAPABILITIES, KernelCase
+from orthrus_kernels.quant_tensor import PLAIN_TYPES, STEP, TRAITS, Layout
+
+_T = GGMLQuantizationType
+ROWS = (16, 32, 64)
+"""The row tiles."""
+
+EVERY = CAPABILITIES
+BOTH = (86, 90)  # the two targets; the others get the main types only, to keep the tests short
+GEFORCE = (86, 89, 120)  # where int8 products are used
+
+
+def _planes(prefix: str, layout: Layout, kind: GGMLQuantizationType) -> dict[str, str]:
+    code = {Layout.A16: "*u16", Layout.A8: "*u8"}[layout]
+    if kind in PLAIN_TYPES:
+        code = "*fp16" if kind == _T.F16 else "*bf16"
+    return {
+        f"{prefix}main": code,
+        f"{prefix}high": code,
+        f"{prefix}scales": "*u32",
+        f"{prefix}supers": "*u32",
+    }
+
+
+def _strides(prefix: str = "") -> dict[str, str]:
+    names = ("row_stride", "group_stride", "scale_row_stride", "scale_group_stride")
+    return {prefix + name: "i32:16" for name in names}
+
+
+def _activations(layout: Layout) -> dict[str, str]:
+    if layout is Layout.A16:
+        return {"x": "*fp16", "x_stride": "i32:16"}
+    return {
+        "x": "*i8",
+        "x_scales": "*fp32",
+        "x_sums": "*fp32",
+        "groups": "i32:16",
+        **_strides(),
+    }
+
+
+def _constants(layout: Layout, tile: Tile, asm: bool) -> dict[str, Any]:
+    constants: dict[str, Any] = {"ASM": asm, "BM": tile.rows, "BN": tile.n}
+    if layout is Layout.A8:
+        # Groups outermost: the scales of one group lie side by side (stride 1).
+        constants |= {"K_TAIL": False, "scale_row_stride": 1, "STAGES": tile.stages}
+    return constants
+
+
+def _capability_tiles(
+    kind: GGMLQuantizationType,
+    layout: Layout,
+    rows: int,
+    only: tuple[int, ...],
+    use: Use = Use.MATMUL,
+) -> dict[Tile, tuple[int, ...]]:
+    """The safe tile of each architecture -> the architectures that use it."""
+    tiles: dict[Tile, tuple[int, ...]] = {}
+    for capability in only:
+        tile = safe_tile(layout, kind, rows, capability, use)
+        tiles[tile] = (*tiles.get(tile, ()), capability)
+    return tiles
+
+
+def _case(
+    name: str,
+    functions: dict[Layout, Any],
+    layout: Layout,
+    tile: Tile,
+    capabilities: tuple[int, ...],
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    kind: GGMLQuantizationType,
+    asm: bool = True,
+) -> KernelCase:
+    return KernelCase(
+        f"{name} {layout.value} {tile.rows} rows" + ("" if asm else " (no asm)"),
+        functions[layout],
+        {"rows": "i32", "steps": "i32", **_activations(layout), **signature},
+        {**_constants(layout, tile, asm), **constants},
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        weights_per_iteration=tile.n * (STEP // 2 if kind in PLAIN_TYPES else STEP),
+        capabilities=capabilities,
+    )
+
+
+_MATMUL = {Layout.A16: matmul_a16.matmul_a16, Layout.A8: matmul_a8.matmul_a8}
+_GATE_UP = {Layout.A16: matmul_a16.gate_up_a16, Layout.A8: matmul_a8.gate_up_a8}
+_HEAD = {Layout.A16: matmul_a16.head_a16, Layout.A8: matmul_a8.head_a8}
+
+
+def matmul_cases(
+    kind: GGMLQuantizationType,
+    layout: Layout,
+    rows: int,
+    second: GGMLQuantizationType | None = None,
+    asm: bool = True,
+    tiles: dict[Tile, tuple[int, ...]] | None = None,
+    only: tuple[int, ...] = CAPABILITIES,
+) -> list[KernelCase]:
+    """Cases of `matmul` for one type; `tiles` instead of the safe ones of each architecture."""
+    signature = {
+        **_planes("a_", layout, kind),
+        **_planes("b_", layout, second or kind),
+        "out": "*fp32",
+        "a_n": "i32:16",
+        "b_n": "i32:16",
+        "split_stride": "i64:16",
+    }
+    constants = {"A": kind_of(kind), "B": kind_of(second) if second else None, "SPLIT": 2}
+    name = f"matmul {kind.name}" + (f"+{second.name}" if second else "")
+    tiles = tiles or _capability_tiles(kind, layout, rows, only)
+    return [
+        _case(name, _MATMUL, layout, tile, capabilities, signature, constants, kind, asm)
+        for tile, capabilities in tiles.items()
+    ]
+
+
+def _gate_up_cases(
+    kind: GGMLQuantizationType, layout: Layout, int8: bool, only: tuple[int, ...]
+) -> list[KernelCase]:
+    out_prefix = "" if layout is Layout.A16 else "out_"
+    signature = {
+        **_planes("", layout, kind),
+        "out": "*i8" if int8 else "*fp16",
+        "out_scales": "*fp32",
+        "out_sums": "*fp32",
+        "n_rows": "i32:16",
+        **_strides(out_prefix),
+    }
+    constants = {"KIND": kind_of(kind), "INT8": int8}
+    name = f"gate+up {kind.name}" + (" to int8" if int8 else "")
+    return [
+        _case(name, _GATE_UP, layout, tile, capabilities, signature, constants, kind)
+        for tile, capabilities in _capability_tiles(kind, layout, 32, only, Use.GATE_UP).items()
+    ]
+
+
+def _head_cases(
+    kind: GGMLQuantizationType, layout: Layout, only: tuple[int, ...]
+) -> list[KernelCase]:
+    signature = {
+        **_planes("", layout, kind),
+        "best": "*fp32",
+        "best_at": "*i32",
+        "n_rows": "i32:16",
+    }
+    return [
+        _case(
+            f"head {kind.name}", _HEAD, layout, tile, caps, signature, {"KIND": kind_of(kind)}, kind
+        )
+        for tile, caps in _capability_tiles(kind, layout, 32, only, Use.HEAD).items()
+    ]
+
+
+def _other_cases() -> list[KernelCase]:
+    """Kernels beside the products."""
+    kernels = {
+        Layout.A16: matmul_dequantize._dequantize_a16,
+        Layout.A8: matmul_dequantize._dequantize_a8,
+    }
+    cases = [
+        KernelCase(
+            f"dequantize {kind.name} {layout.value}",
+            kernels[layout],
+            {
+                **_planes("", layout, kind),
+                "out": "*fp16",
+                "n_rows": "i32:16",
+                "steps": "i32",
+                "row_stride": "i32:16",
+            },
+            {"KIND": kind_of(kind), "BN": 64},
+            capabilities=(86,),
+        )
+        for kind in (_T.Q4_K, _T.Q6_K)
+        for layout in Layout
+    ]
+    best = KernelCase(
+        "head best of tiles",
+        matmul_outputs.best_of_tiles,
+        {
+            "best": "*fp32",
+            "best_at": "*i32",
+            "tokens": "*i32",
+            "values": "*fp32",
+            "rows": "i32",
+            "tiles": "i32",
+        },
+        {"BLOCK": 1024},
+        capabilities=BOTH,
+    )
+    return [*cases, best]
+
+
+def _all_cases() -> tuple[KernelCase, ...]:
+    cases: list[KernelCase] = []
+    for kind in (*TRAITS, *PLAIN_TYPES):
+        main = kind in (_T.Q4_K, _T.Q6_K)
+        for rows in ROWS if main else (32,):
+            cases += matmul_cases(
+                kind, Layout.A16, rows, only=EVERY if rows == 32 and main else BOTH
+            )
+            if kind in INT8_TYPES:
+                wide = rows == 32 and kind in (_T.Q4_K, _T.Q8_0)
+                cases += matmul_cases(kind, Layout.A8, rows, only=GEFORCE if wide else (86,))
+    for layout, capabilities in ((Layout.A16, BOTH), (Layout.A8, (86,))):
+        cases += matmul_cases(_T.Q4_K, layout, 32, second=_T.Q6_K, only=capabilities)
+        cases += matmul_cases(_T.Q6_K, layout, 32, asm=False, only=(86,))
+        cases += _gate_up_cases(_T.Q4_K, layout, layout is Layout.A8, capabilities)
+        cases += _head_cases(_T.Q6_K, layout, capabilities)
+    return (*cases, *_other_cases())
+
+
+CASES = _all_cases()

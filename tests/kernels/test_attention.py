@@ -1,0 +1,253 @@
+"""Attention kernels in the interpreter: against float64, and bit by bit against themselves.
+
+Errors are measured as NMSE (sum of squared errors over sum of squares) against softmax attention in
+float64 on the same f16 queries and the same stored keys and values (dequantized for q8_0 and q4_0),
+before the result is rounded to f16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from orthrus_kernels import reference_attention
+from orthrus_kernels.activation_rows import Int8Rows, new_int8_rows
+from orthrus_kernels.activations import deinterleave, interleave
+from orthrus_kernels.attention import CHUNK, LANES, attention, new_attention_scratch
+from orthrus_kernels.kv_cache import KvPlanes, new_planes
+from torch import Tensor
+
+PERIOD = CHUNK * LANES
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of a pass, and a cache and scratch in which every unwritten number is NaN."""
+
+    q: Tensor
+    keys: KvPlanes
+    values: KvPlanes
+    block_keys: KvPlanes
+    block_values: KvPlanes
+    visible: Tensor
+    block_first: Tensor
+    block_stop: Tensor
+
+    def call(self, function: Callable[..., None], window: int, out: Tensor | Int8Rows) -> None:
+        """Run the kernels or the reference, the scratch full of NaN."""
+        n_head, head_dim = self.q.shape[1:]
+        scratch = new_attention_scratch(window, n_head, self.keys.heads, head_dim, "cpu")
+        scratch.sums.fill_(NAN)
+        scratch.stats.fill_(NAN)
+        function(
+            self.q,
+            self.keys,
+            self.values,
+            self.block_keys,
+            self.block_values,
+            self.visible,
+            self.block_first,
+            self.block_stop,
+            scratch,
+            out,
+        )
+
+    def row(self, i: int) -> Case:
+        """The pass that holds row i alone (which must not see a block)."""
+        one = slice(i, i + 1)
+        visible, zero = self.visible[one], torch.zeros(1, dtype=torch.int32)
+        block = poisoned("f16", self.keys.heads, 1, self.keys.head_dim)
+        return Case(self.q[one], self.keys, self.values, block, block, visible, zero, zero)
+
+
+def poisoned(type_name: str, heads: int, capacity: int, head_dim: int) -> KvPlanes:
+    planes = new_planes(type_name, heads, capacity, head_dim, "cpu")
+    planes.scales.fill_(NAN)
+    if type_name == "f16":
+        planes.values.fill_(NAN)
+    return planes
+
+
+def fill(planes: KvPlanes, length: int, generator: torch.Generator) -> None:
+    """Random numbers of about unit size in the first `length` positions."""
+    held = planes.values[:, :length]
+    if planes.type_name == "f16":
+        held.copy_(torch.randn(held.shape, generator=generator))
+        return
+    held.copy_(torch.randint(0, 256, held.shape, dtype=torch.uint8, generator=generator))
+    scales = planes.scales[:, :length]
+    size = 0.013 if planes.type_name == "q8_0" else 0.2
+    scales.copy_((torch.rand(scales.shape, generator=generator) + 0.5) * size)
+
+
+def make(
+    type_name: str,
+    head_dim: int,
+    visible: list[int],
+    blocks: list[tuple[int, int]] | None = None,
+    *,
+    heads: int = 1,
+    group: int = 4,
+    capacity: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """Rows that see `visible[i]` of the cache, and the pass's rows `blocks[i]` (first, stop)."""
+    g = torch.Generator().manual_seed(seed)
+    rows, longest = len(visible), max(visible)
+    spans = torch.tensor(blocks or [(0, 0)] * rows, dtype=torch.int32)
+    keys, values = (poisoned(type_name, heads, capacity or longest + 70, head_dim) for _ in "kv")
+    block_keys, block_values = (poisoned("f16", heads, rows, head_dim) for _ in "kv")
+    for planes in (keys, values):
+        fill(planes, longest, g)
+    for planes in (block_keys, block_values):
+        numbers = torch.randn(planes.values.shape, generator=g)
+        in_block = (spans[:, 1] > spans[:, 0])[None, :, None]
+        planes.values.copy_(torch.where(in_block, numbers, NAN))
+    q = torch.randn(rows, heads * group, head_dim, generator=g).half()
+    seen = torch.tensor(visible, dtype=torch.int32)
+    first, stop = (spans[:, i].contiguous() for i in (0, 1))
+    return Case(q, keys, values, block_keys, block_values, seen, first, stop)
+
+
+def run(case: Case, *, window: int = 64) -> Tensor:
+    """The kernels' f16 output in natural order."""
+    columns = case.q[0].numel()
+    out = interleave(torch.full((case.q.shape[0], columns), NAN, dtype=torch.float16))
+    case.call(attention, window, out)
+    return deinterleave(out, columns)
+
+
+def exact(case: Case) -> Tensor:
+    """The float64 oracle's output in natural order."""
+    columns = case.q[0].numel()
+    out = interleave(torch.full((case.q.shape[0], columns), NAN, dtype=torch.float64))
+    case.call(reference_attention.attention, 1, out)
+    return deinterleave(out, columns)
+
+
+def nmse(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).pow(2).sum() / wanted.pow(2).sum())
+
+
+@pytest.fixture
+def ordered_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products whose every element sums its terms in one fixed order.
+
+    The interpreter's own go through BLAS, where a row's bits depend on its place in the matrix
+    (a GPU's MMA treats all rows alike; `gpu_check_ops.py` shows it on the device).
+    """
+
+    def matmul(a: NDArray[Any], b: NDArray[Any], dtype: type = np.float32) -> NDArray[Any]:
+        terms: NDArray[Any] = a.astype(dtype)[:, :, None] * b.astype(dtype)[None]
+        return np.asarray(terms.sum(axis=1))
+
+    monkeypatch.setattr(np, "matmul", matmul)
+
+
+def mixed(type_name: str, head_dim: int, length: int, **more: int) -> Case:
+    """Four AR rows after `length` tokens, two blocks guessing 1 and 3 acceptances, a spare row."""
+    rows = [length + 1, length + 2, length + 3, length + 4]
+    rows += [length + 1] * 3 + [length + 3] * 2 + [0]
+    blocks = [(0, 0)] * 4 + [(4, 7)] * 3 + [(7, 9)] * 2 + [(0, 0)]
+    return make(type_name, head_dim, rows, blocks, **more)
+
+
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_mixed_segments(type_name: str, head_dim: int) -> None:
+    if type_name != "f16" and head_dim % 32:
+        with pytest.raises(ValueError, match="divisible by 32"):
+            new_planes(type_name, 1, 1, head_dim, "cpu")
+        return
+    case = mixed(type_name, head_dim, 300, heads=2, group=2)
+    found = run(case)
+    assert nmse(found, exact(case)) < 1e-6
+    assert torch.equal(found[-1], torch.zeros_like(found[-1])), "a row without keys gives zeros"
+
+
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1024])
+def test_context_edges(length: int) -> None:
+    case = mixed("f16", 64, length)
+    assert nmse(run(case), exact(case)) < 1e-6
+
+
+@pytest.mark.parametrize("length", [PERIOD - 1, PERIOD, PERIOD + 1, PERIOD + CHUNK + 5])
+def test_lanes_come_round(length: int) -> None:
+    """Every lane holds several chunks beyond LANES * CHUNK positions."""
+    case = make("f16", 64, [length, 5, length + 1], group=2)
+    assert nmse(run(case), exact(case)) < 1e-6
+
+
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (3, 1), (1, 5), (2, 8)])
+def test_head_groups(heads: int, group: int) -> None:
+    """Groups that do not divide the tile put one row's heads into two tiles."""
+    case = mixed("f16", 64, 40, heads=heads, group=group)
+    assert nmse(run(case), exact(case)) < 1e-6
+
+
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("rows", [1, 5, 31, 33, 64])
+def test_row_counts(rows: int) -> None:
+    case = make("f16", 64, [50 + i for i in range(rows)], group=2)
+    found = run(case)
+    assert nmse(found, exact(case)) < 1e-6
+    assert torch.equal(run(case, window=7), found), "windows of rows change nothing"
+
+
+def test_extreme_scores() -> None:
+    """A score of +-60,000 leaves one key in charge; nothing overflows on the way."""
+    case = make("f16", 64, [70, 71])
+    case.q.mul_(100)
+    case.keys.values[:, 20] = 100 * case.q[0, 0].sign()
+    found = run(case)
+    assert found.isfinite().all()
+    assert nmse(found, exact(case)) < 1e-6
+
+
+def test_int8_output() -> None:
+    """Rows for an int8 product: the f16 result, up to half a quantization step."""
+    case = mixed("f16", 96, 100, group=2)
+    out = new_int8_rows(case.q.shape[0], 192, "cpu")
+    case.call(attention, 64, out)
+    wanted = exact(case)
+    value = out.quants.double() * out.scales.double()[..., None]
+    step = wanted.view(10, -1, 32).abs().amax(-1, keepdim=True) / 127
+    assert ((value.view(10, -1, 32) - wanted.view(10, -1, 32)).abs() <= step * 0.51 + 1e-4).all()
+    sums = out.scales * out.quants.float().sum(-1)
+    torch.testing.assert_close(out.sums, sums, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "length"), [("f16", 30), ("q8_0", 254), ("q4_0", 510), ("f16", PERIOD - 2)]
+)
+@pytest.mark.usefixtures("ordered_products")
+def test_bitwise_row_invariance(type_name: str, length: int) -> None:
+    """An AR row gives the same bits alone, beside other rows and blocks, and in any capacity."""
+    case = mixed(type_name, 64, length)
+    together = run(case)
+    for i in (0, 1, 3):
+        assert torch.equal(run(case.row(i))[0], together[i])
+    roomy = mixed(type_name, 64, length, capacity=length + 600)
+    for ours, theirs in ((case.keys, roomy.keys), (case.values, roomy.values)):
+        theirs.values[:, : length + 4] = ours.values[:, : length + 4]
+        if type_name != "f16":
+            theirs.scales[:, : length + 4] = ours.scales[:, : length + 4]
+    assert torch.equal(run(case), run(roomy))
+
+
+@pytest.mark.usefixtures("ordered_products")
+def test_rows_beyond_the_context_are_not_seen() -> None:
+    """Rewriting keys and values after a row's position leaves its bits alone."""
+    case = make("f16", 64, [30, 31, 32, 90])
+    before = run(case)
+    case.keys.values[:, 32:] = 7.0
+    case.values.values[:, 32:90] *= -3
+    after = run(case)
+    assert torch.equal(after[:3], before[:3])
+    assert not torch.equal(after[3], before[3])

@@ -1,0 +1,152 @@
+"""The matrix products through the real compiler, for cards that need not be here.
+
+Each capability is compiled in two processes of their own, since this one runs the interpreter; the
+compiled kernels are kept in triton's cache between runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from orthrus_kernels.budget_table import Budget, load_budgets, markdown, violations
+from orthrus_kernels.offline import (
+    CAPABILITIES,
+    Resources,
+    compile_kernel,
+    hot_loop,
+    mma_warps,
+    opcode,
+    report_module,
+)
+
+MODULE = "orthrus_kernels.matmul_cases"
+
+Report = dict[str, dict[int, Resources]]
+
+GOOD = Resources(
+    registers=96,
+    stack=0,
+    spills=0,
+    shared=1024,
+    mma=4,
+    wgmma=0,
+    ldmatrix=4,
+    async16=8,
+    async_small=2,
+    loop_instructions=100,
+    loop_i2f=0,
+    loop_mix={"HMMA": 4},
+    warps_per_cta=((4, 1),),
+    num_warps=4,
+    instructions_per_weight=3.5,
+)
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return report_module(MODULE)
+
+
+def test_every_kernel_keeps_its_budget(report: Report) -> None:
+    budgets = load_budgets()
+    found = [
+        line
+        for name, by_capability in report.items()
+        for capability, used in by_capability.items()
+        for line in violations(name, capability, used, budgets.get(name, {}).get(capability))
+    ]
+    assert found == []
+
+
+def test_every_architecture_is_covered(report: Report) -> None:
+    for name, by_capability in report.items():
+        assert 86 in by_capability, name
+        is_product = by_capability[86].instructions_per_weight is not None
+        if is_product and 90 in by_capability:
+            assert by_capability[90].wgmma > 0, name
+    seen = {capability for by_capability in report.values() for capability in by_capability}
+    assert seen == set(CAPABILITIES)
+
+
+def test_promised_instruction_counts(report: Report) -> None:
+    """The figures that the design asks for at 32 rows on sm_86."""
+    q4, q6 = (report[f"matmul {kind} a16 32 rows"][86] for kind in ("Q4_K", "Q6_K"))
+    assert q4.instructions_per_weight is not None
+    assert q6.instructions_per_weight is not None
+    assert q4.instructions_per_weight <= 7.5
+    assert q6.instructions_per_weight <= 9.5
+
+
+def test_table_has_a_line_per_kernel_and_architecture(report: Report) -> None:
+    table = markdown(report)
+    assert table.count("\n| matmul Q4_K a16 32 rows |") == len(CAPABILITIES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"spills": 3}, "3 spill instructions"),
+        ({"shared": 200 * 1024}, "do not fit the card"),
+        ({"registers": 97}, "97 registers, budget 96"),
+        ({"instructions_per_weight": 3.6}, "3.6 instructions per weight, budget 3.5"),
+        ({"mma": 0}, "no MMA"),
+        ({"async16": 0}, "16 bytes at a time"),
+        ({"loop_i2f": 1}, "int-to-float"),
+        ({"warps_per_cta": ((2, 2),)}, "split K"),
+    ],
+)
+def test_violations_are_seen(change: dict[str, Any], message: str) -> None:
+    budget = Budget(96, 1024, 3.5)
+    assert violations("k", 86, GOOD, budget) == []
+    assert message in "\n".join(violations("k", 86, dataclasses.replace(GOOD, **change), budget))
+    assert "no budget" in violations("k", 86, GOOD, None)[0]
+
+
+def test_launches_bind_their_arguments() -> None:
+    """The real launcher takes what matmul.py passes (compiled, not launched)."""
+    script = Path(__file__).parent.parent / "helpers" / "launch_without_gpu.py"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    run = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert set(run.stdout.split()) == {
+        "matmul_a16",
+        "gate_up_a16",
+        "head_a16",
+        "matmul_a8",
+        "gate_up_a8",
+        "head_a8",
+        "best_of_tiles",
+        "_dequantize_a16",
+        "_dequantize_a8",
+    }
+
+
+def test_reading_a_listing() -> None:
+    sass = """
+        /*0000*/  MOV R1, c[0x0][0x28] ;
+        /*0010*/  @!P0 LDS.128 R4, [R2] ;
+        /*0020*/  HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0030*/  I2F.S32 R9, R3 ;
+        /*0040*/  @P1 BRA 0x10 ;
+        /*0050*/  FADD R1, R2, R3 ;
+        /*0060*/  BRA 0x50 ;
+    """
+    body = hot_loop(sass)
+    assert [opcode(line) for line in body] == ["LDS", "HMMA", "I2F", "BRA"]
+    layout = "#mma = #ttg.nvidia_mma<{versionMajor = 2, warpsPerCTA = [2, 2], instrShape = [16]}>"
+    assert mma_warps(layout) == ((2, 2),)
+
+
+def test_interpreted_functions_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="without TRITON_INTERPRET"):
+        compile_kernel(lambda: None, 86, {}, {})

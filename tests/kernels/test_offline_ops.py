@@ -1,0 +1,104 @@
+"""Attention, small ops, sampling and commit through the real compiler, for cards not present.
+
+Compiled in processes of their own, since this one runs the interpreter; the compiled kernels are
+kept in triton's cache between runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import orthrus_kernels
+import pytest
+from orthrus_kernels import attention
+from orthrus_kernels.budget_table import load_budgets, violations
+from orthrus_kernels.offline import CAPABILITIES, Resources, report_module
+
+MODULE = "orthrus_kernels.ops_cases"
+
+Report = dict[str, dict[int, Resources]]
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return report_module(MODULE)
+
+
+def test_every_kernel_keeps_its_budget(report: Report) -> None:
+    """Registers and shared memory within the budget; no stack, no spills."""
+    budgets = load_budgets()
+    found = [
+        line
+        for name, by_capability in report.items()
+        for capability, used in by_capability.items()
+        for line in violations(name, capability, used, budgets.get(name, {}).get(capability))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_attention(report: Report, type_name: str, head_dim: int) -> None:
+    """MMAs with no warp on another's keys (d <= 128), wide asynchronous copies, no conversions."""
+    by_capability = report[f"attention {type_name} d={head_dim}"]
+    assert sorted(by_capability) == sorted(CAPABILITIES)
+    for capability, used in by_capability.items():
+        if head_dim <= 128:
+            assert used.warps_per_cta == ((4, 1),)
+            assert (used.wgmma > 0) == (capability == 90)
+        assert used.mma + used.wgmma > 0
+        assert used.async16 > 0
+        assert used.loop_i2f == 0
+
+
+def test_two_attention_programs_fit_an_sm(report: Report) -> None:
+    """At head_dim 128, registers and shared memory (100 KiB per SM on sm_86) leave room for two."""
+    for type_name in ("f16", "q8_0", "q4_0"):
+        used = report[f"attention {type_name} d=128"][86]
+        assert 2 * used.shared <= 100 * 1024
+        assert 2 * used.registers * used.num_warps * 32 <= 65536
+
+
+def test_arguments_that_vary_do_not_specialize() -> None:
+    """Another number of rows or another capacity must not compile another kernel.
+
+    Triton compiles anew for an integer of 1, or one divisible by 16, unless told not to. Asked of
+    the compiler's own description of the kernel, in a process without the interpreter.
+    """
+    code = """
+from orthrus_kernels import attention, ops
+for kernel in (attention._parts, attention._combine, ops._residual_norm, ops._finish_qkv):
+    print(kernel.fn.__name__, *(p.name for p in kernel.params if p.do_not_specialize))
+"""
+    root = str(Path(orthrus_kernels.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": root, "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    free = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert free["_parts"] == ["rows", "capacity", "block_capacity", "packed"]
+    assert free["_combine"] == ["packed"]
+    assert free["_residual_norm"] == ["part_rows"]
+    assert free["_finish_qkv"] == ["part_rows", "capacity", "block_capacity"]
+
+
+def test_constants_agree() -> None:
+    """A chunk is whole tiles of keys; otherwise tiles would not lie at absolute positions."""
+    assert attention.CHUNK % attention.KEYS == 0
+    for head_dim in (64, 80, 96, 128, 256):
+        tile, warps = attention.attention_tile(head_dim)
+        assert tile % 16 == 0
+        assert warps in (4, 8)
+
+
+def test_no_atomics() -> None:
+    """Sums are ordered everywhere."""
+    folder = Path(orthrus_kernels.__file__).parent
+    for path in folder.glob("*.py"):
+        assert not re.search(r"\batomic_\w+\(", path.read_text(encoding="utf-8")), path.name
