@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orthrus_converters.json_file import JsonFile
-from orthrus_converters.safetensors_file import SourceTensor, read_header
+from orthrus_converters.safetensors_file import read_header
+from orthrus_converters.source_tensor import SourceTensor
 from orthrus_gguf.errors import OrthrusError
 
 SINGLE = "model.safetensors"
@@ -31,11 +32,9 @@ def check_folder(folder: Path) -> None:
         return
     if not folder.exists():
         raise OrthrusError(
-            f"{folder}: no such folder; download the checkpoint first: "
+            f"{folder}: no such folder; check the name, or download the checkpoint first: "
             "hf download ORG/NAME --local-dir FOLDER"
         )
-    if folder.suffix == ".gguf":
-        raise OrthrusError(f"{folder}: is a GGUF file already; give a Hugging Face checkpoint")
     raise OrthrusError(f"{folder}: is not a folder; give the folder that holds config.json")
 
 

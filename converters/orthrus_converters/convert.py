@@ -1,183 +1,132 @@
-"""A checkpoint → the plan of its GGUF files. Writing the plan is orthrus_gguf.gguf.writer's job."""
+"""A Hugging Face checkpoint → the plan of its GGUF files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 
 from orthrus_converters import metadata, tokenizer_files
-from orthrus_converters.checkpoint import check_folder, open_checkpoint
-from orthrus_converters.encode import encode
-from orthrus_converters.file_types import FileType, lossless_type, tensor_type
+from orthrus_converters.checkpoint import Checkpoint, check_folder, open_checkpoint
+from orthrus_converters.encode import Job
+from orthrus_converters.file_types import FileType, lossless_type, uniform_file_type
 from orthrus_converters.hf_config import read_config, unknown_fields
+from orthrus_converters.imatrix import Imatrix
+from orthrus_converters.jobs import make_jobs, notes_on
 from orthrus_converters.json_file import JsonFile
-from orthrus_converters.tensor_names import Weight, has_heads, match_weights
+from orthrus_converters.plan import NewFile, Plan, Request, check_outputs, heads_path
+from orthrus_converters.sources import FolderSource
+from orthrus_converters.tensor_names import has_heads, match_weights
+from orthrus_converters.type_plan import TypeChoice, plan_types
 from orthrus_converters.vocabulary import Vocabulary
 from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.tensors import is_diffusion_tensor
-from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor, check_target
 
 CONFIG = "config.json"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to convert. file_type: None keeps the checkpoint's own type, so that nothing is lost."""
-
-    source: Path
-    output: Path
-    file_type: FileType | None = None
-    split: bool = False
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The files to write, the type chosen, and remarks for the user."""
-
-    files: Sequence[PlannedFile]
-    file_type: FileType
-    notes: Sequence[str]
-
-    @property
-    def tensors(self) -> list[PlannedTensor]:
-        return [tensor for file in self.files for tensor in file.tensors]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of tensor data in all files."""
-        return sum(tensor.n_bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True)
 class _Model:
     """Everything that was read from the checkpoint, but the weights' values."""
 
-    folder: Path
+    source: FolderSource
     config: ModelConfig
     vocabulary: Vocabulary
-    weights: Sequence[Weight]
+    jobs: Mapping[str, Job]
+    choice: TypeChoice
     file_type: FileType
+    imatrix: Imatrix | None
 
 
-def heads_path(output: Path) -> Path:
-    """Where `--split` puts the heads: OUT.gguf → OUT-heads.gguf."""
-    return output.with_name(f"{output.stem}-heads{output.suffix}")
-
-
-def plan_conversion(request: Request) -> Plan:
-    """Read and check everything but the weights' values; decide all names, types and sizes.
-
-    Raises OrthrusError if the checkpoint cannot be converted or the output may not be written.
-    """
-    check_folder(request.source)
-    outputs = [request.output, *([heads_path(request.output)] if request.split else [])]
-    _check_outputs(outputs, _other_inputs(request.source))
-    for output in outputs:
-        check_target(output, overwrite=request.overwrite)
-    config = JsonFile.read(request.source / CONFIG)
-    checkpoint = open_checkpoint(request.source)
-    _check_outputs(outputs, checkpoint.files)
-    if not has_heads(checkpoint):
-        raise OrthrusError(
-            f"{request.source}: holds no diffusion heads (no *_diff weights): a plain "
-            f"{config.values.get('model_type', 'model')}, not an Orthrus checkpoint"
-            f"{', so there is nothing to split' if request.split else ''}; llama.cpp's "
-            "convert_hf_to_gguf.py converts plain models"
-        )
-    model_config = read_config(config, request.source.name)
-    weights = match_weights(checkpoint, model_config)
-    model = _Model(
-        request.source,
-        model_config,
-        tokenizer_files.read_vocabulary(request.source, config, model_config.n_vocab),
-        weights,
-        request.file_type
-        or lossless_type(weight.source.dtype for weight in weights if len(weight.source.shape) > 1),
-    )
-    files = _split_files(model, outputs) if request.split else [_single_file(model, outputs[0])]
-    notes = _type_notes(files, model.file_type) + _field_notes(config)
-    return Plan(files, model.file_type, notes)
-
-
-def _other_inputs(folder: Path) -> list[Path]:
+def inputs_of(folder: Path) -> list[Path]:
+    """The files that a conversion of `folder` reads besides the weights."""
     names = (CONFIG, metadata.CARD, metadata.GENERATION, *tokenizer_files.FILES)
     return [folder / name for name in names]
 
 
-def _check_outputs(outputs: Sequence[Path], inputs: Sequence[Path]) -> None:
-    """Raise OrthrusError if an output would replace an input, under whatever name."""
-    for output in outputs:
-        for path in inputs:
-            if output.exists() and path.exists() and output.samefile(path):
-                raise OrthrusError(f"{output}: is part of the checkpoint; choose another name")
+def plan_checkpoint(request: Request, source: FolderSource, imatrix: Imatrix | None) -> Plan:
+    """Read and check everything but the weights' values; decide all names, types and sizes.
+
+    Raises OrthrusError if the checkpoint cannot be converted or the output may not be written.
+    """
+    folder = source.folder
+    check_folder(folder)
+    check_outputs(request, inputs_of(folder))
+    config_file = JsonFile.read(folder / CONFIG)
+    checkpoint = open_checkpoint(folder)
+    check_outputs(request, checkpoint.files)
+    _check_heads(checkpoint, config_file, split=request.split)
+    config = read_config(config_file, source.name)
+    weights = match_weights(checkpoint, config)
+    vocabulary = tokenizer_files.read_vocabulary(folder, config_file, config.n_vocab)
+    file_type = request.choice.file_type or lossless_type(
+        weight.dtype for weight in weights.values() if len(weight.shape) > 1
+    )
+    choice = replace(request.choice, file_type=file_type)
+    types = plan_types(weights, config, choice, has_imatrix=imatrix is not None)
+    jobs = make_jobs(weights, types, choice, imatrix, allow_requantize=False)
+    model = _Model(source, config, vocabulary, jobs, choice, file_type, imatrix)
+    files = _split_files(model, request.output) if request.split else [_single(model, request)]
+    return Plan(files, notes_on(types, jobs, imatrix) + _field_notes(config_file))
 
 
-def _single_file(model: _Model, path: Path) -> PlannedFile:
+def _check_heads(checkpoint: Checkpoint, config: JsonFile, *, split: bool) -> None:
+    if not has_heads(checkpoint):
+        raise OrthrusError(
+            f"{checkpoint.folder}: holds no diffusion heads (no *_diff weights): a plain "
+            f"{config.values.get('model_type', 'model')}, not an Orthrus checkpoint"
+            f"{', so there is nothing to split' if split else ''}; llama.cpp's "
+            "convert_hf_to_gguf.py converts plain models"
+        )
+
+
+def _single(model: _Model, request: Request) -> NewFile:
     """Base and heads in one `orthrus` file."""
-    writer, tensors = _start(model, keys.ARCH_ORTHRUS, model.weights)
+    jobs = [*model.jobs.values()]
+    writer = _start(model, keys.ARCH_ORTHRUS, jobs, model.file_type)
     metadata.add_tokenizer(writer, model.vocabulary)
     metadata.add_heads(writer, model.config)
-    return PlannedFile(path, writer, tensors)
+    return NewFile(request.output, writer, jobs)
 
 
-def _split_files(model: _Model, paths: Sequence[Path]) -> list[PlannedFile]:
+def _split_files(model: _Model, output: Path) -> list[NewFile]:
     """A stock `qwen3` file, and a file with nothing but the heads."""
-    base = [weight for weight in model.weights if not is_diffusion_tensor(weight.name)]
-    heads = [weight for weight in model.weights if is_diffusion_tensor(weight.name)]
-    base_writer, base_tensors = _start(model, keys.ARCH_QWEN3, base)
+    base = [job for name, job in model.jobs.items() if not is_diffusion_tensor(name)]
+    heads = [job for name, job in model.jobs.items() if is_diffusion_tensor(name)]
+    base_writer = _start(model, keys.ARCH_QWEN3, base, model.file_type)
     metadata.add_tokenizer(base_writer, model.vocabulary)
-    heads_writer, heads_tensors = _start(
-        model, keys.ARCH_ORTHRUS, heads, kind=gguf.GGUFType.ADAPTER
-    )
+    kind = model.choice.heads
+    heads_type = model.file_type if kind is None else uniform_file_type(kind)
+    heads_writer = _start(model, keys.ARCH_ORTHRUS, heads, heads_type, gguf.GGUFType.ADAPTER)
     metadata.add_adapter_type(heads_writer)
     metadata.add_heads(heads_writer, model.config)
     return [
-        PlannedFile(paths[0], base_writer, base_tensors),
-        PlannedFile(paths[1], heads_writer, heads_tensors),
+        NewFile(output, base_writer, base),
+        NewFile(heads_path(output), heads_writer, heads),
     ]
 
 
 def _start(
-    model: _Model, arch: str, weights: Sequence[Weight], kind: str = gguf.GGUFType.MODEL
-) -> tuple[gguf.GGUFWriter, list[PlannedTensor]]:
-    """A writer with the keys that every file has, and the tensors for `weights`."""
-    tensors = [_plan_tensor(weight, model.file_type) for weight in weights]
+    model: _Model,
+    arch: str,
+    jobs: Sequence[Job],
+    file_type: FileType,
+    kind: str = gguf.GGUFType.MODEL,
+) -> gguf.GGUFWriter:
+    """A writer with the keys that every file has."""
     writer = gguf.GGUFWriter(None, arch)
-    card = metadata.read_card(model.folder, sum(tensor.n_elements for tensor in tensors))
+    n_parameters = sum(job.source.n_elements for job in jobs)
+    card = metadata.read_card(model.source.folder, model.source.name, n_parameters)
+    if model.source.url:
+        card.source_repo_url = model.source.url
     metadata.add_general(writer, card, kind)
-    metadata.add_model(writer, model.config, model.file_type)
-    return writer, tensors
-
-
-def _plan_tensor(weight: Weight, file_type: FileType) -> PlannedTensor:
-    source = weight.source
-    kind = tensor_type(weight.name, source.shape, file_type)
-    return PlannedTensor(weight.name, source.shape, kind, partial(encode, source, kind))
-
-
-def _type_notes(files: Sequence[PlannedFile], file_type: FileType) -> list[str]:
-    """Says which matrices could not get the type that was asked for."""
-    others = [
-        tensor
-        for file in files
-        for tensor in file.tensors
-        if tensor.type not in (file_type.weights, gguf.GGMLQuantizationType.F32)
-    ]
-    if not others:
-        return []
-    first = others[0]
-    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-    return [
-        f"{first.name}{more}: rows of {first.shape[-1]} are no multiple of the qblock of "
-        f"{file_type.weights.name}; written as {first.type.name}"
-    ]
+    metadata.add_model(writer, model.config, file_type)
+    metadata.add_entries(writer, metadata.imatrix_entries(model.imatrix, jobs))
+    return writer
 
 
 def _field_notes(config: JsonFile) -> list[str]:

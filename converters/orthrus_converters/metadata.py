@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 import yaml
 
+from orthrus_converters.encode import Job
 from orthrus_converters.file_types import FileType
+from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_converters.vocabulary import DEFAULT_TEMPLATE, Vocabulary
 from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-
 
 #: Files beside config.json that the general metadata comes from.
 CARD = "README.md"
@@ -26,16 +29,16 @@ GENERATION = "generation_config.json"
 _ValueType = gguf.GGUFValueType
 
 
-def read_card(folder: Path, n_parameters: int) -> gguf.Metadata:
-    """Name, license, origins, sampling defaults …: from the model card, config files, folder name.
+def read_card(folder: Path, name: str, n_parameters: int) -> gguf.Metadata:
+    """Name, license, origins, sampling defaults …: from the model card, config files, `name`.
 
+    name: what the model is called where the card does not say, as a folder or repository name.
     n_parameters: of the file to be written; the size label follows from it unless the card or the
     name has one. Raises OrthrusError for a card that cannot be read.
     """
-    folder = Path(os.path.abspath(folder))  # its name counts, also when it was given as `.`
     JsonFile.read_if_present(folder / GENERATION)
     try:
-        card = gguf.Metadata.load(model_path=folder, total_params=n_parameters)
+        card = _load_card(folder, name, n_parameters)
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise OrthrusError(
@@ -48,9 +51,20 @@ def read_card(folder: Path, n_parameters: int) -> gguf.Metadata:
             setattr(card, field.name, str(value))
     if isinstance(card.license, list):
         card.license = ",".join(map(str, card.license))
-    card.name = card.name or folder.name or "model"
+    card.name = card.name or name or "model"
     card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
     return card
+
+
+def _load_card(folder: Path, name: str, n_parameters: int) -> gguf.Metadata:
+    """gguf guesses from the folder's name, which in a download cache is a hash."""
+    folder = Path(os.path.abspath(folder))
+    if folder.name == name:
+        return gguf.Metadata.load(model_path=folder, total_params=n_parameters)
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / (name or "model")
+        link.symlink_to(folder)
+        return gguf.Metadata.load(model_path=link, total_params=n_parameters)
 
 
 def add_general(writer: gguf.GGUFWriter, card: gguf.Metadata, kind: str) -> None:
@@ -122,6 +136,30 @@ def add_heads(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     assert config.mask_token is not None
     writer.add_uint32(keys.BLOCK_SIZE, config.block_size)
     writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
+
+
+def imatrix_entries(imatrix: Imatrix | None, jobs: Iterable[Job]) -> dict[str, gguf.GGUFValue]:
+    """What llama-quantize writes about the imatrix; nothing if none of `jobs` uses it."""
+    if imatrix is None or all(job.importance is None for job in jobs):
+        return {}
+    entries = {
+        "quantize.imatrix.file": gguf.GGUFValue(imatrix.path.name, _ValueType.STRING),
+        "quantize.imatrix.entries_count": gguf.GGUFValue(len(imatrix.values), _ValueType.UINT32),
+    }
+    if imatrix.datasets:
+        datasets = ", ".join(imatrix.datasets)
+        entries["quantize.imatrix.dataset"] = gguf.GGUFValue(datasets, _ValueType.STRING)
+    if imatrix.n_chunks:
+        entries["quantize.imatrix.chunks_count"] = gguf.GGUFValue(
+            imatrix.n_chunks, _ValueType.UINT32
+        )
+    return entries
+
+
+def add_entries(writer: gguf.GGUFWriter, entries: Mapping[str, gguf.GGUFValue]) -> None:
+    """Add entries as they are."""
+    for key, entry in entries.items():
+        writer.add_key_value(key, entry.value, entry.type, entry.sub_type)
 
 
 def add_adapter_type(writer: gguf.GGUFWriter) -> None:

@@ -1,9 +1,7 @@
-"""Read safetensors files: a header that is checked in full, tensor data in pieces.
+"""Read the headers of safetensors files, and check them in full.
 
 Why not the `safetensors` package: its numpy side knows no bfloat16. Why not
-`gguf.utility.SafetensorsLocal`: it checks neither offsets nor sizes. Why reads and not a memory
-map: mapped pages count as this process' memory, and a file that shrinks under a map kills the
-process where a short read is an error that can be reported.
+`gguf.utility.SafetensorsLocal`: it checks neither offsets nor sizes.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON header, data).
 """
@@ -11,43 +9,16 @@ Format: https://huggingface.co/docs/safetensors (8 bytes header length, JSON hea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
-from numpy.typing import NDArray
-
 from orthrus_converters.json_file import describe, parse_object
+from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
 from orthrus_gguf.errors import OrthrusError
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
-#: Numpy types of the weights that we convert. bfloat16 is kept as its bits.
-FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
-
 _DOWNLOAD = "download it again"
-
-
-@dataclass(frozen=True)
-class SourceTensor:
-    """Where a tensor lies in its file.
-
-    dtype: as the file calls it (`BF16`, `F16`, `F32`, or one that we cannot convert).
-    offset: of the first byte, from the start of the file.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    n_bytes: int
 
 
 def read_header(path: Path) -> dict[str, SourceTensor]:
@@ -72,41 +43,6 @@ def read_header(path: Path) -> dict[str, SourceTensor]:
     tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
     _check_layout(path, tensors, 8 + length, size)
     return {tensor.name: tensor for tensor in tensors}
-
-
-def read_chunks(tensor: SourceTensor, chunk_elements: int) -> Iterator[NDArray[Any]]:
-    """The data of a tensor in whole rows, about `chunk_elements` at a time.
-
-    Yields arrays of shape [rows, columns] in the type of FLOAT_DTYPES, so bfloat16 as bits. A 1-D
-    tensor is one row. All chunks share one buffer: each is valid until the next is asked for.
-    Raises OrthrusError if the file cannot be read to the end of the tensor.
-    """
-    dtype = FLOAT_DTYPES[tensor.dtype]
-    columns = tensor.shape[-1]
-    rows = tensor.n_bytes // (columns * dtype.itemsize)
-    step = max(1, chunk_elements // columns)
-    try:
-        with tensor.path.open("rb", buffering=0) as file:
-            file.seek(tensor.offset)
-            buffer = np.empty((min(step, rows), columns), dtype)
-            for start in range(0, rows, step):
-                chunk = buffer[: rows - start]
-                _read_into(file, chunk, tensor)
-                yield chunk
-    except OSError as error:
-        raise OrthrusError(f"{tensor.path}: cannot be read: {error.strerror or error}") from error
-
-
-def _read_into(file: Any, chunk: NDArray[Any], tensor: SourceTensor) -> None:
-    """Fill `chunk`; one read() may return less than was asked for."""
-    view = chunk.reshape(-1).view(np.uint8).data
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise OrthrusError(
-                f"{tensor.path}: ends within tensor {tensor.name}; has it changed meanwhile?"
-            )
-        view = view[count:]
 
 
 def _header_error(path: Path, size: int, length: int) -> OrthrusError:

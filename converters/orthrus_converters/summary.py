@@ -1,27 +1,47 @@
-"""What a conversion made, in a few lines for people."""
+"""What a conversion makes, in a few lines for people."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthrus_converters.convert import Plan
+from orthrus_converters.encode import Job
+from orthrus_converters.plan import Plan
 from orthrus_gguf.tensors import is_diffusion_tensor
-from orthrus_gguf.gguf.writer import PlannedTensor
 
 
-def summary(plan: Plan, sizes: Sequence[int]) -> str:
-    """sizes: bytes of each written file."""
+def summary(plan: Plan, sizes: Sequence[int], verb: str = " wrote") -> str:
+    """sizes: bytes of each file."""
     lines = [f"note: {note}" for note in plan.notes]
-    tensors = plan.tensors
-    for kind in dict.fromkeys(tensor.type for tensor in tensors):
-        of_kind = [tensor for tensor in tensors if tensor.type == kind]
+    jobs = plan.jobs
+    for kind in dict.fromkeys(job.kind for job in jobs):
+        of_kind = [job for job in jobs if job.kind == kind]
         lines.append(f"{kind.name:>6}  {len(of_kind):4} tensors  {human(_bytes(of_kind)):>9}")
-    heads = _bytes([tensor for tensor in tensors if is_diffusion_tensor(tensor.name)])
-    base = _bytes(tensors) - heads
+    heads = _bytes([job for job in jobs if is_diffusion_tensor(job.name)])
+    base = _bytes(jobs) - heads
     lines.append(f" heads  {human(heads)} on top of a base of {human(base)} (+{heads / base:.1%})")
     for file, size in zip(plan.files, sizes, strict=True):
-        lines.append(f" wrote  {file.path}  {human(size)}")
+        lines.append(f"{verb}  {file.path}  {human(size)}")
     return "\n".join(lines)
+
+
+def listing(plan: Plan, sizes: Sequence[int]) -> str:
+    """Every tensor with its shape, type and exact size; then the summary."""
+    lines: list[str] = []
+    for file, size in zip(plan.files, sizes, strict=True):
+        lines.append(f"{file.path}: {len(file.jobs)} tensors, {size:,} bytes")
+        lines += [f"  {_described(job)}" for job in file.jobs]
+    return "\n".join([*lines, summary(plan, sizes, "  plan")])
+
+
+def _described(job: Job) -> str:
+    shape = " x ".join(map(str, job.source.shape))
+    types = (
+        job.kind.name
+        if job.kind.name == job.source.dtype
+        else (f"{job.source.dtype} -> {job.kind.name}")
+    )
+    weighted = "  imatrix" if job.importance is not None else ""
+    return f"{job.name:34} {shape:>16}  {types:>16}  {job.n_bytes:>15,} bytes{weighted}"
 
 
 def human(n_bytes: float) -> str:
@@ -35,5 +55,5 @@ def human(n_bytes: float) -> str:
     return f"{n_bytes / 1000:.3g} GB"
 
 
-def _bytes(tensors: Sequence[PlannedTensor]) -> int:
-    return sum(tensor.n_bytes for tensor in tensors)
+def _bytes(jobs: Sequence[Job]) -> int:
+    return sum(job.n_bytes for job in jobs)

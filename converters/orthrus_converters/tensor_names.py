@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from orthrus_converters.checkpoint import Checkpoint
-from orthrus_converters.safetensors_file import FLOAT_DTYPES, SourceTensor, read_chunks
+from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor, read_chunks
 from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.tensors import base_tensors, diffusion_tensors
@@ -41,37 +40,41 @@ _LM_HEAD = _GLOBAL["output.weight"]
 _COMPARED = 1 << 20  # elements at a time
 
 
-@dataclass(frozen=True)
-class Weight:
-    """name: in the GGUF file. source: in the checkpoint, of the same shape."""
-
-    name: str
-    source: SourceTensor
-
-
 def has_heads(checkpoint: Checkpoint) -> bool:
     """True if the checkpoint holds any weight of the diffusion view."""
     return any(name.endswith("_diff.weight") for name in checkpoint.tensors)
 
 
-def match_weights(checkpoint: Checkpoint, config: ModelConfig) -> list[Weight]:
-    """All weights in the order of the file: embedding, output, layers, final norm.
+def match_weights(
+    checkpoint: Checkpoint, config: ModelConfig, *, heads_only: bool = False
+) -> dict[str, SourceTensor]:
+    """All weights by their names in the file, in its order: embedding, output, layers, final norm.
 
-    Raises OrthrusError unless the checkpoint holds exactly the weights that `config` calls for, in
-    the right shapes and in types that we read.
+    heads_only: weights of the AR view may be missing. Raises OrthrusError unless the checkpoint
+    holds exactly the weights that `config` calls for, in the right shapes and in types that we
+    read.
     """
-    shapes = base_tensors(config) | diffusion_tensors(config)
+    heads = diffusion_tensors(config)
+    shapes = base_tensors(config) | heads
     names = {name: _hf_name(name) for name in sorted(shapes, key=_position)}
-    missing = [hf_name for hf_name in names.values() if hf_name not in checkpoint.tensors]
+    missing = [
+        hf_name
+        for name, hf_name in names.items()
+        if hf_name not in checkpoint.tensors and (name in heads or not heads_only)
+    ]
     if missing:
         raise OrthrusError(
             f"{checkpoint.folder}: weight {missing[0]}{_more(missing)} is missing; "
             "the checkpoint is incomplete, or config.json belongs to another model"
         )
     _check_unused(checkpoint, config, set(names.values()))
-    weights = [Weight(name, checkpoint.tensors[hf_name]) for name, hf_name in names.items()]
-    for weight in weights:
-        _check_weight(weight.source, shapes[weight.name])
+    weights = {
+        name: checkpoint.tensors[hf_name]
+        for name, hf_name in names.items()
+        if hf_name in checkpoint.tensors
+    }
+    for name, source in weights.items():
+        _check_weight(source, shapes[name])
     return weights
 
 
@@ -98,7 +101,7 @@ def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -
         # Computed from config.json; old versions of transformers stored it.
         if name not in used and not name.endswith(".rotary_emb.inv_freq")
     ]
-    if config.tied and _LM_HEAD in unused:
+    if config.tied and {_LM_HEAD, _GLOBAL["token_embd.weight"]} <= set(checkpoint.tensors):
         _check_tied(checkpoint.tensors)
         unused.remove(_LM_HEAD)
     if unused:

@@ -89,6 +89,7 @@ class GGUFFile:
         tensors: Mapping[str, TensorInfo],
     ) -> None:
         self.path = path
+        self.n_bytes = len(buffer)  # of the whole file
         self.version = version
         self.alignment = alignment
         self.metadata = metadata

@@ -2,15 +2,18 @@
 
 Tensors arrive as chunks and go straight to disk, so memory does not grow with the model. Each file
 is written under a temporary name beside its target (`.NAME.PID.tmp`) and renamed at the very end;
-a failure or an interrupt removes it. Several files of one call succeed or fail together.
+a failure or an interrupt removes it. Several files of one call succeed or fail together. What a
+killed process leaves behind is removed by the next one that writes the same file.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.leftovers import remove_leftovers, temporary_path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -61,17 +65,24 @@ class PlannedFile:
 
 
 def write_files(
-    files: Sequence[PlannedFile], progress: Callable[[int], object], *, overwrite: bool = False
+    files: Sequence[PlannedFile],
+    progress: Callable[[int], object],
+    *,
+    overwrite: bool = False,
+    verify: Callable[[Sequence[Path]], None] | None = None,
 ) -> list[int]:
     """Write all of `files` (which lie in one folder), or none. Returns their sizes in bytes.
 
     progress: called with a number of bytes of tensor data, each time after they were written.
+    verify: called with the paths of the finished files before they get their names; what it raises
+    keeps them from it.
     Raises OrthrusError if a file exists and `overwrite` is not set, or if writing fails; whatever
     is raised, no file of this call stays behind. With `overwrite`, files are replaced only after
     all data is safely on disk.
     """
     for file in files:
         check_target(file.path, overwrite=overwrite)
+        remove_leftovers(file.path)
     outputs = [_Output(file) for file in files]
     try:
         for output in outputs:
@@ -80,6 +91,8 @@ def write_files(
         for output in outputs:
             output.write_tensors(progress)
         sizes = [output.finish() for output in outputs]
+        if verify is not None:
+            verify([output.temporary for output in outputs])
         for output in outputs:  # writing may have taken an hour
             check_target(output.target, overwrite=overwrite)
         for output in outputs:
@@ -106,14 +119,55 @@ def check_target(path: Path, *, overwrite: bool) -> None:
         raise OrthrusError(f"{path}: exists already; choose another name or pass --overwrite")
 
 
+def file_size(file: PlannedFile) -> int:
+    """The exact size in bytes that write_files() would give `file`.
+
+    Writes the header to a temporary folder: `file` cannot be written after that.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        header = Path(folder) / "header"
+        _write_header(file.metadata, file.tensors, header, file.path)
+        file.metadata.close()
+        sizes = [header.stat().st_size, *(tensor.n_bytes for tensor in file.tensors)]
+    return sum(gguf.GGUFWriter.ggml_pad(size, file.metadata.data_alignment) for size in sizes)
+
+
+def _write_header(
+    writer: gguf.GGUFWriter, tensors: Sequence[PlannedTensor], path: Path, target: Path
+) -> None:
+    """Write everything up to the padding before the data to `path`, and leave it open.
+
+    target: for error messages.
+    """
+    for tensor in tensors:
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),  # anything but uint8, which would mean a shape in bytes
+            tensor.n_bytes,
+            raw_dtype=tensor.type,
+        )
+    writer.write_header_to_file(path)
+    try:
+        writer.write_kv_data_to_file()
+    except UnicodeEncodeError as error:
+        start = max(error.start - 20, 0)
+        raise OrthrusError(
+            f"{target}: the text {error.object[start : error.end]!r} in the metadata is not valid "
+            "Unicode; correct it in the source"
+        ) from error
+    writer.write_ti_data_to_file()
+
+
 class _Output:
     """One file on its way: a temporary file that becomes the target, or vanishes."""
 
     def __init__(self, plan: PlannedFile) -> None:
         self.target = plan.path
-        self.temporary = plan.path.with_name(f".{plan.path.name}.{os.getpid()}.tmp")
+        self.temporary = temporary_path(plan.path, os.getpid())
         self._writer = plan.metadata
         self._tensors = plan.tensors
+        self._lock = -1
         self._ours = False
         self._renaming = False
 
@@ -131,24 +185,7 @@ class _Output:
     def write_header(self) -> None:
         """Create the temporary file and write everything but tensor data."""
         self._create()
-        for tensor in self._tensors:
-            self._writer.add_tensor_info(
-                tensor.name,
-                tensor.shape,
-                np.dtype(np.float32),  # anything but uint8, which would mean a shape in bytes
-                tensor.n_bytes,
-                raw_dtype=tensor.type,
-            )
-        self._writer.write_header_to_file(self.temporary)
-        try:
-            self._writer.write_kv_data_to_file()
-        except UnicodeEncodeError as error:
-            start = max(error.start - 20, 0)
-            raise OrthrusError(
-                f"{self.target}: the text {error.object[start : error.end]!r} in the metadata is "
-                "not valid Unicode; correct it in the source"
-            ) from error
-        self._writer.write_ti_data_to_file()
+        _write_header(self._writer, self._tensors, self.temporary, self.target)
         self._pad(self._file.tell())
         self._file.flush()
 
@@ -156,10 +193,12 @@ class _Output:
         self._ours = True  # set first: an interrupt may come right after the file exists
         try:
             # Exclusively: neither another process' file nor the target of a link is touched.
-            os.close(os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            self._lock = os.open(self.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
             self._ours = False
             raise
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write_tensors(self, progress: Callable[[int], object]) -> None:
         """Stream the data of all tensors."""
@@ -185,6 +224,7 @@ class _Output:
         """Give the finished file its name."""
         self._renaming = True
         os.replace(self.temporary, self.target)
+        self._unlock()
 
     def discard(self) -> None:
         """Remove what there is of this file, under either name. Never raises OSError."""
@@ -200,6 +240,12 @@ class _Output:
                     self.target.unlink()
         except OSError:
             pass
+        self._unlock()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def _pad(self, size: int) -> None:
         self._file.write(bytes(self._padded(size) - size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -63,6 +64,67 @@ def test_interrupt_in_the_middle(flags: tuple[str, ...], tiny: Path, out: Path) 
     assert list(out.iterdir()) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_clean_up_too(number: signal.Signals, tiny: Path, out: Path) -> None:
+    process = start(PAUSE, tiny, out / "model.gguf", "--type", "q4_0")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert stderr == "orthrus-convert: terminated, nothing was written\n"
+    assert list(out.iterdir()) == []
+
+
+def test_the_next_run_removes_what_a_killed_one_left(
+    tiny: Path, out: Path, convert: Callable[..., Any]
+) -> None:
+    process = start(PAUSE, tiny, out / "model.gguf", "--split")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    running = convert(tiny, "--split")  # beside the other, whose files it leaves alone
+    assert running.code == 0
+    assert [path.suffix for path in sorted(out.iterdir())] == [".tmp", ".tmp", ".gguf", ".gguf"]
+    process.kill()
+    process.communicate(timeout=30)
+    assert len([path for path in out.iterdir() if path.suffix == ".tmp"]) == 2
+    before = {path.name: path.read_bytes() for path in out.glob("*.gguf")}
+    run = convert(tiny, "--split", "--overwrite")
+    assert run.files == ["model-heads.gguf", "model.gguf"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_dry_run_writes_nothing_and_knows_all_sizes(
+    tiny: Path, out: Path, convert: Callable[..., Any]
+) -> None:
+    flags = ("--split", "--type", "q4_k_m")
+    run = convert(tiny, *flags, "--dry-run")
+    assert (run.code, run.stderr, run.files) == (0, "", [])
+    lines = run.stdout.splitlines()
+    assert convert(tiny, *flags).code == 0
+    for name in ("model.gguf", "model-heads.gguf"):
+        tensors = gguf.GGUFReader(out / name).tensors
+        size = (out / name).stat().st_size
+        start = lines.index(f"{out / name}: {len(tensors)} tensors, {size:,} bytes") + 1
+        for line, tensor in zip(lines[start:], tensors, strict=False):
+            shape = " x ".join(map(str, reversed(tensor.shape.tolist())))
+            assert line.split("  ")[1].strip() == tensor.name
+            assert f" {shape}  " in line
+            assert f"-> {tensor.tensor_type.name} " in line
+            assert line.endswith(f" {tensor.n_bytes:,} bytes")
+    assert f"  plan  {out / 'model.gguf'}" in run.stdout
+    assert "note: " in run.stdout  # rows of 64 are no multiple of 256
+
+
+def test_a_dry_run_finds_the_same_faults(
+    tiny: Path, out: Path, convert: Callable[..., Any]
+) -> None:
+    (out / "model.gguf").write_text("old")
+    run = convert(tiny, "--dry-run")
+    assert run.code == 1
+    assert "exists already" in run.stderr
+
+
 @pytest.mark.parametrize("limit", [1000, 100_000, 300_000])
 @pytest.mark.parametrize("flags", [(), ("--split",)])
 def test_full_disk(limit: int, flags: tuple[str, ...], tiny: Path, out: Path) -> None:
@@ -84,12 +146,25 @@ def test_a_failed_run_keeps_the_old_file(tiny: Path, out: Path) -> None:
     assert {path.name: path.read_text() for path in out.iterdir()} == {"model.gguf": "old"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_folder(tiny: Path, out: Path, convert: Callable[..., Any]) -> None:
+def test_read_only_folder(
+    tiny: Path, out: Path, convert: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the refusal is the system's only where it is not root."""
     out.chmod(0o555)
-    run = convert(tiny)
+    if os.geteuid() == 0:
+        real = os.open
+
+        def deny(path: Any, *args: Any) -> int:
+            if Path(path).parent == out:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *args)
+
+        monkeypatch.setattr(os, "open", deny)
+    run = convert(tiny, "--type", "q4_0")
+    out.chmod(0o755)
     assert run.code == 1
     assert "model.gguf: cannot be written: Permission denied" in run.stderr
+    assert run.files == []
 
 
 def test_not_enough_space_is_said_before_writing(
@@ -133,7 +208,7 @@ def test_output_that_is_an_input(
         make(out / "model.gguf", tiny / name)
         run = convert(tiny, "--overwrite")
         assert run.code == 1
-        assert "model.gguf: is part of the checkpoint" in run.stderr
+        assert "model.gguf: is an input of this conversion; choose another name" in run.stderr
         assert (tiny / name).read_bytes() == before
         (out / "model.gguf").unlink()
 

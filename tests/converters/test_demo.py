@@ -234,6 +234,20 @@ def test_our_reader_opens_both_kinds(converted: Callable[..., Path]) -> None:
         assert (single.config.block_size, single.config.mask_token) == (16, 4095)
 
 
+@pytest.mark.parametrize("flag", ["q4_k_m", "q3_k_l", "q2_k", "iq4_xs", "q5_0"])
+def test_stock_llamacpp_loads_quantized_bases(flag: str, converted: Callable[..., Path]) -> None:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(converted("--split", "--type", flag))
+    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 64, 1, 0, False
+    params.cpuparams.n_threads = 1
+    answer = xllamacpp.Server(params).handle_completions(
+        {"prompt": [40, 41, 42], "n_predict": 2, "temperature": 0, "n_probs": 1}
+    )
+    content = answer["choices"][0]["logprobs"]["content"]
+    assert content
+    assert all(np.isfinite(entry["logprob"]) for entry in content)
+
+
 @pytest.mark.parametrize("flag", ["bf16", "q8_0"])
 def test_split_base_runs_in_stock_llamacpp(
     flag: str, converted: Callable[..., Path], golden: dict[str, Any]

@@ -84,6 +84,24 @@ def test_bf16_rounds_to_nearest_even(
     assert (found.view(np.uint32) >> 16).tolist() == [0x3F80, 0x3F82, 0x3F81, 0xBF80]
 
 
+def test_every_bfloat16_becomes_the_nearest_float16(
+    tmp_path: Path, convert: Callable[..., Any], out: Path
+) -> None:
+    """All that F16 can hold, with its subnormals and zeros."""
+    bits = np.arange(1 << 16, dtype=np.uint32) << 16
+    with np.errstate(invalid="ignore"):
+        values = bits.view(np.float32)[np.abs(bits.view(np.float32)) < 65520]
+    assert values.size == 2 * 0x4780
+    config = changed(vocab_size=600)
+    weights = random_weights(config)
+    weights["lm_head.weight"].reshape(-1)[: values.size] = values
+    folder = write_checkpoint(tmp_path / "m", config, weights)
+    assert convert(folder, "--type", "f16").code == 0
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    found = tensors["output.weight"].data.reshape(-1)[: values.size]
+    np.testing.assert_array_equal(found.view(np.uint16), values.astype(np.float16).view(np.uint16))
+
+
 def test_untied_head_dim_and_gqa(tiny: Path, convert: Callable[..., Any], out: Path) -> None:
     config = model_of(tiny, convert, out)
     assert (config.tied, config.head_dim, config.n_embd, config.n_head) == (False, 32, 64, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import struct
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -59,6 +60,10 @@ HEADER = {
         build([ONE], n_entries=5),
         "claims 5 metadata entries, more than fit",
     ),
+    "too many metadata entries": (
+        build(data=bytes(1 << 20), n_entries=65537),
+        "claims 65537 metadata entries, expected at most 65536",
+    ),
     "too many tensors": (
         build(data=bytes(3 << 20), n_tensors=65537),
         "claims 65537 tensors, expected at most 65536",
@@ -95,6 +100,10 @@ METADATA = {
         "'k' has 1000 elements of at least 4 bytes",
     ),
     "absurd array": (build([array("k", UINT8, HUGE, b"1")]), f"'k' has {HUGE} elements"),
+    "more elements than anything has": (
+        build([array("k", UINT8, (1 << 24) + 1, bytes((1 << 24) + 1))]),
+        "'k' has 16777217 elements, expected at most 16777216",
+    ),
     "array whose byte count overflows": (
         build([array("k", UINT64, (1 << 61) + 1, u64(1))]),
         "elements of at least 8 bytes",
@@ -215,6 +224,10 @@ TENSORS = {
         two_tensors(tensor("second", [8], F32, HUGE - 31)),
         "'second' leaves a gap",
     ),
+    "alignment beyond the file": (
+        build([entry("general.alignment", UINT64, u64(1 << 63))], [tensor("t", [8])], bytes(32)),
+        "'t' ends at byte 9223372036854775840, the file at",
+    ),
     "data past the end": (
         two_tensors(tensor("second", [8], F32, 32), data=63),
         "'second' ends at byte .*, the file at",
@@ -317,6 +330,33 @@ def test_every_truncation(tmp_path: Path) -> None:
     path.write_bytes(whole)
     with GGUFFile.open(path) as file:
         assert list(file.tensors) == NAMES
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_memory_is_a_small_multiple_of_the_file(tmp_path: Path, size: int) -> None:
+    """The worst case: a large array of the shortest strings, each an object of its own."""
+    texts = [chr(0x4E00 + i % 20_000) * size for i in range(100_000)]
+    payload = b"".join(map(string, texts))
+    path = tmp_path / "strings.gguf"
+    path.write_bytes(build([array("k", STRING, len(texts), payload)]))
+    tracemalloc.start()
+    with GGUFFile.open(path) as file:
+        peak = tracemalloc.get_traced_memory()[1]
+        assert file.metadata["k"] == texts
+    tracemalloc.stop()
+    assert peak < 12 * path.stat().st_size
+
+
+def test_the_most_entries_that_are_allowed(tmp_path: Path) -> None:
+    """65,536 keys and as many tensors, in time linear in their number."""
+    keys = [entry(f"k{i}", UINT8, b"\1") for i in range(1 << 16)]
+    tensors = [tensor(f"t{i}", [8], F32, 32 * i) for i in range(1 << 16)]
+    path = tmp_path / "many.gguf"
+    path.write_bytes(build(keys, tensors, bytes(32 << 16)))
+    start = time.process_time()
+    with GGUFFile.open(path) as file:
+        assert (len(file.metadata), len(file.tensors)) == (1 << 16, 1 << 16)
+    assert time.process_time() - start < 15  # quadratic work would take hours
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +18,15 @@ import pytest
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.leftovers import remove_leftovers, temporary_path
 from orthrus_gguf.gguf.reader import GGUFFile
-from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor, check_target, write_files
+from orthrus_gguf.gguf.writer import (
+    PlannedFile,
+    PlannedTensor,
+    check_target,
+    file_size,
+    write_files,
+)
 
 KINDS = gguf.GGMLQuantizationType
 MATRIX = np.arange(15, dtype=np.float32).reshape(3, 5)  # 60 bytes: padded to 64
@@ -195,6 +205,95 @@ def test_the_temporary_file_of_another_process_is_left_alone(tmp_path: Path) -> 
         write_files([plan(tmp_path / "m.gguf")], ignore)
     assert victim.read_text() == "precious"
     assert other.is_symlink()
+
+
+def dead_process() -> int:
+    """The number of a process that is gone."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+@pytest.mark.parametrize("number", [dead_process, os.getpid], ids=["another", "of our number"])
+def test_leftovers_of_dead_processes_are_removed(number: Callable[[], int], tmp_path: Path) -> None:
+    left = temporary_path(tmp_path / "m.gguf", number())
+    left.write_bytes(b"half")
+    write_files([plan(tmp_path / "m.gguf")], ignore)
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.gguf"]
+
+
+def test_what_is_no_leftover_stays(tmp_path: Path) -> None:
+    """Of a living process, of another file, of other programs, links, and folders."""
+    dead = dead_process()
+    names = [
+        f".m.gguf.{os.getppid()}.tmp",
+        f".other.gguf.{dead}.tmp",
+        f".m.gguf.{dead}.tmp.bak",
+        ".m.gguf.x.tmp",
+        f"m.gguf.{dead}.tmp",
+        f".mXgguf.{dead}.tmp",
+        f".m.gguf.{10**30}.tmp",
+    ]
+    for name in names:
+        (tmp_path / name).write_text("theirs")
+    (tmp_path / "victim").write_text("precious")
+    temporary_path(tmp_path / "m.gguf", dead).symlink_to(tmp_path / "victim")
+    before = sorted(tmp_path.iterdir())
+    write_files([plan(tmp_path / "m.gguf")], ignore)
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "m.gguf"])
+
+
+def test_a_locked_leftover_stays(tmp_path: Path) -> None:
+    """As a writer in another container holds it, whose process number means nothing here."""
+    left = temporary_path(tmp_path / "m.gguf", dead_process())
+    with left.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        remove_leftovers(tmp_path / "m.gguf")
+        assert left.exists()
+    remove_leftovers(tmp_path / "m.gguf")
+    assert not left.exists()
+
+
+def test_our_own_temporary_file_is_locked(tmp_path: Path) -> None:
+    def look(count: int) -> None:
+        remove_leftovers(tmp_path / "m.gguf")
+        temporary = temporary_path(tmp_path / "m.gguf", os.getpid())
+        with temporary.open("rb") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    write_files([plan(tmp_path / "m.gguf")], look)
+    with (tmp_path / "m.gguf").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_verification_comes_before_the_name(tmp_path: Path) -> None:
+    def verify(paths: Sequence[Path]) -> None:
+        assert not (tmp_path / "m.gguf").exists()
+        with GGUFFile.open(paths[0]) as file:  # complete
+            assert file.data("c.weight").tobytes() == QBLOCKS.tobytes()
+        if reject:
+            raise OrthrusError("no good")
+
+    reject = False
+    write_files([plan(tmp_path / "m.gguf")], ignore, verify=verify)
+    (tmp_path / "m.gguf").unlink()
+    reject = True
+    with pytest.raises(OrthrusError, match="no good"):
+        write_files([plan(tmp_path / "m.gguf")], ignore, verify=verify)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("alignment", [32, 256])
+def test_sizes_are_known_before_writing(alignment: int, tmp_path: Path) -> None:
+    def aligned() -> PlannedFile:
+        file = plan(tmp_path / "m.gguf")
+        file.metadata.add_custom_alignment(alignment)
+        return file
+
+    size = file_size(aligned())
+    assert list(tmp_path.iterdir()) == []
+    assert write_files([aligned()], ignore) == [size]
+    assert (tmp_path / "m.gguf").stat().st_size == size
 
 
 def test_space_is_checked_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

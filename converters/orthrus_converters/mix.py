@@ -1,0 +1,141 @@
+"""Which tensor of a quantized file gets which type: llama-quantize's mixes, rule by rule.
+
+A mix spends more bits where errors hurt most: on the output, on attn_v, on ffn_down, and in the
+first and last layers. Source: llama_tensor_get_type_impl in llama.cpp's src/llama-quant.cpp, less
+what only concerns other architectures and mixtures of experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import gguf
+
+_Type = gguf.GGMLQuantizationType
+Kind = gguf.GGMLQuantizationType
+
+#: Mixes of 2 bits and less, which keep to types of their own.
+_TINY = ("iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq1_s", "iq1_m")
+
+#: Mix → type of the token embedding where the model has an output of its own.
+_EMBEDDING = {
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m"), _Type.Q2_K),
+    **dict.fromkeys(("iq2_s", "iq2_m", "iq3_xxs"), _Type.IQ3_S),
+}
+_ATTN_OUTPUT = {
+    "q2_k": _Type.Q3_K,
+    "q3_k_m": _Type.Q4_K,
+    "q3_k_l": _Type.Q5_K,
+    "iq3_xxs": _Type.IQ3_S,
+    "iq3_m": _Type.Q4_K,
+    "iq2_s": _Type.IQ3_S,
+    "iq2_m": _Type.IQ3_S,
+    "iq1_s": _Type.IQ2_XXS,
+    "iq1_m": _Type.IQ2_XXS,
+}
+_ATTN_QK = {"iq3_xs": _Type.IQ3_XXS, "iq3_xxs": _Type.IQ2_S}
+
+#: Mix → type of attn_v where at least four query heads share a KV head (then it is small), and
+#: where fewer do. For the mixes that do not look at the layer.
+_ATTN_V_SHARED = {
+    **dict.fromkeys(("q2_k", "q2_k_s", *_TINY), _Type.Q4_K),
+    **dict.fromkeys(("iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"), _Type.Q4_K),
+    **dict.fromkeys(("iq4_nl", "iq4_xs", "q3_k_l"), _Type.Q5_K),
+}
+_ATTN_V = {
+    "q2_k": _Type.Q3_K,
+    "q3_k_l": _Type.Q5_K,
+    "iq3_m": _Type.Q4_K,
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m"), _Type.Q2_K),
+    **dict.fromkeys(("iq2_s", "iq2_m"), _Type.IQ3_S),
+}
+
+#: Mix → type of ffn_down in the first eighth of the layers, with or without an imatrix.
+_FIRST_FFN_DOWN = {
+    **dict.fromkeys(("iq2_xxs", "iq2_xs", "iq1_s", "iq1_m"), _Type.Q2_K),
+    **dict.fromkeys(("iq2_s", "iq2_m"), _Type.IQ3_S),
+    "q2_k_s": _Type.Q4_K,
+    "iq3_m": _Type.Q4_K,
+    "q4_k_s": _Type.Q5_K,
+}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The rules of one mix for one model.
+
+    name: of the file type. default: its usual type. gqa: query heads per KV head.
+    """
+
+    name: str
+    default: Kind
+    n_layers: int
+    gqa: int
+    tied: bool
+    has_imatrix: bool
+
+    def matrix(self, part: str, index: int) -> Kind:
+        """The type of a layer's `part` (such as `attn_v`).
+
+        index: how many tensors of this part came before, in the order of layers.
+        """
+        if part == "attn_v":
+            return self._attn_v(index)
+        if part == "ffn_down":
+            return self._ffn_down(index)
+        if part == "attn_output":
+            return _ATTN_OUTPUT.get(self.name, self.default)
+        if part in ("attn_q", "attn_k"):
+            return _ATTN_QK.get(self.name, self.default)
+        if part in ("ffn_gate", "ffn_up") and self.name == "iq3_xs":
+            inner = self.n_layers // 8 <= index < 7 * self.n_layers // 8
+            return _Type.IQ3_XXS if inner else self.default
+        return self.default
+
+    def embedding(self, columns: int) -> Kind:
+        """The type of token_embd."""
+        if self.tied:
+            return self.output(columns)
+        return _EMBEDDING.get(self.name, self.default)
+
+    def output(self, columns: int) -> Kind:
+        """The type of the output matrix, which may be the token embedding."""
+        qblock, _ = gguf.GGML_QUANT_SIZES[self.default]
+        if columns % qblock or self.default == _Type.Q8_0:
+            return _Type.Q8_0
+        return _Type.Q5_K if self.name in (*_TINY, "iq3_xxs") else _Type.Q6_K
+
+    def _attn_v(self, index: int) -> Kind:
+        if self.name in ("q4_k_m", "q5_k_m"):
+            return _Type.Q6_K if self._gets_more_bits(index) else self.default
+        if self.name == "q4_k_s":
+            return _Type.Q5_K if index < 4 else self.default
+        if self.name == "q3_k_m":
+            return _Type.Q5_K if index < 2 else _Type.Q4_K
+        if self.name == "iq3_xxs" and self.gqa < 4 and not self.has_imatrix:
+            return _Type.IQ3_S
+        return (_ATTN_V_SHARED if self.gqa >= 4 else _ATTN_V).get(self.name, self.default)
+
+    def _ffn_down(self, index: int) -> Kind:
+        first = index < self.n_layers // 8
+        if self.name in ("q4_k_m", "q5_k_m"):
+            return _Type.Q6_K if self._gets_more_bits(index) else self.default
+        if self.name == "q2_k":
+            return _Type.Q3_K
+        if self.name == "q3_k_m":
+            return _Type.Q5_K if index < self.n_layers // 16 else _Type.Q4_K
+        if self.name == "q3_k_l":
+            return _Type.Q5_K
+        if self.name == "iq3_xxs" and not self.has_imatrix:
+            return _Type.Q4_K if first else _Type.Q3_K
+        if not first:
+            return self.default
+        if self.name in ("iq4_nl", "iq4_xs") and not self.has_imatrix:
+            return _Type.Q5_K
+        if self.name in ("q4_0", "q5_0") and self.has_imatrix:
+            return _Type.Q4_1 if self.name == "q4_0" else _Type.Q5_1
+        return _FIRST_FFN_DOWN.get(self.name, self.default)
+
+    def _gets_more_bits(self, index: int) -> bool:
+        eighth = self.n_layers // 8
+        return index < eighth or index >= 7 * self.n_layers // 8 or (index - eighth) % 3 == 2

@@ -1,0 +1,176 @@
+"""The flags of `orthrus-convert`, and the request that they make."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import gguf
+
+from orthrus_converters.encode import default_threads
+from orthrus_converters.file_types import ALIASES, FILE_TYPES, TENSOR_TYPES, find_file_type
+from orthrus_converters.plan import Request
+from orthrus_converters.type_plan import TypeChoice, parse_override
+
+PROGRAM = "orthrus-convert"
+AUTO = "auto"
+MAX_THREADS = 1024
+
+USAGE = f"""\
+{PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]
+       {PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf
+       {PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]
+"""
+DESCRIPTION = f"""\
+Convert an Orthrus checkpoint to GGUF.
+
+MODEL is a folder with safetensors, the id of a repository on the Hugging Face Hub, or a GGUF file.
+By default the new file holds base model and diffusion heads in MODEL's own types, so that nothing
+is lost. Names of the files written go to stdout, everything else to stderr.
+
+types: {", ".join(FILE_TYPES)}
+Those from iq3_xs down need an imatrix, all but q2_k.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is one line and exit code 1, like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog=PROGRAM,
+        usage=USAGE,
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder, repository id or GGUF")
+    parser.add_argument("output", metavar="OUT.gguf", type=Path, help="file to write")
+    _add_type_flags(parser)
+    _add_packing_flags(parser)
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
+    parser.add_argument(
+        "--threads",
+        "-t",
+        metavar="N",
+        type=_thread_count,
+        default=default_threads(),
+        help="threads that quantize (default: %(default)s, the cores here)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and exact sizes")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
+    parser.add_argument(
+        "--version", action="version", version=f"orthrus-gguf {version('orthrus-gguf')}"
+    )
+    return parser
+
+
+def _add_type_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("types")
+    group.add_argument(
+        "--type",
+        "--outtype",
+        dest="type",
+        metavar="TYPE",
+        type=str.lower,
+        choices=[*FILE_TYPES, *ALIASES, AUTO],
+        default=AUTO,
+        help="type of the matrices, with llama-quantize's exceptions; norms are always f32 "
+        "(default: %(default)s, which keeps MODEL's)",
+    )
+    group.add_argument(
+        "--imatrix", metavar="FILE", type=Path, help="importance of columns, from llama-imatrix"
+    )
+    for flag, what in (
+        ("--heads-type", "the diffusion heads, which change acceptance but never the text"),
+        ("--output-tensor-type", "the output matrix"),
+        ("--token-embedding-type", "the token embedding"),
+    ):
+        group.add_argument(
+            flag,
+            metavar="TYPE",
+            type=str.lower,
+            choices=[*TENSOR_TYPES],
+            help=f"type of {what}: {', '.join(TENSOR_TYPES)}"
+            if flag == "--heads-type"
+            else f"type of {what}",
+        )
+    group.add_argument(
+        "--tensor-type",
+        metavar="REGEX=TYPE",
+        action="append",
+        default=[],
+        help="type of the matrices in whose name REGEX is found (repeatable, the first counts)",
+    )
+    group.add_argument("--pure", action="store_true", help="one type for all matrices")
+    group.add_argument(
+        "--allow-requantize",
+        action="store_true",
+        help="quantize what is quantized already, at a loss",
+    )
+
+
+def _add_packing_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("packing")
+    group.add_argument(
+        "--split",
+        action="store_true",
+        help="write a stock qwen3 model, which llama.cpp runs too, and its heads separately: "
+        "OUT.gguf and OUT-heads.gguf",
+    )
+    group.add_argument(
+        "--merge",
+        action="store_true",
+        help="the inverse: MODEL and the heads beside it (or --heads) become one file",
+    )
+    group.add_argument(
+        "--base",
+        metavar="BASE.gguf",
+        type=Path,
+        help="add --heads to this Qwen3 model, all of whose tensors keep every byte",
+    )
+    group.add_argument(
+        "--heads", metavar="HEADS", help="with --base: folder, repository id or GGUF with heads"
+    )
+
+
+def make_request(args: argparse.Namespace) -> Request:
+    """The request in parsed arguments. Raises OrthrusError for a bad --tensor-type."""
+    choice = TypeChoice(
+        file_type=find_file_type(args.type),
+        overrides=tuple(map(parse_override, args.tensor_type)),
+        output=_tensor_type(args.output_tensor_type),
+        embedding=_tensor_type(args.token_embedding_type),
+        heads=_tensor_type(args.heads_type),
+        pure=args.pure,
+    )
+    return Request(
+        source=args.model,
+        output=args.output,
+        choice=choice,
+        imatrix=args.imatrix,
+        split=args.split,
+        merge=args.merge,
+        base=args.base,
+        heads=args.heads,
+        revision=args.revision,
+        allow_requantize=args.allow_requantize,
+        overwrite=args.overwrite,
+    )
+
+
+def _tensor_type(name: str | None) -> gguf.GGMLQuantizationType | None:
+    return None if name is None else TENSOR_TYPES[name]
+
+
+def _thread_count(value: str) -> int:
+    if not value.isdecimal() or not 1 <= int(value) <= MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"expected 1 to {MAX_THREADS}, found {value!r}")
+    return int(value)

@@ -1,0 +1,134 @@
+"""Tensors where they lie, in a safetensors or a GGUF file, and how their rows are read.
+
+Why reads and not a memory map: mapped pages count as this process' memory, and a file that shrinks
+under a map kills the process where a short read is an error that can be reported.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from orthrus_gguf.errors import OrthrusError
+
+#: Numpy types of unquantized weights. bfloat16 is kept as its bits.
+FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """Where a tensor lies in its file.
+
+    dtype: as the file calls it (`BF16`, `F16`, `F32`, a ggml type, or one that we cannot convert).
+    shape: numpy order, rows first. A 1-D tensor is one row.
+    offset: of the first byte, from the start of the file.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    n_bytes: int
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        return self.shape[-1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row. Rows hold whole qblocks."""
+        return self.n_bytes * self.columns // self.n_elements
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_elements // self.columns
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.dtype not in FLOAT_DTYPES
+
+
+@contextmanager
+def opened(tensor: SourceTensor) -> Iterator[int]:
+    """A descriptor of the tensor's file, for read_rows(). Raises OrthrusError."""
+    try:
+        with tensor.path.open("rb", buffering=0) as file:
+            yield file.fileno()
+    except OSError as error:
+        raise OrthrusError(f"{tensor.path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_rows(descriptor: int, tensor: SourceTensor, first: int, count: int) -> NDArray[Any]:
+    """Rows `first` … `first + count - 1`, read-only: [count, columns] in the type of FLOAT_DTYPES
+    (so bfloat16 as bits), or bytes [count, row_bytes] of a quantized tensor.
+
+    Does not move the file's position: threads may share the descriptor. Raises OrthrusError if the
+    file ends before that.
+    """
+    offset, left = tensor.offset + first * tensor.row_bytes, count * tensor.row_bytes
+    parts: list[bytes] = []
+    while left:
+        try:
+            part = os.pread(descriptor, left, offset)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OrthrusError(f"{tensor.path}: cannot be read: {reason}") from error
+        if not part:
+            raise OrthrusError(
+                f"{tensor.path}: ends within tensor {tensor.name}; has it changed meanwhile?"
+            )
+        parts.append(part)
+        offset, left = offset + len(part), left - len(part)
+    data = parts[0] if len(parts) == 1 else b"".join(parts)
+    dtype = FLOAT_DTYPES.get(tensor.dtype, np.dtype(np.uint8))
+    return np.frombuffer(data, dtype).reshape(count, -1)
+
+
+def read_chunks(tensor: SourceTensor, chunk_elements: int) -> Iterator[NDArray[Any]]:
+    """All rows in order, about `chunk_elements` at a time, as read_rows() gives them."""
+    with opened(tensor) as descriptor:
+        for first, count in row_ranges(tensor, chunk_elements):
+            yield read_rows(descriptor, tensor, first, count)
+
+
+def row_ranges(tensor: SourceTensor, chunk_elements: int) -> Iterator[tuple[int, int]]:
+    """(first row, number of rows) of chunks of about `chunk_elements`, at least one row each."""
+    step = max(1, chunk_elements // tensor.columns)
+    for first in range(0, tensor.n_rows, step):
+        yield first, min(step, tensor.n_rows - first)
+
+
+def to_float32(rows: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Float32 values [rows, columns] of what read_rows() gives for a tensor of type `dtype`."""
+    if dtype == "BF16":
+        bits = rows.astype(np.uint32)
+        bits <<= 16
+        return bits.view(np.float32)
+    if dtype in FLOAT_DTYPES:
+        return rows.astype(np.float32)
+    try:
+        values: NDArray[np.float32] = gguf.dequantize(rows, gguf.GGMLQuantizationType[dtype])
+    except NotImplementedError:
+        raise OrthrusError(
+            f"tensors of type {dtype} cannot be converted; use a file of another type"
+        ) from None
+    return values
