@@ -1,189 +1,29 @@
-"""The ggml runtime against numpy float64, the official outputs, and its own contract."""
+"""The ggml runtime's side of the `Model` contract, and what it says when it is broken."""
 
 from __future__ import annotations
 
-import gc
-import resource
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
-from numpy_qwen3 import NumpyQwen3
-from synthetic_model import model_shape, uniform, write_model
+from ggml_models import TYPES, loaded, small_file
+from synthetic_model import model_shape
 
-from orthrus_gguf.config import ModelConfig, Rope
-from orthrus_gguf.decode import Plan, Strategy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model_file import ModelFile
 from orthrus_gguf.runtime.ggml import GgmlModel
-from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.segments import Cache, Model, ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
-TYPES = gguf.GGMLQuantizationType
-GREEDY = Sampler(SamplingSettings(temperature=0))
-
-#: llama.cpp allows each quantized product 5e-4 (test-backend-ops); two layers are many in a row.
-MAX_NMSE = 2e-3
-
-
-@contextmanager
-def loaded(path: Path, **settings: Any) -> Iterator[GgmlModel]:
-    with ModelFile.open(path) as file, GgmlModel.load(file, threads=1, **settings) as model:
-        yield model
 
 
 @pytest.fixture(scope="module")
 def demo(demo_file: DemoFile) -> Iterator[GgmlModel]:
+    """The demo model in F32 all through."""
     with loaded(demo_file("f32"), cache_type_k="f32", cache_type_v="f32") as model:
         yield model
-
-
-def small_file(
-    folder: Path, qtype: gguf.GGMLQuantizationType, config: ModelConfig | None = None
-) -> Path:
-    path = folder / f"{qtype.name}.gguf"
-    write_model(load_library().api, path, config or model_shape(), uniform(qtype))
-    return path
-
-
-def nmse(found: Any, expected: Any) -> float:
-    return float(np.square(found - expected).sum() / np.square(expected).sum())
-
-
-# --- the official implementation ---
-
-
-@pytest.mark.parametrize("number", range(3))
-def test_logits_equal_the_official_ones(
-    demo: GgmlModel, golden: dict[str, Any], golden_logits: dict[str, Any], number: int
-) -> None:
-    case = golden["cases"][number]
-    prompt, start = case["prompt_ids"], len(case["prompt_ids"])
-    anchor, mask = case["output_ids"][0], demo.config.mask_token
-    assert mask is not None
-    cache = demo.new_cache(start + 32)
-    runs = {
-        "prefill": ar_segment(prompt, 0),
-        "first_block_diffusion": diffusion_segment(anchor, mask, 16, start),
-        "first_verify": ar_segment([anchor, *case["drafts"][0]], start),
-    }
-    for name, segment in runs.items():
-        (logits,) = demo.forward([segment], cache)
-        expected = golden_logits[f"case{number}_{name}_logits"]
-        np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5, err_msg=name)
-
-
-@pytest.mark.parametrize("type_name", ["f32", "f16"])
-def test_tokens_equal_the_official_ones(
-    demo_file: DemoFile, golden: dict[str, Any], type_name: str
-) -> None:
-    """Every golden prompt, decoded in two passes per cycle: same tokens, same acceptance."""
-    with loaded(demo_file(type_name)) as model:
-        for case in golden["cases"]:
-            prompt, n_new = case["prompt_ids"], case["n_new"]
-            cache = model.new_cache(len(prompt) + n_new)
-            tokens = [*prompt, GREEDY.sample(prefill(model, cache, prompt), prompt)]
-            cycles = list(
-                decode(model, cache, GREEDY, tokens, Plan(Strategy.TWO_PASS, 15), n_new - 1)
-            )
-            assert tokens[len(prompt) :] == case["output_ids"]
-            assert [cycle.start for cycle in cycles] == case["cycle_starts"]
-
-
-# --- numpy ---
-
-
-@pytest.mark.parametrize("yarn", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_logits_equal_numpys(tmp_path: Path, yarn: bool, tied: bool) -> None:
-    """F32 all through: AR rows, then two blocks that see different parts of the cache."""
-    rope = Rope(10000.0, 4.0, 1024, 1.0) if yarn else Rope(1e6)
-    config = model_shape(rope=rope, tied=tied, n_head=6, n_head_kv=2, head_dim=48)
-    path = small_file(tmp_path, TYPES.F32, config)
-    tokens = np.random.default_rng(3).integers(0, 300, 70).tolist()
-    with loaded(path, cache_type_k="f32", cache_type_v="f32") as model:
-        oracle = NumpyQwen3(ModelFile.open(path))
-        cache = model.new_cache(128)
-        segments = [
-            ar_segment(tokens, 0),
-            diffusion_segment(7, 319, 9, 70),
-            diffusion_segment(8, 319, 5, 40),
-        ]
-        ar, whole, early = model.forward(segments, cache)
-        assert nmse(ar, oracle.ar(tokens)) < 1e-10
-        assert nmse(whole, oracle.block(tokens, [7] + [319] * 8)) < 1e-10
-        assert nmse(early, oracle.block(tokens[:40], [8] + [319] * 4)) < 1e-10
-
-
-@pytest.mark.parametrize("qtype", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS"])
-@pytest.mark.parametrize("cache_types", [("f16", "f16"), ("q8_0", "q8_0")])
-def test_quantized_logits_are_close_to_numpys(
-    tmp_path: Path, qtype: str, cache_types: tuple[str, str]
-) -> None:
-    """The same weights dequantized: what remains is int8 activations and the cache's rounding."""
-    path = small_file(tmp_path, gguf.GGMLQuantizationType[qtype])
-    tokens = np.random.default_rng(4).integers(0, 300, 40).tolist()
-    with loaded(path, cache_type_k=cache_types[0], cache_type_v=cache_types[1]) as model:
-        oracle = NumpyQwen3(ModelFile.open(path))
-        cache = model.new_cache(64)
-        ar, block = model.forward([ar_segment(tokens, 0), diffusion_segment(7, 319, 9, 40)], cache)
-        assert nmse(ar, oracle.ar(tokens)) < MAX_NMSE
-        assert nmse(block, oracle.block(tokens, [7] + [319] * 8)) < MAX_NMSE
-
-
-def test_norms_of_other_types_and_files_of_small_alignment(tmp_path: Path) -> None:
-    """What ggml would not take as it lies is copied, with the same result to the bit."""
-    source = small_file(tmp_path, TYPES.Q8_0)
-    plain = tmp_path / "plain.gguf"
-    rewrite(source, plain, norm_type=np.float32)
-    with loaded(plain) as model:
-        assert model._weights.copied_bytes == 0
-        expected = model.forward([ar_segment(range(20), 0)], model.new_cache(32))[0].copy()
-    fully_copied = []
-    for padding in (8, 16, 24, 32):  # one of the four happens to be aligned to 32
-        other = tmp_path / f"other-{padding}.gguf"
-        rewrite(source, other, norm_type=np.float16, alignment=8, padding=padding)
-        with loaded(other) as model:
-            fully_copied.append(model._weights.copied_bytes > 100_000)
-            found = model.forward([ar_segment(range(20), 0)], model.new_cache(32))[0]
-            np.testing.assert_array_equal(found, expected)
-    assert sum(fully_copied) == 3
-
-
-def rewrite(
-    source: Path,
-    target: Path,
-    *,
-    norm_type: type[np.floating[Any]],
-    alignment: int = 32,
-    padding: int = 8,
-) -> None:
-    """The same model, its norms rounded to F16 and stored as `norm_type`, aligned differently."""
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(target, "orthrus")
-    writer.add_custom_alignment(alignment)
-    writer.add_description("x" * padding)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            kind, *rest = field.types
-            sub_type = rest[0] if rest else None
-            writer.add_key_value(field.name, field.contents(), kind, sub_type=sub_type)
-    for tensor in reader.tensors:
-        if len(tensor.shape) == 1:
-            writer.add_tensor(tensor.name, tensor.data.astype(np.float16).astype(norm_type))
-        else:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 # --- the contract ---
@@ -361,68 +201,3 @@ def test_a_closed_model_says_so(demo_file: DemoFile) -> None:
 def test_impossible_settings(demo_file: DemoFile, settings: dict[str, Any], message: str) -> None:
     with ModelFile.open(demo_file("f32")) as file, pytest.raises(OrthrusError, match=message):
         GgmlModel.load(file, **settings)
-
-
-# --- resources ---
-
-
-def test_two_models_share_the_threads_from_two_python_threads(demo_file: DemoFile) -> None:
-    expected: list[Any] = []
-    with loaded(demo_file("f32")) as first, loaded(demo_file("q8_0")) as second:
-        models = (first, second)
-        assert first._pool is second._pool
-        segment = ar_segment(range(30), 0)
-        expected = [model.forward([segment], model.new_cache(32))[0].copy() for model in models]
-        failures: list[int] = []
-
-        def work(number: int) -> None:
-            for _ in range(20):
-                found = models[number].forward([segment], models[number].new_cache(32))[0]
-                if not np.array_equal(found, expected[number]):
-                    failures.append(number)
-
-        workers = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert not failures
-
-
-def test_threads_do_not_change_the_result(demo_file: DemoFile) -> None:
-    results = []
-    for threads in (1, 2, 3):
-        with (
-            ModelFile.open(demo_file("q8_0")) as file,
-            GgmlModel.load(file, threads=threads) as model,
-        ):
-            segments = [ar_segment(range(20), 0), diffusion_segment(3, 4095, 16, 15)]
-            results.append([a.copy() for a in model.forward(segments, model.new_cache(64))])
-    for other in results[1:]:
-        for found, expected in zip(other, results[0], strict=True):
-            np.testing.assert_array_equal(found, expected)
-
-
-def test_loading_and_closing_leaks_nothing(demo_file: DemoFile) -> None:
-    def once() -> None:
-        with loaded(demo_file("f16")) as model:
-            cache = model.new_cache(256)
-            model.forward([ar_segment(range(40), 0)], cache)
-            model.forward([diffusion_segment(3, 4095, 16, 40)], cache)
-
-    for _ in range(5):
-        once()
-    gc.collect()
-    before = resident_bytes()
-    for _ in range(30):
-        once()
-    gc.collect()
-    assert resident_bytes() - before < 4 << 20  # one model is 9 MB, its cache 1 MB
-
-
-def resident_bytes() -> int:
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # not Linux: the peak, which cannot shrink but must not grow either
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return pages * resource.getpagesize()

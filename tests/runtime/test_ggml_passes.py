@@ -38,21 +38,20 @@ def segment_lists(draw: st.DrawFn) -> tuple[int, list[Segment]]:
 
 @given(segment_lists(), st.integers(1, 40), st.integers(20, 60))
 def test_every_row_runs_once_and_in_order(
-    case: tuple[int, list[Segment]], max_rows: int, max_block_rows: int
+    case: tuple[int, list[Segment]], max_ar_rows: int, max_block_rows: int
 ) -> None:
     _, segments = case
-    passes = cut(segments, max_rows, max_block_rows)
+    passes = cut(segments, max_ar_rows, max_block_rows)
     ran: dict[int, list[int]] = {}
     for pieces in passes:
         assert pieces
         blocks = [piece for piece in pieces if piece.segment.view is View.DIFFUSION]
-        if sum(piece.count for piece in pieces) > max_rows:
-            assert len(pieces) == 1
-            assert blocks
         assert sum(piece.count for piece in blocks) <= max_block_rows
         for number, piece in enumerate(pieces):
             assert piece.segment is segments[piece.index]
-            assert piece.segment.view is View.DIFFUSION or number == 0
+            if piece.segment.view is View.AR:
+                assert number == 0
+                assert piece.count <= max_ar_rows
             ran.setdefault(piece.index, []).extend(range(piece.first, piece.first + piece.count))
     order = [piece.index for pieces in passes for piece in pieces]
     assert order == sorted(order)
@@ -118,6 +117,12 @@ def filled(pieces: list[Piece], length: int, offsets: NDArray[np.int64]) -> Inpu
     )
     inputs.fill(pieces, length, offsets)
     return inputs
+
+
+def test_blocks_share_the_pass_of_the_last_ar_rows() -> None:
+    segments = [ar_segment(range(70), 0), *(diffusion_segment(1, 2, 16, 70) for _ in range(5))]
+    shapes = [[piece.count for piece in pieces] for pieces in cut(segments, 32, 64)]
+    assert shapes == [[32], [32], [6, 16, 16, 16, 16], [16]]
 
 
 def test_wanted_rows_count_over_all_pieces() -> None:

@@ -49,7 +49,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MakeModel]:
             rule = uniform(gguf.GGMLQuantizationType[weights])
             write_model(load_library().api, path, model_shape(), rule)
         with ModelFile.open(path) as file:
-            model = GgmlModel.load(file, threads=threads, cache_type_k=k, cache_type_v=v)
+            model = GgmlModel.load(
+                file, threads=threads, cache_type_k=k, cache_type_v=v, batch_rows=512
+            )
         opened.append(model)
         return model
 

@@ -26,31 +26,29 @@ class Piece:
         return range(low - self.first, max(low, high) - self.first)
 
 
-def cut(segments: Sequence[Segment], max_rows: int, max_block_rows: int) -> list[list[Piece]]:
-    """Passes of at most `max_rows` rows, `max_block_rows` of them in blocks, in order.
+def cut(segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int) -> list[list[Piece]]:
+    """Passes of at most `max_ar_rows` AR rows and `max_block_rows` rows in blocks, in order.
 
-    An AR segment may be cut anywhere, since its rows do not depend on their company. Blocks join
-    the last pass while they fit. A block is never cut, because its rows see one another, so a large
-    one may exceed `max_rows`. A block of which nothing is wanted leaves no trace and does not run.
+    An AR segment may be cut anywhere, since its rows do not depend on their company. A block is
+    never cut, because its rows see one another; blocks join the last pass while they fit. A block
+    of which nothing is wanted leaves no trace and does not run.
     """
     passes: list[list[Piece]] = []
+    block_rows = 0  # in the last pass
     for index, segment in enumerate(segments):
+        rows = len(segment)
         if segment.view is View.AR:
-            for first in range(0, len(segment), max_rows):
-                count = min(max_rows, len(segment) - first)
-                passes.append([Piece(index, segment, first, count)])
+            passes += [
+                [Piece(index, segment, first, min(max_ar_rows, rows - first))]
+                for first in range(0, rows, max_ar_rows)
+            ]
         elif segment.wanted:
-            if not passes or not _fits(passes[-1], len(segment), max_rows, max_block_rows):
+            if not passes or block_rows + rows > max_block_rows:
                 passes.append([])
-            passes[-1].append(Piece(index, segment, 0, len(segment)))
+                block_rows = 0
+            passes[-1].append(Piece(index, segment, 0, rows))
+            block_rows += rows
     return passes
-
-
-def _fits(pieces: Sequence[Piece], rows: int, max_rows: int, max_block_rows: int) -> bool:
-    """Whether a block of `rows` rows can join the pass of these pieces."""
-    total = sum(piece.count for piece in pieces)
-    blocks = sum(piece.count for piece in pieces if piece.segment.view is View.DIFFUSION)
-    return total + rows <= max_rows and blocks + rows <= max_block_rows
 
 
 def columns_for(rows: int) -> int:

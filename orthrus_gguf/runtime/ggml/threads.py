@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,16 +15,20 @@ from orthrus_gguf.runtime.ggml.machine import usable_cores
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-#: ggml's own limit (GGML_MAX_N_THREADS).
-MAX_THREADS = 512
+GGML_MAX_N_THREADS = 512
+
+#: Threads that may be asked for on any machine, however small. ggml aborts when the system refuses
+#: to start one, and far more threads than processors would only wait for each other anyway.
+ALWAYS_ALLOWED = 16
 
 
 def thread_count(requested: int | None) -> int:
     """The number of threads to use: as requested, else one per usable physical core."""
+    most = min(max(os.cpu_count() or 1, ALWAYS_ALLOWED), GGML_MAX_N_THREADS)
     if requested is None:
-        return min(usable_cores(), MAX_THREADS)
-    if not 1 <= requested <= MAX_THREADS:
-        raise OrthrusError(f"--threads {requested}: must lie in 1..{MAX_THREADS}")
+        return min(usable_cores(), most)
+    if not 1 <= requested <= most:
+        raise OrthrusError(f"--threads {requested}: must lie in 1..{most} on this machine")
     return requested
 
 
@@ -40,7 +45,8 @@ class ThreadPool:
         self.users = 0
 
 
-_registry_lock = threading.Lock()
+# Reentrant, because garbage collection may drop a model, and so leave its pool, inside it.
+_registry_lock = threading.RLock()
 _registry: dict[tuple[Ggml, int], ThreadPool] = {}
 
 

@@ -1,0 +1,111 @@
+"""Prompt and generation speed of the CPU runtime beside stock llama.cpp (the `xllamacpp` wheel).
+
+    python tests/bench/compare_llamacpp.py BASE.gguf [-t THREADS] [-r REPETITIONS]
+
+BASE.gguf is a stock Qwen3 file (`orthrus-convert --split` writes one). Both run in this process,
+turn by turn, on the same threads, and the ratio is taken turn by turn: on a shared machine only the
+ratio means something. Prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import numpy as np
+import xllamacpp
+
+from orthrus_gguf.decode import Plan, Strategy, decode, prefill
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+
+GREEDY = SamplingSettings(temperature=0)
+
+
+class Stock:
+    """llama.cpp as it comes, with its cache in f16 and one sequence."""
+
+    def __init__(self, path: str, n_ctx: int, threads: int) -> None:
+        params = xllamacpp.CommonParams()
+        params.model.path = path
+        params.n_ctx, params.n_parallel, params.verbosity = n_ctx, 1, 0
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        self._server = xllamacpp.Server(params)
+
+    def run(self, prompt: list[int], n_predict: int) -> tuple[float, float]:
+        """Tokens per second of the prompt and of the generation, by llama.cpp's own clock."""
+        answer: dict[str, Any] = self._server.handle_completions(
+            {
+                "prompt": prompt,
+                "n_predict": n_predict,
+                "temperature": 0,
+                "ignore_eos": True,
+                "cache_prompt": False,
+            }
+        )
+        timings = answer["timings"]
+        return timings["prompt_per_second"], timings["predicted_per_second"]
+
+
+class Ours:
+    """Our CPU runtime, plain decoding."""
+
+    def __init__(self, model: GgmlModel, n_ctx: int) -> None:
+        self._model = model
+        self._cache = model.new_cache(n_ctx)
+
+    def run(self, prompt: list[int], n_predict: int) -> tuple[float, float]:
+        self._cache.truncate(0)
+        sampler = Sampler(GREEDY)
+        started = time.perf_counter()
+        logits = prefill(self._model, self._cache, prompt)
+        tokens = [*prompt, sampler.sample(logits, prompt)]
+        first = time.perf_counter()
+        plan = Plan(Strategy.AR, 0)
+        for _ in decode(self._model, self._cache, sampler, tokens, plan, n_predict - 1):
+            pass
+        ended = time.perf_counter()
+        return len(prompt) / (first - started), max(n_predict - 1, 1) / (ended - first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("base")
+    parser.add_argument("-t", "--threads", type=int, default=1)
+    parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("-p", "--prompt", type=int, default=512)
+    parser.add_argument("-n", "--predict", type=int, default=64)
+    args = parser.parse_args()
+    n_ctx = args.prompt + args.predict + 8
+    with ModelFile.open(args.base) as file:
+        model = GgmlModel.load(file, threads=args.threads)
+        ours, stock = Ours(model, n_ctx), Stock(args.base, n_ctx, args.threads)
+        ids = np.random.default_rng(0).integers(0, file.config.n_vocab, args.prompt)
+        prompt = [int(i) for i in ids]
+        rates: dict[str, list[tuple[float, float]]] = {"prompt": [], "generation": []}
+        for turn in range(args.repetitions + 1):
+            pairs = (
+                (ours.run(prompt, 1)[0], stock.run(prompt, 1)[0]),
+                (ours.run(prompt[:4], args.predict)[1], stock.run(prompt[:4], args.predict)[1]),
+            )
+            if turn:  # the first turn warms up
+                for name, pair in zip(rates, pairs, strict=True):
+                    rates[name].append(pair)
+        print(f"{args.base}, {model.description}, xllamacpp {xllamacpp.__version__}\n")
+        print("| | ours, tok/s | llama.cpp, tok/s | ratio (median of turns, range) |")
+        print("|---|--:|--:|--:|")
+        for name, values in rates.items():
+            us, them = (statistics.median(column) for column in zip(*values, strict=True))
+            ratios = sorted(a / b for a, b in values)
+            print(
+                f"| {name} | {us:.1f} | {them:.1f} |"
+                f" {statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f}) |"
+            )
+        model.close()
+
+
+if __name__ == "__main__":
+    main()
