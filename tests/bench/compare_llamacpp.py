@@ -1,10 +1,11 @@
 """Prompt and generation speed of the CPU runtime beside stock llama.cpp (the `xllamacpp` wheel).
 
-    python tests/bench/compare_llamacpp.py BASE.gguf [-t THREADS] [-r REPETITIONS]
+    python tests/bench/compare_llamacpp.py BASE.gguf [-t THREADS] [-r REPETITIONS] [--plain]
 
 BASE.gguf is a stock Qwen3 file (`orthrus-convert --split` writes one). Both run in this process,
 turn by turn, on the same threads, and the ratio is taken turn by turn: on a shared machine only the
-ratio means something. Prints a markdown table.
+ratio means something. `--plain` has llama.cpp leave out its repacked weights (its `--no-repack`),
+which compute a row differently when it has company. Prints a markdown table.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ GREEDY = SamplingSettings(temperature=0)
 class Stock:
     """llama.cpp as it comes, with its cache in f16 and one sequence."""
 
-    def __init__(self, path: str, n_ctx: int, threads: int) -> None:
+    def __init__(self, path: str, n_ctx: int, threads: int, plain: bool) -> None:
         params = xllamacpp.CommonParams()
         params.model.path = path
         params.n_ctx, params.n_parallel, params.verbosity = n_ctx, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.no_extra_bufts = plain
         self._server = xllamacpp.Server(params)
 
     def run(self, prompt: list[int], n_predict: int) -> tuple[float, float]:
@@ -76,13 +78,14 @@ def main() -> None:
     parser.add_argument("base")
     parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("-p", "--prompt", type=int, default=512)
     parser.add_argument("-n", "--predict", type=int, default=64)
     args = parser.parse_args()
     n_ctx = args.prompt + args.predict + 8
     with ModelFile.open(args.base) as file:
         model = GgmlModel.load(file, threads=args.threads)
-        ours, stock = Ours(model, n_ctx), Stock(args.base, n_ctx, args.threads)
+        ours, stock = Ours(model, n_ctx), Stock(args.base, n_ctx, args.threads, args.plain)
         ids = np.random.default_rng(0).integers(0, file.config.n_vocab, args.prompt)
         prompt = [int(i) for i in ids]
         rates: dict[str, list[tuple[float, float]]] = {"prompt": [], "generation": []}
@@ -94,7 +97,10 @@ def main() -> None:
             if turn:  # the first turn warms up
                 for name, pair in zip(rates, pairs, strict=True):
                     rates[name].append(pair)
-        print(f"{args.base}, {model.description}, xllamacpp {xllamacpp.__version__}\n")
+        print(
+            f"{args.base}, {model.description}, xllamacpp {xllamacpp.__version__}"
+            + (", plain\n" if args.plain else "\n")
+        )
         print("| | ours, tok/s | llama.cpp, tok/s | ratio (median of turns, range) |")
         print("|---|--:|--:|--:|")
         for name, values in rates.items():

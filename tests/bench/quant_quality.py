@@ -1,0 +1,188 @@
+"""What quantization costs in quality and in acceptance, on the demo model.
+
+    python tests/bench/quant_quality.py TEXT_FILE... [--plot PLOT.png]
+
+For every type: perplexity and mean KL divergence to F32 on TEXT_FILEs (text that the model was not
+trained on), how much greedy text stays the same, and tokens per cycle. Then the heads alone, over a
+base in F16, where only acceptance can change. Prints two markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from orthrus_converters.cli import main as convert
+
+from orthrus_gguf.decode import Plan, Strategy, decode, prefill
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.segments import ar_segment
+from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINT = ROOT / "models/tiny-orthrus-stdlib"
+GOLDEN = ROOT / "tests/golden/tiny-orthrus-stdlib.json"
+
+TYPES = (
+    *("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s"),
+    *("q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
+)
+HEADS_TYPES = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k")
+WINDOW = 256  # the context that the model was trained with
+N_NEW = 96
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Score:
+    name: str
+    bytes: int
+    perplexity: float
+    kl: float
+    same_text: float
+    tokens_per_cycle: float
+
+
+def log_probabilities(model: GgmlModel, windows: list[list[int]]) -> list[Array]:
+    """Per window [tokens, vocab]: log-softmax of the AR view."""
+    found = []
+    cache = model.new_cache(WINDOW)
+    for window in windows:
+        cache.truncate(0)
+        (logits,) = model.forward([ar_segment(window, 0)], cache)
+        values = logits.astype(np.float64)
+        values -= values.max(-1, keepdims=True)
+        found.append(values - np.log(np.exp(values).sum(-1, keepdims=True)))
+    return found
+
+
+def generate(model: GgmlModel, prompt: list[int], plan: Plan) -> tuple[list[int], int]:
+    """Greedy output of N_NEW tokens, and the number of cycles."""
+    sampler = Sampler(SamplingSettings(temperature=0))
+    cache = model.new_cache(len(prompt) + N_NEW)
+    tokens = [*prompt, sampler.sample(prefill(model, cache, prompt), prompt)]
+    cycles = sum(1 for _ in decode(model, cache, sampler, tokens, plan, N_NEW - 1))
+    return tokens[len(prompt) :], cycles
+
+
+class Judge:
+    """Scores files against the F32 one."""
+
+    def __init__(self, texts: list[Path], folder: Path) -> None:
+        self._folder = folder
+        cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["cases"]
+        self._cases = cases
+        with ModelFile.open(self.file("f32")) as file:
+            tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=4096)
+            ids = [i for path in texts for i in tokenizer.encode(path.read_text("utf-8"))]
+            starts = range(0, len(ids) - WINDOW + 1, WINDOW)
+            self._windows = [ids[s : s + WINDOW] for s in starts]
+            model = GgmlModel.load(file, threads=1, cache_type_k="f32", cache_type_v="f32")
+            self._truth = log_probabilities(model, self._windows)
+            model.close()
+        self.n_tokens = sum(len(window) - 1 for window in self._windows)
+
+    def file(self, type_name: str, heads_type: str | None = None) -> Path:
+        path = self._folder / f"{type_name}-{heads_type}.gguf"
+        if not path.exists():
+            flags = [] if heads_type is None else ["--heads-type", heads_type]
+            if convert([str(CHECKPOINT), str(path), "--type", type_name, *flags]):
+                raise SystemExit(f"{type_name}: cannot be converted")
+        return path
+
+    def score(self, type_name: str, heads_type: str | None = None) -> Score:
+        with ModelFile.open(self.file(type_name, heads_type)) as file:
+            model = GgmlModel.load(file, threads=1)
+            size = sum(
+                info.n_bytes
+                for name, info in file.tensors.items()
+                if heads_type is None or is_diffusion_tensor(name)
+            )
+            loss = kl = same = 0.0
+            for window, truth, ours in zip(
+                self._windows, self._truth, log_probabilities(model, self._windows), strict=True
+            ):
+                loss -= ours[np.arange(len(window) - 1), window[1:]].sum()
+                kl += (np.exp(truth) * (truth - ours)).sum(-1)[:-1].sum()
+            n_cycles = 0
+            for case in self._cases:
+                output, cycles = generate(model, case["prompt_ids"], Plan(Strategy.TWO_PASS, 15))
+                n_cycles += cycles
+                different = [a != b for a, b in zip(output, case["output_ids"], strict=True)]
+                same += (different.index(True) if True in different else N_NEW) / N_NEW
+            model.close()
+        return Score(
+            heads_type or type_name,
+            size,
+            float(np.exp(loss / self.n_tokens)),
+            kl / self.n_tokens,
+            same / len(self._cases),
+            (N_NEW - 1) * len(self._cases) / n_cycles,
+        )
+
+
+def table(title: str, scores: list[Score]) -> str:
+    lines = [
+        f"| {title} | MB | perplexity | KL to F32 | text kept | tokens per cycle |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {s.name.upper()} | {s.bytes / 1e6:.2f} | {s.perplexity:.3f} | {s.kl:.5f} |"
+        f" {100 * s.same_text:.0f} % | {s.tokens_per_cycle:.2f} |"
+        for s in scores
+    ]
+    return "\n".join(lines)
+
+
+def plot(path: Path, whole: list[Score], heads: list[Score]) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    heights = [len(whole), len(heads)]
+    figure, parts = plt.subplots(2, 1, figsize=(8, 9), gridspec_kw={"height_ratios": heights})
+    titles = ("whole model quantized", "only the heads quantized (base F16): the text is the same")
+    for axes, scores, title in zip(parts, (whole, heads), titles, strict=True):
+        names = [s.name.upper() for s in scores]
+        bars = axes.barh(names, [s.tokens_per_cycle for s in scores], color="#4477aa")
+        axes.bar_label(
+            bars,
+            [f"{s.tokens_per_cycle:.2f}   {s.bytes / 1e6:.2f} MB   KL {s.kl:.4f}" for s in scores],
+            fontsize=8,
+            padding=3,
+        )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlim(0, 4)
+        axes.invert_yaxis()
+    parts[1].set_xlabel("tokens per cycle (two-pass, width 15)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT_FILE")
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        judge = Judge(args.texts, Path(folder))
+        whole = [judge.score(type_name) for type_name in TYPES]
+        heads = [judge.score("f16", type_name) for type_name in HEADS_TYPES]
+    print(f"{judge.n_tokens} tokens of text; {len(judge._cases)} prompts of {N_NEW} new tokens\n")
+    print(table("type", whole) + "\n\n" + table("heads", heads))
+    if args.plot is not None:
+        plot(args.plot, whole, heads)
+
+
+if __name__ == "__main__":
+    main()
