@@ -5,10 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := models/tiny-orthrus-stdlib
-# One exact version: an open range can download gigabytes of CUDA libraries that tests never use.
-TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint test-long clean
+.PHONY: demo test lint test-long fuzz gpu clean
 
 demo: $(BIN)/python
 	$(BIN)/python -m pip install --quiet .
@@ -17,10 +15,22 @@ demo: $(BIN)/python
 	$(BIN)/orthrus-run tiny-orthrus.gguf -p 'def read(self, size=-1):\n' -n 120 --temp 0 --strategy two-pass
 
 test: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m 'not gpu and not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow'
 
 test-long: $(VENV)/.test-installed
-	$(BIN)/python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# 100,000 damaged files, then coverage-guided fuzzing for FUZZ_SECONDS.
+FUZZ_SECONDS ?= 3600
+fuzz: $(VENV)/.test-installed
+	$(BIN)/python -m pip install --quiet atheris
+	$(BIN)/python -m pytest -m slow tests/fuzz
+	$(BIN)/python -m tests.fuzz.fuzz_gguf .cache/fuzz -max_total_time=$(FUZZ_SECONDS)
+
+# Kernels on an NVIDIA GPU: correctness, row invariance, time per shape; one table at the end.
+# Uses the Python that is active, with the torch and triton it has.
+gpu:
+	PYTHONPATH=kernels python -m orthrus_kernels.gpu_check
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
@@ -34,7 +44,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.test-installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
+$(VENV)/.test-installed: $(BIN)/python pyproject.toml tests/requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import cast
 
 import pytest
 
+from orthrus_gguf import chat
 from orthrus_gguf.chat import ChatTemplate, Limits, Message
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
@@ -204,6 +206,9 @@ def test_errors_are_one_line_with_a_way_out(source: str, problem: str) -> None:
         "{{ cycler.__init__.__globals__ }}",
         "{{ raise_exception.__globals__['sys'] }}",
         "{{ '{0.__class__.__mro__}'.format(1) }}",
+        # Indirect calls, which Jinja before 3.1.5 and before 3.1.6 let through.
+        "{% set m = '{0.__class__.__mro__}'.format %}{{ m(1) }}",
+        "{{ ('{0.__class__.__mro__}'|attr('format'))(1) }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(role='system') }}",
         "{% set messages[0].role = 'system' %}",
@@ -212,6 +217,51 @@ def test_errors_are_one_line_with_a_way_out(source: str, problem: str) -> None:
 def test_the_sandbox_holds(source: str) -> None:
     with pytest.raises(OrthrusError, match=r"unsafe|undefined|Syntax"):
         template(source).render(HELLO)
+
+
+ESCAPED = """
+import runpy, socket, subprocess, sys
+worker = runpy.run_path(sys.argv[1])
+worker["close_doors"]()
+for attempt in (
+    lambda: open(sys.argv[1]),
+    lambda: open(sys.argv[2], "w"),
+    socket.socket,
+    lambda: subprocess.run([sys.executable, "-c", ""]),
+):
+    try:
+        attempt()
+    except OSError:
+        print("refused")
+"""
+
+
+def test_behind_the_sandbox_nothing_can_be_opened(tmp_path: Path) -> None:
+    """Code that had escaped could not read or write files, reach the network, or start programs."""
+    worker = Path(chat.__file__).with_name("chat_worker.py")
+    done = subprocess.run(
+        [sys.executable, "-c", ESCAPED, str(worker), str(tmp_path / "new")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["refused"] * 4
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ messages|pprint }}", "[{'content': 'hello', 'role': 'user'}]"),
+        ("{{ 'a b'|wordwrap(1) }}", "a\nb"),
+        ("{{ lipsum(1, false)|length > 20 }}", "True"),
+        ("{{ 'http://x.org'|urlize }}", '<a href="http://x.org" rel="noopener">http://x.org</a>'),
+        ("{{ {'a': 1}|xmlattr }}{{ [3, 1]|sort|join }}{{ 2.6|round }}", ' a="1"133.0'),
+        ("{{ '%s'|format(1) }}{{ [1, 2]|random > 0 }}{{ 5000|filesizeformat }}", "1True5.0 kB"),
+    ],
+)
+def test_what_jinja_imports_late_still_works(source: str, expected: str) -> None:
+    assert template(source).render(HELLO) == expected
 
 
 DOUBLING = (

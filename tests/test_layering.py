@@ -21,6 +21,7 @@ PACKAGES = (
 ALLOWED = {
     "__init__": set(),
     "errors": set(),
+    "command": {"__init__", "errors"},
     "gguf": {"errors"},
     "config": {"errors", "gguf"},
     "tensors": {"config", "errors", "gguf"},
@@ -40,7 +41,16 @@ ALLOWED = {
     "benchmark": {"__init__", "decode", "errors", "sampling", "segments"},
     "engine": {"decode", "errors", "sampling", "segments", "statistics", "stop", "tokenizer"},
     "orthrus_kernels": set(),
-    "orthrus_converters": {"__init__", "config", "errors", "ggml", "gguf", "model_file", "tensors"},
+    "orthrus_converters": {
+        "__init__",
+        "command",
+        "config",
+        "errors",
+        "ggml",
+        "gguf",
+        "model_file",
+        "tensors",
+    },
 }
 ANYTHING = {"cli"}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -15,11 +14,10 @@ from orthrus_converters.options import PROGRAM, build_parser, make_request
 from orthrus_converters.plan import Plan
 from orthrus_converters.signals import Terminated, ending_cleanly
 from orthrus_converters.summary import listing, summary
-from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.command import INTERRUPTED, REPORTED, report
 from orthrus_gguf.gguf.writer import file_size, write_files
 
 SIGNALLED = 128  # a shell reports this plus the number of the signal that ended a program
-INTERRUPTED = SIGNALLED + 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted, nothing was written", file=sys.stderr)
         return INTERRUPTED
-    except (OrthrusError, OSError, MemoryError) as error:
-        if args.verbose:
-            traceback.print_exc()
-        text = " ".join(str(error).split()) or "out of memory"
-        print(f"{PROGRAM}: error: {text}", file=sys.stderr)
-        return 1
+    except REPORTED as error:
+        return report(PROGRAM, error, verbose=args.verbose)
     print(summary(plan, sizes), file=sys.stderr)
     for file in plan.files:
         print(file.path)

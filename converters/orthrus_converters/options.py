@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
 
 import gguf
 
@@ -13,6 +12,7 @@ from orthrus_converters.encode import default_threads
 from orthrus_converters.file_types import ALIASES, FILE_TYPES, TENSOR_TYPES, find_file_type
 from orthrus_converters.plan import Request
 from orthrus_converters.type_plan import TypeChoice, parse_override
+from orthrus_gguf.command import Parser
 
 PROGRAM = "orthrus-convert"
 AUTO = "auto"
@@ -33,13 +33,6 @@ is lost. Names of the files written go to stdout, everything else to stderr.
 types: {", ".join(FILE_TYPES)}
 Those from iq3_xs down need an imatrix, all but q2_k.
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is one line and exit code 1, like any other bad input."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
 def build_parser() -> Parser:

@@ -19,8 +19,8 @@ from orthrus_gguf.benchmark import (
     run_benchmark,
 )
 from orthrus_gguf.cli import options
-from orthrus_gguf.cli.common import Parser, base_parser, run_command
 from orthrus_gguf.cli.loaded import say
+from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.model_file import ModelFile
 from orthrus_gguf.runtime import load_model
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from orthrus_gguf.chat import Message
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
-from orthrus_gguf.cli.common import Parser, base_parser, run_command
 from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.report import result_json, statistics_block
+from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.errors import OrthrusError
 
 DESCRIPTION = """\

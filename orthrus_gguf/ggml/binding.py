@@ -40,9 +40,7 @@ class InitParams(ctypes.Structure):
 PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # library
     "version": (_STR, ()),
-    "commit": (_STR, ()),
     # types
-    "type_name": (_STR, (_INT,)),
     "blck_size": (_I64, (_INT,)),
     "row_size": (_SIZE, (_INT, _I64)),
     # quantization

@@ -23,8 +23,8 @@ from orthrus_gguf.ggml.binding import Ggml
 
 ENVIRONMENT = "ORTHRUS_GGML_DIR"
 
-#: Versions whose function signatures are the ones in binding.py. Below, functions are missing;
-#: above, a changed signature could crash the process before the self-test can say so.
+#: Versions whose function signatures are the ones in binding.py (both ends are tested). Below,
+#: functions are missing; above, a changed one could crash the process before the self-test tells.
 OLDEST, NEWEST = (0, 20), (0, 26)
 
 _PIP_HINT = "install the one that is tested: pip install 'libggml-python>=0.20.2,<0.21'"

@@ -17,8 +17,6 @@ from orthrus_gguf.ggml.binding import STATUS_SUCCESS, Ggml
 #: ggml's own alignment of tensor data (TENSOR_ALIGNMENT); its buffers refuse less.
 ALIGNMENT = 32
 
-_F32 = int(gguf.GGMLQuantizationType.F32)
-
 
 def aligned_bytes(n_bytes: int) -> NDArray[np.uint8]:
     """Uninitialized memory at an address that ggml accepts for tensor data."""

@@ -91,7 +91,7 @@ class NumpyQwen3:
         """NeoX pairs (i, i + d/2); YaRN as in arXiv 2309.00071 when the config says so."""
         rope, half = self.config.rope, self.config.head_dim // 2
         magnitude = 1 + 0.1 * math.log(rope.factor) if rope.ext_factor else 1.0
-        out = x.copy()
+        out: Array = x.copy()
         for i in range(half):
             speed = rope.freq_base ** (-i / half)
             if rope.ext_factor:

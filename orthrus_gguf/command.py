@@ -14,6 +14,9 @@ from orthrus_gguf.errors import OrthrusError
 
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 
+#: What can go wrong without a bug. Anything else is one, and shows its traceback.
+REPORTED = (OrthrusError, MemoryError, OSError)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong flag is one line and exit code 1, like any other bad input."""
@@ -51,9 +54,14 @@ def run_command(
         # The reader of our output left (`| head`): nobody is there to be told.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OrthrusError, MemoryError, OSError) as error:
-        if args.verbose:
-            traceback.print_exc()
-        text = " ".join(str(error).split()) or "out of memory"
-        print(f"{parser.prog}: error: {text}", file=sys.stderr)
-        return 1
+    except REPORTED as error:
+        return report(parser.prog, error, verbose=args.verbose)
+
+
+def report(program: str, error: Exception, *, verbose: bool) -> int:
+    """Print an error as one line, after its traceback if asked for; returns the exit code."""
+    if verbose:
+        traceback.print_exception(error)
+    text = " ".join(str(error).split()) or "out of memory"
+    print(f"{program}: error: {text}", file=sys.stderr)
+    return 1

@@ -1,0 +1,1 @@
+"""What is in a GGUF file: sizes, memory needs, damage, differences. Needs no runtime."""
