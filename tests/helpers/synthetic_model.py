@@ -91,7 +91,7 @@ def q4_k_m(n_layers: int) -> TypeRule:
         parts = name.split(".")
         if parts[0] == "blk" and parts[2] in ("attn_v", "ffn_down"):
             layer, eighth = int(parts[1]), n_layers // 8
-            if layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2:
+            if layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2:
                 return _TYPES.Q6_K
         return _TYPES.Q4_K
 
