@@ -4,13 +4,15 @@
 
 BASE.gguf is a stock Qwen3 file (`orthrus-convert --split` writes one). Both run in this process,
 turn by turn, on the same threads, and the ratio is taken turn by turn: on a shared machine only the
-ratio means something. `--plain` has llama.cpp leave out its repacked weights (its `--no-repack`),
-which compute a row differently when it has company. Prints a markdown table.
+ratio means something. `--plain` keeps llama.cpp to the kernels that compute a row the same with and
+without company: no repacked weights (its `--no-repack`) and no tiled products
+(GGML_CPU_TILED_MM=0). Prints a markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from typing import Any
@@ -34,7 +36,9 @@ class Stock:
         params.model.path = path
         params.n_ctx, params.n_parallel, params.verbosity = n_ctx, 1, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.no_extra_bufts = plain
+        if plain:
+            params.no_extra_bufts = True
+            os.environ["GGML_CPU_TILED_MM"] = "0"  # read when the first product runs
         self._server = xllamacpp.Server(params)
 
     def run(self, prompt: list[int], n_predict: int) -> tuple[float, float]:
