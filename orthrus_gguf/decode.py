@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+import numpy as np
+
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import Sampler
 from orthrus_gguf.segments import Cache, Logits, Model, ar_segment, diffusion_segment
@@ -150,7 +152,7 @@ def two_pass_cycle(
 def draft(
     model: Model, cache: Cache, sampler: Sampler, tokens: Sequence[int], width: int
 ) -> list[int]:
-    """Propose the `width` tokens after the anchor. Row i of the block predicts start + 1 + i.
+    """Propose up to `width` tokens after the anchor. Row i of the block predicts start + 1 + i.
 
     The block gets one row more than drafts, as in the official implementation: its last mask gives
     no draft, but the others attend to it. Drafts are drawn with the noise of their positions, the
@@ -165,6 +167,8 @@ def draft(
     (logits,) = model.forward([block], cache)
     prefix = list(tokens)
     for row in logits:
+        if not np.isfinite(row.max()):
+            break  # a broken drafter may cost time, never text
         prefix.append(sampler.sample(row, prefix))
     return prefix[len(tokens) :]
 

@@ -77,19 +77,17 @@ class Sampler:
     def sample(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> int:
         """The token at position `len(prefix)`, given its logits of shape [vocab]."""
         scores = self._adjusted(logits, prefix)
-        if self.settings.greedy:
-            best = int(np.argmax(scores))  # the lowest id wins a tie
-        else:
-            tokens = _filtered(scores, self.settings)
-            noise = gumbel_noise(self.settings.seed, len(prefix), tokens)
-            tempered = scores[tokens].astype(np.float64) / self.settings.temperature
-            best = int(tokens[np.argmax(tempered + noise)])
-        if not np.isfinite(scores[best]):
+        if not np.isfinite(scores.max()):  # NaN anywhere makes the maximum NaN
             raise OrthrusError(
-                f"the model produced no finite logits at position {len(prefix)}: the weights are"
+                f"the model's logits at position {len(prefix)} are not finite: the weights are"
                 " damaged or overflow; convert the model again, or try another quantization"
             )
-        return best
+        if self.settings.greedy:
+            return int(np.argmax(scores))  # the lowest id wins a tie
+        tokens = _filtered(scores, self.settings)
+        noise = gumbel_noise(self.settings.seed, len(prefix), tokens)
+        tempered = scores[tokens].astype(np.float64) / self.settings.temperature
+        return int(tokens[np.argmax(tempered + noise)])
 
     def _adjusted(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> NDArray[np.float32]:
         """Logits after bans and penalties; the input itself when there are none."""

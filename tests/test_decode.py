@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from toy_model import BLOCK, MASK, VOCAB, ToyModel, ar_logits, greedy_continuati
 from orthrus_gguf.decode import Cycle, Plan, Strategy, decode, plan_for, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.segments import View
 
 GREEDY = SamplingSettings(temperature=0)
 
@@ -116,6 +118,19 @@ def test_a_wrong_drafter_costs_passes_but_not_tokens() -> None:
     output, cycles = run(model, [1], GREEDY, Plan(Strategy.TWO_PASS, 4), 10)
     assert output == expected([1], GREEDY, 10)
     assert [c.accepted for c in cycles] == [0] * 9
+
+
+def test_a_broken_drafter_costs_no_tokens() -> None:
+    class Broken(ToyModel):
+        def _segment(self, segment, cache):  # type: ignore[no-untyped-def]
+            logits = super()._segment(segment, cache)
+            if segment.view is View.DIFFUSION:
+                logits[1:] = np.nan
+            return logits
+
+    output, cycles = run(Broken(), [1], GREEDY, Plan(Strategy.TWO_PASS, 4), 12)
+    assert output == expected([1], GREEDY, 12)
+    assert [len(c.drafts) for c in cycles] == [1] * 5 + [0]
 
 
 def test_drafts_never_reach_beyond_the_limit() -> None:

@@ -126,10 +126,12 @@ def test_banned_tokens_never_come() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_logits_that_are_not_finite_are_an_error(temperature: float) -> None:
-    logits = np.full(5, np.nan, np.float32)
-    with pytest.raises(OrthrusError, match="no finite logits at position 2"):
-        Sampler(SamplingSettings(temperature=temperature, **ALL)).sample(logits, [1, 2])  # type: ignore[arg-type]
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_an_error(temperature: float, bad: float) -> None:
+    logits = np.arange(5, dtype=np.float32)
+    logits[1] = bad
+    with pytest.raises(OrthrusError, match="logits at position 2 are not finite"):
+        Sampler(SamplingSettings(temperature=temperature, top_k=2)).sample(logits, [1, 2])
 
 
 @pytest.mark.parametrize(

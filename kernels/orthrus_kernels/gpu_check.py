@@ -4,7 +4,7 @@
     TRITON_INTERPRET=1 python -m orthrus_kernels.gpu_check --cpu     the logic, on tiny shapes
 
 Checks come first, and figures are reported only if all of them hold. The result is printed and
-written to DIR (default: $OUT, else the current folder) as gpu_check.md and gpu_check.json.
+written to DIR (default: the current folder) as gpu_check.md and gpu_check.json.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orthrus_kernels.gpu_check")
     parser.add_argument("--cpu", action="store_true", help="run the logic in the interpreter")
     parser.add_argument("--quick", action="store_true", help="small shapes, few figures")
-    parser.add_argument("--folder", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--folder", type=Path, default=Path("."))
     options = parser.parse_args(arguments)
     machine = find_machine(options.cpu, options.quick)
     checks: list[Check] = []
