@@ -10,7 +10,9 @@ base in F16, where only acceptance can change. Prints two markdown tables.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +97,9 @@ class Judge:
         path = self._folder / f"{type_name}-{heads_type}.gguf"
         if not path.exists():
             flags = [] if heads_type is None else ["--heads-type", heads_type]
-            if convert([str(CHECKPOINT), str(path), "--type", type_name, *flags]):
+            with contextlib.redirect_stdout(sys.stderr):  # where it names its output
+                failed = convert([str(CHECKPOINT), str(path), "--type", type_name, *flags])
+            if failed:
                 raise SystemExit(f"{type_name}: cannot be converted")
         return path
 
