@@ -25,7 +25,7 @@ FUZZ_SECONDS ?= 3600
 fuzz: $(VENV)/.test-installed
 	$(BIN)/python -m pip install --quiet atheris
 	$(BIN)/python -m pytest -m slow tests/fuzz
-	$(BIN)/python -m tests.fuzz.fuzz_gguf .cache/fuzz -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m tests.fuzz.fuzz_gguf .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=.cache/
 
 # Kernels on an NVIDIA GPU: correctness, row invariance, time per shape; one table at the end.
 # Uses the Python that is active, with the torch and triton it has.

@@ -20,7 +20,7 @@ USABLE = {"single.gguf", "base.gguf", "yarn.gguf", "sentencepiece.gguf", "heads.
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in CORPUS])
 def test_replay(path: Path, checker: Check) -> None:
-    """Each input once broke something, or reaches code that no smaller one reaches."""
+    """Each input once broke something, or is the smallest that fuzzing found for its refusal."""
     checker(path)
 
 
