@@ -12,6 +12,13 @@ import pytest
 from synthetic_model import model_shape, uniform
 from synthetic_model import write_model as write_synthetic
 
+from orthrus_gguf.cache_layout import (
+    BATCH_ROWS,
+    ar_rows,
+    cache_layout,
+    cache_rows,
+    spare_rows,
+)
 from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
@@ -34,14 +41,6 @@ SHAPES = [
 CACHES = [("f16", "f16"), ("f32", "f16"), ("q8_0", "q8_0"), ("q4_0", "f32"), ("f16", "q4_0")]
 
 
-def test_the_runtimes_constants() -> None:
-    assert memory.CACHE_TYPES == runtime_cache.CACHE_TYPES
-    assert memory.ROW_STEP == runtime_cache.COLUMNS
-    assert memory.SPARE_ROWS == runtime_model.BLOCK_ROWS
-    assert memory.BATCH_ROWS == runtime_model.BATCH_ROWS
-    assert memory.SCORE_BYTES == runtime_model.SCORE_BYTES
-
-
 @pytest.mark.parametrize("config", SHAPES)
 @pytest.mark.parametrize("names", CACHES)
 @pytest.mark.parametrize("context", [1, 64, 1000, 4096])
@@ -49,15 +48,13 @@ def test_the_cache_takes_what_is_said(
     config: ModelConfig, names: tuple[str, str], context: int
 ) -> None:
     """Byte for byte what the CPU runtime reserves."""
-    types = memory.cache_type(config, *names)
-    layout = runtime_cache.cache_layout(config, *names)
-    rows = memory.cache_rows(config, context)
+    layout = cache_layout(config, *names)
+    rows = cache_rows(context, spare_rows(config))
     with runtime_cache._reserve(layout, context, rows) as reserved:
-        assert memory.cache_bytes(config, types, context) == len(reserved)
-    assert memory.row_bytes(config, types) == layout.row_bytes()
+        assert memory.cache_bytes(config, layout, context) == len(reserved)
     assert (
         0
-        <= memory.cache_bytes(config, types, context) - context * layout.row_bytes()
+        <= memory.cache_bytes(config, layout, context) - context * layout.row_bytes()
         <= ((max(128, config.block_size or 0) + 64) * layout.row_bytes() + 64 * config.n_layers)
     )
 
@@ -70,7 +67,7 @@ def test_buffers_bound_what_graphs_take(
     """ggml's own allocator on real graphs: never above the estimate, and not far below."""
     path, context = tmp_path / "model.gguf", 4096
     write_synthetic(load_library().api, path, config, uniform(TYPES.Q8_0))
-    types = memory.cache_type(config, *names)
+    layout = cache_layout(config, *names)
     block = config.block_size or 1
     with ExitStack() as stack:
         file = stack.enter_context(ModelFile.open(path))
@@ -80,13 +77,10 @@ def test_buffers_bound_what_graphs_take(
             )
         )
         cache = model.new_cache(context)
-        assert cache.rows == memory.cache_rows(config, context)
+        assert cache.rows == cache_rows(context, spare_rows(config))
         worst = 0
         for columns in (512, 1024, 2048, cache.rows):
-            rows = memory.BATCH_ROWS
-            if types.scores_are_stored:
-                fitting = memory.SCORE_BYTES // (columns * config.n_head * 4)
-                rows = min(rows, max(fitting // 32 * 32, 32))
+            rows = ar_rows(config, layout, columns, BATCH_ROWS)
             shapes = [Shape(rows, 0, 1, columns), Shape(block, 0, block, columns)]
             if config.has_heads:
                 shapes.append(Shape(0, block, block, columns))
@@ -98,16 +92,16 @@ def test_buffers_bound_what_graphs_take(
                 worst = model._graphs.buffer_bytes
                 if worst > before:
                     ar, diffusion, wanted = shape.ar_rows, shape.diffusion_rows, shape.wanted
-                    bound = memory.graph_bytes(config, types, ar, diffusion, columns, wanted)
+                    bound = memory.graph_bytes(config, layout, ar, diffusion, columns, wanted)
                     assert bound / 1.35 < worst <= bound
-        assert worst <= memory.buffer_bytes(config, types, context) < 2 * worst
+        assert worst <= memory.buffer_bytes(config, layout, context) < 2 * worst
 
 
 def test_buffers_grow_with_the_context() -> None:
     """But for the prompt's rows, which shrink in steps as the scores of each grow."""
     for names in CACHES:
-        types = memory.cache_type(SHAPES[0], *names)
-        sizes = [memory.buffer_bytes(SHAPES[0], types, 1 << power) for power in range(20)]
+        layout = cache_layout(SHAPES[0], *names)
+        sizes = [memory.buffer_bytes(SHAPES[0], layout, 1 << power) for power in range(20)]
         assert all(later > 0.95 * sooner for sooner, later in pairwise(sizes))
         assert sizes[-1] > 3 * sizes[0]
 

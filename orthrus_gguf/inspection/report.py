@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from orthrus_gguf.cache_layout import cache_layout
 from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
@@ -80,8 +81,8 @@ def inspect(
     per_token = None
     needs: tuple[MemoryNeed, ...] = ()
     if config is not None:
-        types = memory.cache_type(config, *cache_types)
-        per_token = memory.row_bytes(config, types)
+        layout = cache_layout(config, *cache_types)
+        per_token = layout.row_bytes()
         contexts = {*CONTEXTS, config.n_ctx_train} - {
             usual for usual in CONTEXTS if usual > config.n_ctx_train
         }
@@ -90,8 +91,8 @@ def inspect(
                 tokens,
                 summary.base.n_bytes,
                 summary.heads.n_bytes,
-                memory.cache_bytes(config, types, tokens),
-                memory.buffer_bytes(config, types, tokens),
+                memory.cache_bytes(config, layout, tokens),
+                memory.buffer_bytes(config, layout, tokens),
             )
             for tokens in sorted(contexts | ({context} if context else set()))
         )

@@ -10,9 +10,10 @@ import weakref
 import pytest
 from synthetic_model import model_shape, qwen3_0_6b
 
+from orthrus_gguf.cache_layout import cache_layout
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.runtime.ggml.cache import GgmlCache, cache_layout
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.segments import Cache
 
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from orthrus_gguf.runtime.ggml.cache import COLUMNS
+from orthrus_gguf.cache_layout import COLUMNS, columns_for
 from orthrus_gguf.runtime.ggml.inputs import InputArrays, wanted_rows
-from orthrus_gguf.runtime.ggml.passes import Piece, columns_for, cut
+from orthrus_gguf.runtime.ggml.passes import Piece, cut
 from orthrus_gguf.segments import Segment, View, ar_segment, diffusion_segment
 
 

@@ -6,80 +6,17 @@ import itertools
 import mmap
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import gguf
 import numpy as np
 
-from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.tensors import ALIGNMENT, Tensors
 from orthrus_gguf.runtime.ggml.machine import memory_bytes
 
-_TYPES = gguf.GGMLQuantizationType
-
-#: What `-ctk` and `-ctv` accept.
-CACHE_TYPES = {"f32": _TYPES.F32, "f16": _TYPES.F16, "q8_0": _TYPES.Q8_0, "q4_0": _TYPES.Q4_0}
-
-#: Sums over keys run over a multiple of this many columns, so that SIMD loops (up to 64 floats per
-#: step) never reach their scalar tail, and hidden columns add exact zeros.
-COLUMNS = 64
-
 _serials = itertools.count()
-
-
-@dataclass(frozen=True)
-class CacheLayout:
-    """Types and sizes of a cache, in elements.
-
-    Keys lie head by head, [n_head_kv, rows, head_dim]: attention then reads one head's keys in one
-    stream. Values lie transposed, [n_head_kv, head_dim, rows], where their type has no qblocks: the
-    weighted sum over keys is then an ordinary matrix product with float32 accumulators. (ggml's
-    flash attention sums F16 values in F16: 2.5 % off at 4,096 keys, 19 % at 16,384.) Quantized
-    values lie like the keys and go through flash attention, which sums those in float32.
-    """
-
-    type_k: gguf.GGMLQuantizationType
-    type_v: gguf.GGMLQuantizationType
-    n_layers: int
-    n_head_kv: int
-    head_dim: int
-
-    @property
-    def transposed(self) -> bool:
-        """Whether values lie transposed."""
-        return self.type_v in (_TYPES.F32, _TYPES.F16)
-
-    @property
-    def kv_dim(self) -> int:
-        """Elements of one row's keys, and of its values, in one layer."""
-        return self.n_head_kv * self.head_dim
-
-    def row_bytes(self) -> float:
-        """Bytes that one row takes over all layers, keys and values."""
-        sizes = [gguf.GGML_QUANT_SIZES[qtype] for qtype in (self.type_k, self.type_v)]
-        return self.n_layers * self.kv_dim * sum(size / block for block, size in sizes)
-
-
-def cache_layout(config: ModelConfig, type_k: str, type_v: str) -> CacheLayout:
-    """The layout for these cache types. Raises OrthrusError for types that cannot be used."""
-    for option, name in (("-ctk", type_k), ("-ctv", type_v)):
-        if name not in CACHE_TYPES:
-            raise OrthrusError(f"{option} {name}: expected one of {', '.join(CACHE_TYPES)}")
-        qblock, _ = gguf.GGML_QUANT_SIZES[CACHE_TYPES[name]]
-        if config.head_dim % qblock:
-            raise OrthrusError(
-                f"{option} {name}: needs a head size that is a multiple of {qblock}, this model's "
-                f"is {config.head_dim}; use f16"
-            )
-    return CacheLayout(
-        CACHE_TYPES[type_k],
-        CACHE_TYPES[type_v],
-        config.n_layers,
-        config.n_head_kv,
-        config.head_dim,
-    )
 
 
 class GgmlCache:
@@ -95,7 +32,7 @@ class GgmlCache:
         if capacity < 1:
             raise OrthrusError(f"a context of {capacity} tokens: expected at least 1")
         self.layout = layout
-        self.rows = -(-(capacity + spare_rows) // COLUMNS) * COLUMNS
+        self.rows = cache_rows(capacity, spare_rows)
         self.serial = next(_serials)
         #: See `InputArrays.fill`.
         self.element_offsets = np.arange(layout.kv_dim if layout.transposed else 1) * self.rows

@@ -9,28 +9,25 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from orthrus_gguf.cache_layout import (
+    BATCH_ROWS,
+    CacheLayout,
+    ar_rows,
+    cache_layout,
+    columns_for,
+    spare_rows,
+)
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import STATUS_SUCCESS
 from orthrus_gguf.ggml.library import Library, load_library
 from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml.cache import CacheLayout, GgmlCache, cache_layout
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.graph import Shape
 from orthrus_gguf.runtime.ggml.graph_pool import GraphPool
-from orthrus_gguf.runtime.ggml.passes import Piece, columns_for, cut
+from orthrus_gguf.runtime.ggml.passes import Piece, cut
 from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
 from orthrus_gguf.runtime.ggml.weights import Weights
 from orthrus_gguf.segments import Logits, Segment, View, check_segments
-
-#: AR rows of one pass, unless the caller says otherwise. More do not make plain kernels faster (512
-#: are 12 % slower on one core, since every row then spans the columns of the last), and Ctrl-C
-#: waits for the pass to end.
-BATCH_ROWS = 128
-
-#: Diffusion rows of one pass: four blocks of the released models. More run as several passes.
-BLOCK_ROWS = 128
-
-#: Memory that attention scores of one pass may take. Long contexts get smaller prompt batches.
-SCORE_BYTES = 32 << 20
 
 
 class GgmlModel:
@@ -127,7 +124,7 @@ class GgmlModel:
     @property
     def _spare_rows(self) -> int:
         """Cache rows set aside for the diffusion rows of a pass."""
-        return max(BLOCK_ROWS, self.config.block_size or 0)
+        return spare_rows(self.config)
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
@@ -156,11 +153,8 @@ class GgmlModel:
 
     def _max_ar_rows(self, segments: Sequence[Segment], cache: GgmlCache) -> int:
         """AR rows of one pass that keep its attention scores within SCORE_BYTES."""
-        if not self._layout.transposed:
-            return self._batch_rows  # flash attention stores no scores
         reach = columns_for(cache.length + sum(map(len, segments)))
-        rows = SCORE_BYTES // (reach * self.config.n_head * 4)
-        return min(self._batch_rows, max(rows // 32 * 32, 32))
+        return ar_rows(self.config, self._layout, reach, self._batch_rows)
 
     def _run(self, segments: Sequence[Segment], cache: GgmlCache) -> list[Logits]:
         found: list[list[Logits]] = [[] for _ in segments]

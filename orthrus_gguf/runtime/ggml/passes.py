@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthrus_gguf.runtime.ggml.cache import COLUMNS
 from orthrus_gguf.segments import Segment, View
 
 
@@ -49,13 +48,3 @@ def cut(segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int) -> l
             passes[-1].append(Piece(index, segment, 0, rows))
             block_rows += rows
     return passes
-
-
-def columns_for(rows: int) -> int:
-    """Cache columns that a graph spans to reach `rows` rows: more, so that it serves a while.
-
-    Steps grow with the context (an eighth of it, at least COLUMNS): hidden columns cost time, new
-    graphs too.
-    """
-    step = max(COLUMNS, 1 << max(rows.bit_length() - 4, 0))
-    return -(-rows // step) * step
