@@ -6,19 +6,16 @@ here: ratios belong to runs on the same machine, and who reads them decides.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orthrus_gguf import __version__
 from orthrus_gguf.decode import Plan, Strategy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import Sampler, SamplingSettings
@@ -136,22 +133,3 @@ def peak_memory() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def machine() -> dict[str, str]:
-    """What the figures were measured on, for the head of every table."""
-    return {
-        "cpu": _cpu_name(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "orthrus-gguf": __version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines: Sequence[str] = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = ()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"

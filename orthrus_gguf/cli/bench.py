@@ -14,13 +14,14 @@ from typing import Any
 from orthrus_gguf.benchmark import (
     BenchmarkSettings,
     Measurement,
-    machine,
     peak_memory,
     run_benchmark,
 )
-from orthrus_gguf.cli import options
+from orthrus_gguf.cli import bench_predict, bench_synthetic, options
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.gguf import keys
+from orthrus_gguf.machine import machine
 from orthrus_gguf.model_file import ModelFile
 from orthrus_gguf.runtime import load_model
 
@@ -29,12 +30,21 @@ Measure prompt speed (pp), generation speed (tg) and the time of passes of sever
 view ("ar 16") and as a diffusion block ("diffusion 16"). Medians over repetitions.
 
   orthrus-bench model.gguf
-  orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json"""
+  orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json
+  orthrus-bench --synthetic qwen3-8b --type Q4_K_M      (a model of random weights, made first)
+  orthrus-bench predict --help                          (times of other hardware, by arithmetic)"""
+
+#: First words that are commands of their own, each with its own flags. (A model file of that name
+#: can be given as ./predict.)
+COMMANDS = {"predict": bench_predict.main}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `orthrus-bench` command; returns the exit code."""
-    return run_command(_parser(), _run, argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    return run_command(_parser(), _run, words)
 
 
 def _parser() -> Parser:
@@ -62,6 +72,7 @@ def _parser() -> Parser:
     group.add_argument(
         "-o", "--output", choices=list(WRITERS), default="md", help="format (default: md)"
     )
+    bench_synthetic.add_options(parser)
     return parser
 
 
@@ -70,6 +81,18 @@ def _rows(text: str) -> tuple[int, ...]:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.synthetic is None:
+        bench_synthetic.check_unused(args)
+        return _bench(options.model_path(args), args)
+    path = str(bench_synthetic.make(args))
+    if args.make_only:
+        print(path)
+        return 0
+    return _bench(path, args)
+
+
+def _bench(path: str, args: argparse.Namespace) -> int:
+    """Measure the model in the file `path` and print the figures."""
     settings = BenchmarkSettings(
         prompt=args.n_prompt,
         generate=args.n_gen,
@@ -79,7 +102,7 @@ def _run(args: argparse.Namespace) -> int:
         batch=args.batch_size,
     )
     with (
-        ModelFile.open(options.model_path(args), args.heads) as file,
+        ModelFile.open(path, args.heads) as file,
         closing(load_model(file, options.runtime_settings(args))) as model,
     ):
         results = []
@@ -95,6 +118,7 @@ def _run(args: argparse.Namespace) -> int:
             "repetitions": args.repetitions,
             "peak_memory_bytes": peak_memory(),
             **machine(),
+            "synthetic": file.metadata.get(keys.SYNTHETIC) is True,
         }
     print(WRITERS[args.output](head, results), end="")
     return 0
@@ -127,6 +151,7 @@ def _markdown(head: dict[str, Any], results: Sequence[Measurement]) -> str:
         f" orthrus-gguf {head['orthrus-gguf']}; depth {head['depth']},"
         f" {head['repetitions']} repetitions"
         + ("" if peak is None else f", peak memory {peak / 1e6:.0f} MB"),
+        *([f"**{bench_synthetic.LABEL}**"] if head["synthetic"] else []),
         "",
         "| test | ms | ± | tokens/s | × fewest rows |",
         "|---|--:|--:|--:|--:|",

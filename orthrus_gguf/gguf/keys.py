@@ -8,6 +8,10 @@ ARCH_QWEN3 = "qwen3"
 BLOCK_SIZE = "orthrus.diffusion.block_size"
 MASK_TOKEN_ID = "tokenizer.ggml.mask_token_id"
 
+#: Of files with random weights (bool, and the seed they were made from).
+SYNTHETIC = "orthrus.synthetic"
+SYNTHETIC_SEED = "orthrus.synthetic.seed"
+
 #: `adapter.type` of a file that holds only diffusion heads (its `general.type` is `adapter`).
 ADAPTER_HEADS = "orthrus_heads"
 

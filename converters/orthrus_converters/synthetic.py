@@ -1,0 +1,113 @@
+"""GGUF files of random weights in the shape of real models, made in seconds.
+
+Time and memory do not depend on what weights say, so such a file stands in for one that is not at
+hand. What it generates is noise, and how many drafts are accepted means nothing: files are labelled
+so, in their name and under the key `orthrus.synthetic`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gguf
+from numpy.typing import NDArray
+
+from orthrus_converters import metadata
+from orthrus_converters.file_types import ALIASES, FILE_TYPES, FileType, find_file_type
+from orthrus_converters.source_tensor import SourceTensor
+from orthrus_converters.synthetic_qblocks import KINDS, RandomWeights
+from orthrus_converters.synthetic_vocabulary import synthetic_vocabulary
+from orthrus_converters.type_plan import TypeChoice, is_matrix, plan_types
+from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor, write_files
+from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+
+MAX_SEED = 2**32 - 1
+
+
+def make_synthetic(
+    path: Path,
+    config: ModelConfig,
+    type_name: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda n_bytes: None,
+) -> int:
+    """Write a model of this shape and file type, with heads and vocabulary; returns its size.
+
+    type_name: as `orthrus-convert --type` takes it; tensors get the types that conversion would
+    give them (without an imatrix). config: must have heads; its name is used in the label.
+    progress: called with numbers of bytes as they are written. The same arguments give the same
+    file. Raises OrthrusError if the type cannot be made or the file not be written, in particular
+    if it exists.
+    """
+    return write_files([plan_synthetic(path, config, type_name, seed)], progress)[0]
+
+
+def plan_synthetic(path: Path, config: ModelConfig, type_name: str, seed: int = 0) -> PlannedFile:
+    """The file that make_synthetic() writes."""
+    file_type = _file_type(type_name)
+    if not 0 <= seed <= MAX_SEED:
+        raise OrthrusError(f"--seed {seed}: expected 0 to {MAX_SEED}")
+    shapes = base_tensors(config) | diffusion_tensors(config)
+    sources = {
+        name: SourceTensor(name, "F32", shape, path, 0, 4 * math.prod(shape))
+        for name, shape in shapes.items()
+    }
+    kinds = plan_types(sources, config, TypeChoice(file_type), has_imatrix=False).types
+    missing = {kind.name for kind in kinds.values() if kind not in KINDS}
+    if missing:
+        raise OrthrusError(
+            f"--type {type_name}: no random qblocks can be made of type {min(missing)}; choose "
+            "another type"
+        )
+    weights = RandomWeights(seed)
+    tensors = [
+        PlannedTensor(name, shape, kinds[name], partial(_data, weights, name, shape, kinds[name]))
+        for name, shape in shapes.items()
+    ]
+    return PlannedFile(path, _metadata(config, file_type, tensors, seed), tensors)
+
+
+def _file_type(name: str) -> FileType:
+    found = find_file_type(name)
+    if found is None:
+        known = ", ".join((*FILE_TYPES, *ALIASES))
+        raise OrthrusError(f"--type {name}: expected one of {known}")
+    return found
+
+
+def _data(
+    weights: RandomWeights, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType
+) -> Iterator[NDArray[Any]]:
+    if is_matrix(name, shape):
+        rows, columns = shape
+        return weights.matrix(name, kind, (rows, columns))
+    return weights.norm(name, math.prod(shape))
+
+
+def _metadata(
+    config: ModelConfig, file_type: FileType, tensors: list[PlannedTensor], seed: int
+) -> gguf.GGUFWriter:
+    assert config.mask_token is not None
+    n_parameters = sum(tensor.n_elements for tensor in tensors)
+    card = gguf.Metadata(
+        name=f"synthetic {config.name} {file_type.name.upper()} (random weights)",
+        size_label=gguf.size_label(n_parameters, n_parameters, 0, 0),
+        description="Random weights in the shape of a real model: only its times mean anything.",
+        tags=["synthetic"],
+    )
+    writer = gguf.GGUFWriter(None, keys.ARCH_ORTHRUS)
+    metadata.add_general(writer, card, gguf.GGUFType.MODEL)
+    writer.add_bool(keys.SYNTHETIC, True)
+    writer.add_uint32(keys.SYNTHETIC_SEED, seed)
+    metadata.add_model(writer, config, file_type)
+    metadata.add_tokenizer(writer, synthetic_vocabulary(config.n_vocab, config.mask_token, seed))
+    metadata.add_heads(writer, config)
+    return writer

@@ -1,0 +1,124 @@
+"""`orthrus-bench predict`: what passes should cost on cards that are not at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Collection, Sequence
+
+from orthrus_gguf.cli import options
+from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.prediction.cards import CARDS, DEFAULT_SHARES, Shares
+from orthrus_gguf.prediction.passes import Activations
+from orthrus_gguf.prediction.shapes import FILE_TYPES
+from orthrus_gguf.prediction.table import Selection, as_json, markdown
+from orthrus_gguf.qwen3_shapes import BLOCK_SIZE, QWEN3_SHAPES
+
+DESCRIPTION = """\
+Predict the time of passes and steps from what they read, multiply and launch. Arithmetic, nothing
+is measured: the assumptions are printed beneath.
+
+  orthrus-bench predict
+  orthrus-bench predict --cards rtx-3090 --models qwen3-8b --types q4_k_m --activations fp16"""
+
+MODELS = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
+CONTEXTS = (512, 4096, 32_768)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of the subcommand, with the words after its name; returns the exit code."""
+    return run_command(_parser(), _run, argv)
+
+
+def _parser() -> Parser:
+    parser = base_parser("orthrus-bench predict", DESCRIPTION)
+
+    def add(flag: str, known: Collection[str], default: Sequence[str]) -> None:
+        parser.add_argument(
+            flag,
+            type=_names(known),
+            default=tuple(default),
+            metavar="NAME,…",
+            help=f"of {', '.join(known)} (default: {', '.join(default)})",
+        )
+
+    add("--models", QWEN3_SHAPES, MODELS)
+    add("--cards", CARDS, [*CARDS])
+    add("--types", FILE_TYPES, [*FILE_TYPES])
+    parser.add_argument(
+        "--contexts",
+        type=_contexts,
+        default=CONTEXTS,
+        metavar="N,…",
+        help=f"tokens in the cache (default: {','.join(map(str, CONTEXTS))})",
+    )
+    parser.add_argument(
+        "--block",
+        type=options.positive,
+        default=BLOCK_SIZE,
+        metavar="N",
+        help=f"rows of a draft and of its verification (default: {BLOCK_SIZE})",
+    )
+    parser.add_argument(
+        "--activations",
+        choices=[kind.value for kind in Activations],
+        default=Activations.AUTO.value,
+        help="auto: int8 on GeForce cards, fp16 elsewhere (default: auto)",
+    )
+    for name, share in vars(DEFAULT_SHARES).items():
+        parser.add_argument(
+            f"--{name}-share",
+            type=_share,
+            default=share,
+            metavar="X",
+            help=f"share of the card's {name} rates that kernels reach (default: {share})",
+        )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    selection = Selection(
+        models=args.models,
+        cards=args.cards,
+        types=args.types,
+        contexts=args.contexts,
+        block=args.block,
+        activations=Activations(args.activations),
+        shares=Shares(args.memory_share, args.compute_share),
+    )
+    if args.json:
+        print(json.dumps(as_json(selection), ensure_ascii=False))
+    else:
+        print(markdown(selection), end="")
+    return 0
+
+
+def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
+    """argparse type: names out of `known`, with commas between."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(part.strip().lower() for part in text.split(","))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r}: expected one of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _contexts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(options.natural(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 512,4096") from None
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0, up to 1")
+    return value

@@ -1,0 +1,77 @@
+"""orthrus-bench predict: a labelled table with its assumptions, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orthrus_gguf.cli.bench import main
+from orthrus_gguf.prediction.cards import CARDS, IDEAL
+from orthrus_gguf.prediction.passes import Activations, PredictedCurve
+from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
+
+
+def test_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("**predicted, not measured**")
+    table = [line for line in lines if line.startswith("| Qwen3")]
+    assert len(table) == 3 * 3 * 3 * 3  # models, cards, types, contexts
+    widths = {line.count("|") for line in lines if line.startswith("|")}
+    assert widths == {13}
+    beneath = "\n".join(lines[lines.index("Assumptions (predicted, not measured):") :])
+    for word in ("936 GB/s", "990 TFLOPS", "µs per launch", "80% of the bandwidth", "llama.cpp"):
+        assert word in beneath
+
+
+def test_figures_are_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
+    shares = ["--memory-share", "1", "--compute-share", "1"]
+    picks = ["--models", "qwen3-8b", "--cards", "rtx-3090,h200", "--types", "Q4_K_M"]
+    more = ["--contexts", "512", "--block", "16", "--activations", "fp16", "--json"]
+    assert main(["predict", *picks, *shares, *more]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["label"] == "predicted, not measured"
+    assert report["rows"] == [8, 16, 32, 64]
+    assert [line["card"] for line in report["predictions"]] == ["RTX 3090", "H200"]
+    line = report["predictions"][0]
+    curve = PredictedCurve(
+        CARDS["rtx-3090"], QWEN3_SHAPES["qwen3-8b"], "q4_k_m", Activations.FP16, IDEAL
+    )
+    assert line["ar_ms"] == curve.milliseconds(1, 0, 512)
+    assert line["ar_tokens_per_second"] == pytest.approx(1e3 / line["ar_ms"])
+    assert line["verify_ms"][2] == curve.milliseconds(32, 0, 512)
+    both = curve.milliseconds(16, 0, 512) + curve.milliseconds(0, 16, 512)
+    assert line["two_pass_ms"] == pytest.approx(both)
+    assert line["fused_ms"] == curve.milliseconds(16, 16, 512)
+    parts = line["weights_ms"] + line["attention_ms"] + line["launches_ms"]
+    assert parts == pytest.approx(line["ar_ms"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--cards", "voodoo"], "argument --cards: 'voodoo': expected one of rtx-3090, "),
+        (["--models", "qwen3-8b,x"], "argument --models: 'x': expected one of "),
+        (["--types", "q2_k"], "argument --types: 'q2_k': expected one of q4_k_m"),
+        (["--contexts", "512,x"], "argument --contexts: '512,x': expected numbers"),
+        (["--contexts", "-1"], "argument --contexts: -1: expected at least 0"),
+        (["--memory-share", "0"], "argument --memory-share: '0': expected a number above 0"),
+        (["--compute-share", "x"], "argument --compute-share: 'x': expected a number above 0"),
+        (["model.gguf"], "unrecognized arguments: model.gguf"),
+    ],
+)
+def test_errors_are_one_line(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", *flags])
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"orthrus-bench predict: error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_file_called_predict_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["./predict"]) == 1
+    assert capsys.readouterr().err.endswith("error: predict: no such file; check the path\n")
