@@ -5,7 +5,11 @@ tokens before it, its position is `s`, and the cache holds the rows `0 .. s-1`: 
 not in the cache yet. Every cycle starts from an anchor and commits at least one token, the last of
 which is the next anchor.
 
-The text never depends on the strategy, because both strategies commit the same thing: the token
+Every strategy is the same cycle (`run_cycle`) with other choices of a `Policy`: plain decoding
+verifies an empty draft; two-pass drafts in a pass of its own; fused lets blocks that draft the next
+cycle ride in the verify pass, on guesses at its outcome.
+
+The text never depends on those choices, because every cycle commits the same thing: the token
 that the sampler picks from the AR logits of that position. Two facts make that byte-exact: AR
 logits are row-invariant (`segments.py`), and sampling noise is keyed by position (`sampling.py`).
 Drafts only decide how many of those tokens one pass can settle.
@@ -13,67 +17,33 @@ Drafts only decide how many of those tokens one pass can settle.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
 
-import numpy as np
-
-from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.drafts import Draft, Source, draft_segment, read_draft, remainder
+from orthrus_gguf.lookup import LookupIndex
+from orthrus_gguf.policy import Cycle, FixedPolicy, Pass, Plan, Policy, Strategy, plan_for
 from orthrus_gguf.sampling import Sampler
-from orthrus_gguf.segments import Cache, Logits, Model, ar_segment, diffusion_segment
+from orthrus_gguf.segments import Cache, Logits, Model, Segment, View, ar_segment
+
+__all__ = [
+    "PROMPT_BATCH",
+    "Clock",
+    "Cycle",
+    "Plan",
+    "Policy",
+    "Strategy",
+    "decode",
+    "plan_for",
+    "prefill",
+    "run_cycle",
+    "verify",
+]
 
 #: Rows of one prompt pass, unless the caller says otherwise (llama.cpp's `-b` is 2048, `-ub` 512).
 PROMPT_BATCH = 512
 
-
-class Strategy(Enum):
-    """How a cycle finds its tokens."""
-
-    AR = "ar"
-    TWO_PASS = "two-pass"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A strategy and its width: the number of draft tokens verified per cycle."""
-
-    strategy: Strategy
-    width: int
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """One committed step.
-
-    start: position of the anchor it started from.
-    drafts: proposed tokens for the positions from start + 1 on (none in plain AR).
-    accepted: how many of them, from the first on, the AR view confirmed.
-    tokens: what was committed: the accepted drafts, then the AR view's own next token.
-    """
-
-    start: int
-    drafts: tuple[int, ...]
-    accepted: int
-    tokens: tuple[int, ...]
-
-
-def plan_for(model: Model, strategy: Strategy, width: int | None) -> Plan:
-    """A validated plan. The default width is the official one, block size - 1.
-
-    Raises OrthrusError when the model has no diffusion heads or the width does not fit a block.
-    """
-    if strategy is Strategy.AR:
-        return Plan(strategy, 0)
-    block = model.config.block_size
-    if not model.config.has_heads or block is None:
-        raise OrthrusError(
-            f"strategy {strategy.value}: {model.config.name} has no diffusion heads; use"
-            " --strategy ar, or name a heads file with --heads"
-        )
-    if width is not None and not 1 <= width <= block:
-        raise OrthrusError(f"--draft-width {width}: must lie in 1..{block}, the model's block size")
-    return Plan(strategy, block - 1 if width is None else width)
+Clock = Callable[[], float]
 
 
 def prefill(
@@ -108,69 +78,82 @@ def decode(
     cache: Cache,
     sampler: Sampler,
     tokens: list[int],
-    plan: Plan,
+    plan: Plan | Policy,
     max_tokens: int,
+    *,
+    clock: Clock = time.perf_counter,
 ) -> Iterator[Cycle]:
     """Yield cycles until `max_tokens` tokens have been committed; stop earlier by closing.
 
     tokens: the committed tokens, whose last one is the anchor; the cache holds all before it. Each
         cycle's tokens are appended before it is yielded.
+    plan: a fixed plan, or a policy that decides cycle by cycle.
     """
+    policy = FixedPolicy(plan) if isinstance(plan, Plan) else plan
+    index = LookupIndex() if policy.lookup else None
     limit = len(tokens) + max_tokens
+    offers: list[Draft] = []
     while (room := limit - len(tokens)) > 0:
         # A cycle commits one token more than it accepts, so the last one needs no draft.
-        width = min(plan.width, room - 1)
-        if width > 0:
-            cycle = two_pass_cycle(model, cache, sampler, tokens, width)
-        else:
-            cycle = ar_cycle(model, cache, sampler, tokens)
-        tokens.extend(cycle.tokens)
+        found = index.draft(tokens, room - 1) if index is not None else None
+        if found is not None:
+            offers.append(found)
+        cycle, offers = run_cycle(model, cache, sampler, tokens, policy, offers, room - 1, clock)
+        policy.observe(cycle)
         yield cycle
 
 
-def ar_cycle(model: Model, cache: Cache, sampler: Sampler, tokens: Sequence[int]) -> Cycle:
-    """Plain decoding: one AR row, one token."""
-    start = len(tokens) - 1
-    (logits,) = model.forward([ar_segment(tokens[-1:], start)], cache)
-    return Cycle(start, (), 0, (sampler.sample(logits[0], tokens),))
+def run_cycle(
+    model: Model,
+    cache: Cache,
+    sampler: Sampler,
+    tokens: list[int],
+    policy: Policy,
+    offers: Sequence[Draft],
+    room: int,
+    clock: Clock,
+) -> tuple[Cycle, list[Draft]]:
+    """Draft, verify, commit: the tokens are appended, and drafts for the next cycle returned.
 
-
-def two_pass_cycle(
-    model: Model, cache: Cache, sampler: Sampler, tokens: Sequence[int], width: int
-) -> Cycle:
-    """Draft `width` tokens in one diffusion pass, verify them in one AR pass, commit."""
-    start, anchor = len(tokens) - 1, tokens[-1]
-    drafts = draft(model, cache, sampler, tokens, width)
-
-    (logits,) = model.forward([ar_segment([anchor, *drafts], start)], cache)
-    committed = verify(sampler, tokens, drafts, logits)
-
-    cache.truncate(start + len(committed))  # the anchor and the accepted drafts stay
-    return Cycle(start, tuple(drafts), len(committed) - 1, tuple(committed))
-
-
-def draft(
-    model: Model, cache: Cache, sampler: Sampler, tokens: Sequence[int], width: int
-) -> list[int]:
-    """Propose up to `width` tokens after the anchor. Row i of the block predicts start + 1 + i.
-
-    The block gets one row more than drafts, as in the official implementation: its last mask gives
-    no draft, but the others attend to it. Drafts are drawn with the noise of their positions, the
-    noise that verification will use, so that they agree as often as the two views do.
+    offers: drafts that are at hand. room: the most draft tokens of use.
     """
-    config = model.config
-    if config.block_size is None or config.mask_token is None:
-        raise ValueError("the model has no diffusion heads")
-    rows = min(width + 1, config.block_size)
-    start = len(tokens) - 1
-    block = diffusion_segment(tokens[-1], config.mask_token, rows, start, wanted=range(width))
-    (logits,) = model.forward([block], cache)
-    prefix = list(tokens)
-    for row in logits:
-        if not np.isfinite(row.max()):
-            break  # a broken drafter may cost time, never text
-        prefix.append(sampler.sample(row, prefix))
-    return prefix[len(tokens) :]
+    start, anchor = len(tokens) - 1, tokens[-1]
+    passes: list[Pass] = []
+
+    def forward(segments: list[Segment]) -> list[Logits]:
+        before = clock()
+        logits = model.forward(segments, cache)
+        rows = [sum(len(s) for s in segments if s.view is view) for view in View]
+        passes.append(Pass(rows[0], rows[1], start, clock() - before))
+        return logits
+
+    choice = policy.choose(offers, room, start)
+    if isinstance(choice, Draft):
+        draft = choice
+    else:
+        (logits,) = forward([draft_segment(model.config, anchor, start, choice)])
+        draft = read_draft(sampler, tokens, logits, Source.BLOCK)
+
+    width, guesses = policy.shape(draft, anchor, room, start)
+    drafts = draft.tokens[:width]
+    verify_pass = [ar_segment([anchor, *drafts], start)]
+    for guess in guesses:
+        at = start + guess.offset
+        verify_pass.append(draft_segment(model.config, guess.anchor, at, guess.rows))
+    logits, *blocks = forward(verify_pass)
+
+    committed = verify(sampler, tokens, drafts, logits)
+    accepted = len(committed) - 1
+    cache.truncate(start + len(committed))  # the anchor and the accepted drafts stay
+    tokens.extend(committed)
+
+    carried = [
+        guess.resolve(sampler, tokens, accepted, block)
+        for guess, block in zip(guesses, blocks, strict=True)
+    ]
+    left = remainder(draft, accepted, committed)
+    cycle = Cycle(start, drafts, accepted, tuple(committed), draft, tuple(passes), tuple(guesses))
+    return cycle, [offer for offer in (*carried, left) if offer is not None and len(offer)]
 
 
 def verify(

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
-from orthrus_gguf.decode import PROMPT_BATCH, Cycle, Plan, decode, prefill
+from orthrus_gguf.decode import PROMPT_BATCH, Cycle, Plan, Policy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.segments import Model
@@ -21,14 +22,34 @@ from orthrus_gguf.tokenizer import StreamDecoder, Tokenizer
 class Request:
     """What to generate: a prompt and every setting that the text depends on, and the plan.
 
+    plan: fixed, or a policy (such as the controller) that decides while decoding.
     max_tokens: limit on output tokens; negative means until the context is full.
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingSettings
-    plan: Plan
+    plan: Plan | Policy
     max_tokens: int = -1
     stop: tuple[str, ...] = ()
+
+
+class Origin(Enum):
+    """How a token came about.
+
+    PLAIN: from the AR view alone. DRAFTED: an accepted draft. CORRECTED: the AR view's token in
+    place of a refused draft.
+    """
+
+    PLAIN = "plain"
+    DRAFTED = "drafted"
+    CORRECTED = "corrected"
+
+
+def origins(cycle: Cycle) -> list[Origin]:
+    """Origin of each token that a cycle committed."""
+    refused = cycle.accepted < len(cycle.drafts)
+    own = Origin.CORRECTED if refused else Origin.PLAIN
+    return [Origin.DRAFTED] * cycle.accepted + [own]
 
 
 @dataclass(frozen=True)
@@ -103,7 +124,7 @@ class Generation:
     """Iterate to receive text; afterwards (or after closing early) `result` tells the rest.
 
     The text of a token is only released when its UTF-8 is complete and no stop string can begin
-    in it.
+    in it. `origin` tells how the token came about that released the newest piece.
     """
 
     def __init__(
@@ -120,6 +141,7 @@ class Generation:
         self._cached = 0
         self._started = self._first_token = self._ended = 0.0
         self._finish_reason = "cancelled"
+        self.origin = Origin.PLAIN
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -197,7 +219,8 @@ class Generation:
         yield tokens[-1]
         for cycle in decode(session.model, cache, sampler, tokens, request.plan, limit - 1):
             self._cycles.append(cycle)
-            yield from cycle.tokens
+            for token, self.origin in zip(cycle.tokens, origins(cycle), strict=True):
+                yield token
 
     def _show(self, text: str) -> Iterator[str]:
         yield from self._emit(self._stop.push(text))

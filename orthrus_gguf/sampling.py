@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,20 @@ class SamplingSettings:
         )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a drafter would say next: its token, its second choice, and how sure it is of both.
+
+    Probabilities are those of the softmax over what decides: the logits when greedy, tempered
+    logits plus noise otherwise. They measure how far the first choice is ahead.
+    """
+
+    token: int
+    probability: float
+    second: int
+    second_probability: float
+
+
 class Sampler:
     """Chooses the token after a prefix. It has no state: same prefix and logits, same token."""
 
@@ -84,10 +99,38 @@ class Sampler:
             )
         if self.settings.greedy:
             return int(np.argmax(scores))  # the lowest id wins a tie
+        tokens, deciding = self._deciding(scores, len(prefix))
+        return int(tokens[np.argmax(deciding)])
+
+    def choose(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> Choice | None:
+        """The same token as `sample`, with a second choice; None for logits that are not finite."""
+        scores = self._adjusted(logits, prefix)
+        if not np.isfinite(scores.max()):
+            return None
+        tokens: NDArray[np.int64] | None = None
+        deciding: NDArray[np.floating[Any]] = scores
+        if not self.settings.greedy:
+            tokens, deciding = self._deciding(scores, len(prefix))
+        first = int(np.argmax(deciding))
+        best = deciding[first]
+        total = float(np.exp(deciding - best).sum())
+        rest = deciding.copy()
+        rest[first] = -np.inf
+        second = int(np.argmax(rest))
+        return Choice(
+            first if tokens is None else int(tokens[first]),
+            1 / total,
+            second if tokens is None else int(tokens[second]),
+            float(np.exp(rest[second] - best)) / total,
+        )
+
+    def _deciding(
+        self, scores: NDArray[np.float32], position: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Tokens that survive the filters, and the noisy scores of which the largest wins."""
         tokens = _filtered(scores, self.settings)
-        noise = gumbel_noise(self.settings.seed, len(prefix), tokens)
-        tempered = scores[tokens].astype(np.float64) / self.settings.temperature
-        return int(tokens[np.argmax(tempered + noise)])
+        noise = gumbel_noise(self.settings.seed, position, tokens)
+        return tokens, scores[tokens].astype(np.float64) / self.settings.temperature + noise
 
     def _adjusted(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> NDArray[np.float32]:
         """Logits after bans and penalties; the input itself when there are none."""

@@ -96,6 +96,10 @@ class Cache(Protocol):
         """Drop the rows from `length` on; `length` must not exceed the current one."""
         ...
 
+    def append(self, rows: int) -> None:
+        """Count `rows` more rows as held, whatever is in them. For passes, and to time passes."""
+        ...
+
 
 class Model(Protocol):
     """One loaded model on one runtime. Runtimes differ in speed and arithmetic, not in meaning."""

@@ -99,7 +99,7 @@ def count(
         cached_tokens=cached_tokens,
         output_tokens=output_tokens,
         cycles=len(cycles),
-        forwards=min(output_tokens, 1) + sum(2 if c.drafts else 1 for c in cycles),
+        forwards=min(output_tokens, 1) + sum(len(c.passes) for c in cycles),
         offered=tuple(sum(len(c.drafts) > i for c in cycles) for i in range(widest)),
         confirmed=tuple(sum(c.accepted > i for c in cycles) for i in range(widest)),
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
+from orthrus_gguf.calibration import MachineCosts
 from orthrus_gguf.chat import ChatTemplate, Message
 from orthrus_gguf.cli import options
+from orthrus_gguf.controller import Controller
 from orthrus_gguf.decode import Plan, Strategy, plan_for
 from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
@@ -34,7 +37,7 @@ class Loaded:
     template: ChatTemplate | None
     model: Model
     session: Session
-    plan: Plan
+    plan: Plan | Controller
     sampling: SamplingSettings
     max_tokens: int
     stop: tuple[str, ...]
@@ -43,13 +46,8 @@ class Loaded:
 
     @property
     def banner(self) -> str:
-        """Model, runtime, and why its heads are idle if they are."""
-        line = f"{self.file.config.name} on {self.model.description}"
-        if self.file.config.has_heads and self.plan.strategy is Strategy.AR:
-            line += (
-                "\nplain decoding: on a CPU drafts cost more than they gain (--strategy two-pass)"
-            )
-        return line
+        """Model and runtime."""
+        return f"{self.file.config.name} on {self.model.description}"
 
     def render(self, messages: list[Message]) -> str:
         """The prompt text of a conversation; without a template, its last message as it is."""
@@ -86,6 +84,7 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     """Open `path` and load the model as `args` say; `resources` closes everything again."""
     started = time.perf_counter()
     file = resources.enter_context(ModelFile.open(path, args.heads))
+    file.prefetch(heads=_strategy_name(args) not in (options.AUTO, Strategy.AR.value))
     tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
@@ -98,7 +97,7 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
         template=template,
         model=model,
         session=Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size),
-        plan=plan_for(model, _strategy(args), args.draft_width),
+        plan=_plan(args, model, file),
         sampling=sampling,
         max_tokens=args.predict,
         stop=tuple(args.stop),
@@ -112,11 +111,42 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _strategy(args: argparse.Namespace) -> Strategy:
-    """What the flags ask for. A width alone asks for drafts."""
-    if args.strategy is not None:
-        return Strategy(args.strategy)
-    return Strategy.AR if args.draft_width is None else Strategy.TWO_PASS
+def _strategy_name(args: argparse.Namespace) -> str:
+    """The strategy asked for. A width alone asks for drafts."""
+    given: str | None = args.strategy
+    return given or (options.AUTO if args.draft_width is None else Strategy.TWO_PASS.value)
+
+
+def _plan(args: argparse.Namespace, model: Model, file: ModelFile) -> Plan | Controller:
+    """What the flags ask for."""
+    name = _strategy_name(args)
+    if name == options.AUTO:
+        _refuse(args, name, "--draft-width", "--draft-blocks", "--draft-cut", "--draft-tail")
+        costs = MachineCosts(model, identity(file), say)
+        return Controller(costs, model.config.block_size, lookup=args.lookup is not False)
+    strategy = Strategy(name)
+    if strategy is Strategy.AR:
+        _refuse(args, name, "--draft-width", "--draft-blocks", "--draft-cut", "--draft-tail")
+    elif strategy is Strategy.TWO_PASS:
+        _refuse(args, name, "--draft-blocks")
+    if not 0 <= args.draft_cut < 1:
+        raise OrthrusError(f"--draft-cut {args.draft_cut}: expected a probability, 0 <= P < 1")
+    plan = plan_for(model, strategy, args.draft_width, blocks=args.draft_blocks)
+    return replace(plan, lookup=bool(args.lookup), tail=args.draft_tail, cut=args.draft_cut)
+
+
+def _refuse(args: argparse.Namespace, strategy: str, *flags: str) -> None:
+    """Raise OrthrusError if one of these flags was given, which this strategy has no use for."""
+    for flag in flags:
+        if getattr(args, flag.removeprefix("--").replace("-", "_")):
+            raise OrthrusError(f"{flag}: --strategy {strategy} has no use for it; leave it out")
+
+
+def identity(file: ModelFile) -> str:
+    """Tells model files apart: what is in them, not where they lie."""
+    tensors = ((info.name, info.type.name, info.shape) for info in file.tensors.values())
+    digest = hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest()
+    return f"{file.config.name} {digest[:16]}"
 
 
 def _check_template_flags(

@@ -11,8 +11,12 @@ from typing import Any
 from orthrus_gguf.decode import PROMPT_BATCH, Strategy
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.policy import FUSED_BLOCKS
 from orthrus_gguf.runtime import RuntimeName, RuntimeSettings
 from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
+
+#: Value of --strategy that leaves the choice to the controller.
+AUTO = "auto"
 
 #: Key in the file → field of SamplingSettings (which is also the flag's `dest`).
 FILE_DEFAULTS = {
@@ -47,7 +51,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         choices=[name.value for name in RuntimeName],
         default=RuntimeName.AUTO.value,
-        help="what computes: cpu (ggml), reference (torch, float32, slow) (default: auto)",
+        help="what computes: cuda (NVIDIA GPU), cpu (ggml), reference (torch, float32, slow)"
+        " (default: auto, a GPU if there is one)",
+    )
+    group.add_argument(
+        "--device", metavar="cuda:N", help="which GPU the cuda runtime takes (default: cuda:0)"
     )
     group.add_argument(
         "-t", "--threads", type=positive, metavar="N", help="CPU threads (default: physical cores)"
@@ -75,15 +83,39 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding (never changes the text)")
     group.add_argument(
         "--strategy",
-        choices=[strategy.value for strategy in Strategy],
-        help="two-pass drafts with the diffusion heads, ar is plain decoding (default: ar, since"
-        " on a CPU every row costs; two-pass if --draft-width is given)",
+        choices=[AUTO, *(strategy.value for strategy in Strategy)],
+        help="auto measures this machine and does what is fastest; ar is plain decoding; two-pass"
+        " drafts with the diffusion heads, then verifies; fused drafts and verifies in one pass"
+        " (default: auto; two-pass if --draft-width is given)",
     )
     group.add_argument(
         "--draft-width",
         type=positive,
         metavar="N",
-        help="draft tokens verified per cycle (default: block size - 1)",
+        help="draft tokens verified per cycle, at most (default: block size - 1)",
+    )
+    group.add_argument(
+        "--draft-blocks",
+        type=positive,
+        metavar="N",
+        help=f"blocks that ride in a fused pass, at most (default: {FUSED_BLOCKS})",
+    )
+    group.add_argument(
+        "--draft-cut",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="end a draft where its confidence falls below P (default: 0, never; auto weighs it)",
+    )
+    group.add_argument(
+        "--draft-tail",
+        action="store_true",
+        help="try what a refused draft said further on before drafting again (auto weighs it)",
+    )
+    group.add_argument(
+        "--lookup",
+        action=argparse.BooleanOptionalAction,
+        help="also draft by looking up what followed the last tokens before (default: only auto)",
     )
 
 
@@ -119,6 +151,8 @@ def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:
         threads=args.threads,
         cache_type_k=args.cache_type_k,
         cache_type_v=args.cache_type_v,
+        device=args.device,
+        context=getattr(args, "ctx_size", None),
     )
 
 

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from orthrus_gguf.decode import Plan
+from orthrus_gguf.controller import Controller
+from orthrus_gguf.decode import Plan, Policy
 from orthrus_gguf.engine import Request, Result
 
 
-def describe_plan(plan: Plan) -> str:
-    return f"{plan.strategy.value}, width {plan.width}" if plan.width else plan.strategy.value
+def describe_plan(plan: Plan | Policy) -> str:
+    """A plan in a few words: "fused, width 15, 3 blocks, with lookup"."""
+    if not isinstance(plan, Plan):
+        return "auto"
+    parts = [plan.strategy.value]
+    if plan.width:
+        parts.append(f"width {plan.width}")
+    if plan.blocks:
+        parts.append(f"{plan.blocks} block{'s' if plan.blocks > 1 else ''}")
+    if plan.lookup:
+        parts.append("with lookup")
+    return ", ".join(parts)
+
+
+def explain(plan: Plan | Policy) -> str:
+    """What the controller did: phases of one plan, in the order of the text."""
+    if not isinstance(plan, Controller):
+        return f"nothing was decided while decoding: {describe_plan(plan)}, as the flags say"
+    lines = ["what was decided, expected and achieved (tokens per second):"]
+    lines += [
+        f"  {phase.tokens:6d} tokens in {phase.cycles:5d} cycles: expected"
+        f" {phase.outlook.rate:8.1f}, achieved {phase.tokens / phase.seconds:8.1f}"
+        f"  ({describe_plan(phase.outlook.plan)})"
+        for phase in plan.phases
+        if phase.seconds > 0
+    ]
+    return "\n".join(lines)
 
 
 def statistics_block(request: Request, result: Result, load_seconds: float | None = None) -> str:
@@ -39,6 +65,19 @@ def _rate(per_second: float | None) -> str:
     return "    –" if per_second is None else f"{per_second:9.1f} tok/s"
 
 
+def _plan_json(plan: Plan | Policy) -> dict[str, Any]:
+    if not isinstance(plan, Plan):
+        return {"strategy": "auto", "draft_width": None}
+    return {
+        "strategy": plan.strategy.value,
+        "draft_width": plan.width,
+        "draft_blocks": plan.blocks,
+        "draft_cut": plan.cut,
+        "draft_tail": plan.tail,
+        "lookup": plan.lookup,
+    }
+
+
 def result_json(request: Request, result: Result) -> dict[str, Any]:
     """Everything about a run, in plain JSON types."""
     sampling = request.sampling
@@ -52,8 +91,7 @@ def result_json(request: Request, result: Result) -> dict[str, Any]:
         "stats": result.statistics.to_json(),
         "timings": result.timings.to_json(),
         "settings": {
-            "strategy": request.plan.strategy.value,
-            "draft_width": request.plan.width,
+            **_plan_json(request.plan),
             "max_tokens": request.max_tokens,
             "stop": list(request.stop),
             "temperature": sampling.temperature,

@@ -13,7 +13,7 @@ from orthrus_gguf.chat import Message
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.loaded import Loaded, load, say
-from orthrus_gguf.cli.report import result_json, statistics_block
+from orthrus_gguf.cli.report import explain, result_json, statistics_block
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.errors import OrthrusError
 
@@ -82,6 +82,9 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help=r"turn \n \t \r \" \' \\ in -p, -sys and --stop into what they stand for",
     )
     group.add_argument("--json", action="store_true", help="print one JSON object, not the text")
+    group.add_argument(
+        "--explain", action="store_true", help="tell at the end what --strategy auto decided"
+    )
     group.add_argument("--no-perf", action="store_true", help="no statistics at the end")
 
 
@@ -161,6 +164,8 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
         if not args.no_perf:
             say(f"\n{loaded.banner}")
             say(statistics_block(request, generation.result, loaded.seconds))
+        if args.explain:
+            say(explain(loaded.plan))
     return 0
 
 

@@ -75,6 +75,9 @@ class ToyCache:
         assert length <= self.length
         del self.tokens[length:]
 
+    def append(self, rows: int) -> None:
+        self.tokens += [0] * rows
+
 
 class ToyModel:
     """Implements `orthrus_gguf.segments.Model`; counts its passes in `forwards`."""

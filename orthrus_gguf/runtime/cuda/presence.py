@@ -1,0 +1,61 @@
+"""Is there a GPU, and can this installation use it? Answered without torch where possible."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from orthrus_gguf.errors import OrthrusError
+
+INSTALL = "pip install 'orthrus-gguf[cuda]'"
+
+#: The oldest GPU that the kernels are compiled for (Ampere).
+MIN_CAPABILITY = 80
+
+
+def gpu_visible() -> bool:
+    """Whether this machine seems to have an NVIDIA GPU: a device file, or the driver's own tool."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+
+
+def extra_installed() -> bool:
+    """Whether the packages of the `cuda` extra can be imported."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "triton"))
+
+
+def why_unusable(device: str | None = None) -> str | None:
+    """What keeps the CUDA runtime from `device` (default: the first one); None if nothing does.
+
+    Imports torch, if it is there and a GPU is. The text completes "cannot run on a GPU: ...".
+    """
+    if not gpu_visible():
+        return "no NVIDIA GPU was found (no /dev/nvidia*, no nvidia-smi)"
+    if not extra_installed():
+        return f"PyTorch and Triton are not installed: {INSTALL}"
+    import torch
+
+    if not torch.cuda.is_available():
+        return (
+            f"PyTorch {torch.__version__} finds no usable GPU: update the NVIDIA driver, or install"
+            " a CUDA build of PyTorch"
+        )
+    index = device_index(device)
+    count = torch.cuda.device_count()
+    if index >= count:
+        return f"there is no cuda:{index}, only cuda:0 to cuda:{count - 1}"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major * 10 + minor < MIN_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; "
+            f"the kernels need {MIN_CAPABILITY / 10} (RTX 30 and later)"
+        )
+    return None
+
+
+def device_index(device: str | None) -> int:
+    """N of `cuda:N`; 0 for `cuda` and None. Raises OrthrusError for anything else."""
+    name, _, number = (device or "cuda").partition(":")
+    if name != "cuda" or not (number or "0").isdecimal() or (device or "").endswith(":"):
+        raise OrthrusError(f"--device {device}: expected cuda or cuda:N")
+    return int(number or 0)
