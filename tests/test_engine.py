@@ -16,7 +16,13 @@ from orthrus_gguf.sampling import SamplingSettings
 GREEDY = SamplingSettings(temperature=0)
 END, OTHER_END, CONTROL = 60, 61, 62
 AR = Plan(Strategy.AR, 0)
-PLANS = [AR, *(Plan(Strategy.TWO_PASS, width) for width in (1, 2, 3, BLOCK))]
+PLANS = [
+    AR,
+    Plan(Strategy.AR, 0, lookup=True),
+    *(Plan(Strategy.TWO_PASS, width) for width in (1, 2, 3, BLOCK)),
+    Plan(Strategy.FUSED, 3, 2, tail=True),
+    Plan(Strategy.FUSED, BLOCK, 4, tail=True, lookup=True),
+]
 
 
 class ToyTokenizer:

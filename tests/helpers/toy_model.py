@@ -53,9 +53,9 @@ def greedy_continuation(prefix: Sequence[int], rows: int) -> list[int]:
     return tokens[len(prefix) :]
 
 
-def one_hot(token: int) -> Logits:
-    """Logits that leave no doubt."""
-    return np.where(np.arange(VOCAB) == token, 99, 0).astype(np.float32)
+def one_hot(token: int, height: float = 99) -> Logits:
+    """Logits that leave no doubt, or with a lower height, some."""
+    return np.where(np.arange(VOCAB) == token, height, 0).astype(np.float32)
 
 
 class ToyCache:
@@ -88,11 +88,14 @@ class ToyModel:
         *,
         heads: bool = True,
         logits: Callable[[Sequence[int]], Logits] = ar_logits,
+        sureness: float = 99,
     ) -> None:
+        """sureness: logit of the drafter's tokens above all others."""
         self.config = toy_config(heads=heads)
         self.description = "toy"
         self.drafter = drafter
         self.ar_logits = logits
+        self.sureness = sureness
         self.forwards = 0
 
     def close(self) -> None:
@@ -115,6 +118,6 @@ class ToyModel:
         else:
             assert segment.tokens[1:] == (MASK,) * (len(segment) - 1)
             prefix = [*cache.tokens[: segment.start], segment.tokens[0]]
-            rows = [one_hot(token) for token in self.drafter(prefix, len(segment))]
+            rows = [one_hot(t, self.sureness) for t in self.drafter(prefix, len(segment))]
         wanted = [rows[i] for i in segment.wanted]
         return np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
