@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from toy_model import ToyModel, ar_logits
 
+from orthrus_gguf.decode import Plan, Strategy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import Sampler, SamplingSettings, gumbel_noise, philox4x32
 
@@ -71,6 +77,113 @@ def support(logits: list[float], **settings: float) -> set[int]:
         for s in range(300)
     )
     return set(drawn)
+
+
+def softmax_of_survivors(
+    logits: np.ndarray, prefix: list[int], settings: SamplingSettings
+) -> np.ndarray:
+    """Probabilities by the definitions of llama.cpp's documentation, one token at a time."""
+    scores = {}
+    for token, logit in enumerate(logits.astype(float)):
+        count = prefix.count(token)
+        if count:
+            penalty = settings.repeat_penalty
+            logit = logit * penalty if logit <= 0 else logit / penalty
+            logit -= count * settings.frequency_penalty + settings.presence_penalty
+        scores[token] = logit
+    ranked = sorted(scores, key=lambda token: -scores[token])
+    ranked = ranked[: settings.top_k or len(ranked)]
+    weights = [math.exp(scores[token]) for token in ranked]
+    mass, kept = 0.0, 0
+    while kept < len(ranked) and mass < settings.top_p * sum(weights):
+        mass, kept = mass + weights[kept], kept + 1
+    ranked = [t for t in ranked[:kept] if weights[ranked.index(t)] >= settings.min_p * weights[0]]
+    final = {token: math.exp(scores[token] / settings.temperature) for token in ranked}
+    return np.array([final.get(token, 0.0) / sum(final.values()) for token in scores])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {**ALL},
+        {**ALL, "top_k": 4},
+        {**ALL, "top_p": 0.8},
+        {**ALL, "min_p": 0.2},
+        {**ALL, "repeat_penalty": 1.8},
+        {**ALL, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+        {"top_k": 6, "top_p": 0.9, "min_p": 0.05, "repeat_penalty": 1.3, "presence_penalty": 0.3},
+    ],
+    ids=str,
+)
+def test_frequencies_with_filters_and_penalties(flags: dict[str, float]) -> None:
+    """Chi-square over 10,000 seeds, against probabilities worked out token by token."""
+    logits = np.array([2.0, 1.5, 1.0, 0.6, 0.0, -0.5, -1.0, -2.0], np.float32)
+    prefix = [0, 3, 0, 7, 4]
+    settings = SamplingSettings(temperature=1.1, **flags)  # type: ignore[arg-type]
+    expected = 10_000 * softmax_of_survivors(logits, prefix, settings)
+    counts = np.zeros(8)
+    for seed in range(10_000):
+        counts[Sampler(replace(settings, seed=seed)).sample(logits, prefix)] += 1
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
+    limits = {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5, 6: 22.5, 7: 24.3}  # p = 0.001
+    assert chi_square < limits[int(possible.sum()) - 1]
+
+
+@pytest.mark.parametrize("strategy", ["two-pass", "fused"])
+def test_frequencies_of_drafted_text(strategy: str) -> None:
+    """Chi-square of whole sequences over 3,000 seeds: drafts leave the distribution alone.
+
+    Three tokens out of four survivors each, drafted by a drafter that is right now and then.
+    """
+    settings = SamplingSettings(temperature=1.0, top_k=3, top_p=1.0, min_p=0.0)
+    plan = Plan(Strategy(strategy), 2, 2)
+    prompt, counts = [1, 2], Counter[tuple[int, ...]]()
+    for seed in range(3000):
+        model, sampler = ToyModel(), Sampler(replace(settings, seed=seed))
+        cache = model.new_cache(64)
+        tokens = [*prompt, sampler.sample(prefill(model, cache, prompt), prompt)]
+        for _ in decode(model, cache, sampler, tokens, plan, 2):
+            pass
+        counts[tuple(tokens[2:])] += 1
+    expected: dict[tuple[int, ...], float] = {(): 3000.0}
+    for _ in range(3):
+        expected = {
+            (*found, int(token)): weight * p
+            for found, weight in expected.items()
+            for token, p in enumerate(
+                softmax_of_survivors(ar_logits([*prompt, *found]), [*prompt, *found], settings)
+            )
+            if p > 0
+        }
+    assert set(counts) <= set(expected)
+    # Sequences too rare for the test are taken together.
+    rare = [found for found, weight in expected.items() if weight < 5]
+    chi_square = sum(
+        (counts[found] - weight) ** 2 / weight for found, weight in expected.items() if weight >= 5
+    )
+    if rare:
+        weight = sum(expected[found] for found in rare)
+        chi_square += (sum(counts[found] for found in rare) - weight) ** 2 / weight
+    degrees = len(expected) - len(rare) + bool(rare) - 1
+    assert chi_square < degrees + 3.3 * math.sqrt(2 * degrees) + 6  # about p = 0.0005
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_choice_begins_with_the_sampled_token(temperature: float) -> None:
+    """And its second is what would be sampled if the first were banned."""
+    for seed in range(50):
+        settings = SamplingSettings(temperature=temperature, seed=seed, **ALL)  # type: ignore[arg-type]
+        logits = ar_logits([seed])
+        sampler = Sampler(settings)
+        choice = sampler.choose(logits, [1, 2])
+        assert choice is not None
+        assert choice.token == sampler.sample(logits, [1, 2])
+        banned = Sampler(replace(settings, banned=(choice.token,)))
+        if choice.second_probability > 0:
+            assert choice.second == banned.sample(logits, [1, 2])
+        assert 1 >= choice.probability >= choice.second_probability >= 0
 
 
 def test_filters() -> None:

@@ -2,63 +2,110 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from orthrus_gguf.decode import Plan, Strategy
+from orthrus_gguf.controller import Controller
+from orthrus_gguf.decode import Plan, Policy, Strategy
 from orthrus_gguf.engine import Request, Result, Session
 from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.policy import Pass
 from orthrus_gguf.runtime import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.tokenizer import load_tokenizer
 
 AR = Plan(Strategy.AR, 0)
 
-#: Seeds per prompt. With 12 greedy runs and 3 prompts, on three files: 216 and 108 pairs of prompt
-#: and seed, each at two widths. The reference runtime is slow.
-SEEDS = {"cpu": 20, "reference": 8}
+#: Seeds per prompt, three prompts, beside 12 greedy runs, on each file: every pair of prompt and
+#: seed with four plans beside plain decoding. The long test takes 1,350 pairs on the CPU runtime.
+SEEDS = 8
+LONG_SEEDS = range(100, 175)
+
+#: Runtime and type of the file. Those after the first five only in the long test.
+PAIRS = [
+    ("reference", "f32"),
+    ("reference", "q8_0"),
+    ("cpu", "f32"),
+    ("cpu", "q8_0"),
+    ("cpu", "q4_k_m"),
+]
+LONG_PAIRS = [*PAIRS[2:], ("cpu", "bf16"), ("cpu", "q6_k"), ("cpu", "q4_0")]
 
 
-@pytest.fixture(scope="module", params=["reference", "cpu"])
-def runtime(request: pytest.FixtureRequest) -> str:
+class Costs:
+    """Costs that change from pass to pass, so that the controller tries everything."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        return 1e-3 * (1 + self._rng.choice([0.0, 0.03, 0.3]) * (ar_rows + diffusion_rows))
+
+    def observe(self, done: Pass) -> None:
+        pass
+
+
+@pytest.fixture(scope="module", params=PAIRS, ids="-".join)
+def session(request: pytest.FixtureRequest, demo_file: Callable[..., Path]) -> Iterator[Session]:
+    runtime, kind = request.param
+    with open_session(runtime, kind, demo_file) as session:
+        yield session
+
+
+@contextmanager
+def open_session(runtime: str, kind: str, demo_file: Callable[..., Path]) -> Iterator[Session]:
     torch.set_num_threads(1)
-    return str(request.param)
-
-
-@pytest.fixture(scope="module", params=["f32", "bf16", "q8_0"])
-def session(
-    request: pytest.FixtureRequest, runtime: str, demo_file: Callable[..., Path]
-) -> Iterator[Session]:
     settings = RuntimeSettings(RuntimeName(runtime), threads=1)
-    with ModelFile.open(demo_file(request.param)) as file:
+    with ModelFile.open(demo_file(kind)) as file:
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
         model = load_model(file, settings)
         yield Session(model, tokenizer, 256)
         model.close()
 
 
-def run(session: Session, prompt: list[int], sampling: SamplingSettings, plan: Plan) -> Result:
+def run(
+    session: Session, prompt: list[int], sampling: SamplingSettings, plan: Plan | Policy
+) -> Result:
     generation = session.generate(Request(tuple(prompt), sampling, plan, max_tokens=32))
     text = "".join(generation)
     assert text == generation.result.text
     return generation.result
 
 
+def plans(session: Session, i: int) -> list[Plan | Policy]:
+    """Four plans, every setting of which goes round with `i`."""
+    block = session.model.config.block_size
+    width, other = 1 + i % 16, 16 - i % 16
+    return [
+        Plan(Strategy.TWO_PASS, width, cut=0.05 * (i % 4), lookup=i % 5 == 0),
+        Plan(Strategy.TWO_PASS, other, tail=i % 2 == 0),
+        Plan(Strategy.FUSED, other, 1 + i % 4, tail=i % 3 == 0, lookup=i % 2 == 1),
+        Controller(Costs(i), block, lookup=i % 2 == 0),
+    ]
+
+
 def assert_same(session: Session, prompt: list[int], sampling: SamplingSettings, i: int) -> int:
-    """AR against two widths, rotating through 1..16 with `i`; returns accepted drafts."""
+    """Plain decoding against the plans of `i`; returns accepted drafts."""
     ar = run(session, prompt, sampling, AR)
     accepted = 0
-    for width in (1 + i % 16, 16 - i % 16):
-        two_pass = run(session, prompt, sampling, Plan(Strategy.TWO_PASS, width))
-        assert two_pass.text == ar.text
-        assert two_pass.output == ar.output
-        assert two_pass.finish_reason == ar.finish_reason
-        accepted += sum(cycle.accepted for cycle in two_pass.cycles)
+    for plan in plans(session, i):
+        other = run(session, prompt, sampling, plan)
+        assert other.text == ar.text, plan
+        assert other.output == ar.output, plan
+        assert other.finish_reason == ar.finish_reason, plan
+        accepted += sum(cycle.accepted for cycle in other.cycles)
     return accepted
+
+
+def seeded(seed: int) -> SamplingSettings:
+    """T = 0.8 with llama.cpp's filters, with and without a penalty."""
+    return SamplingSettings(temperature=0.8, seed=seed, repeat_penalty=1.0 if seed % 2 else 1.1)
 
 
 def test_greedy(session: Session, golden: dict[str, Any]) -> None:
@@ -70,18 +117,25 @@ def test_greedy(session: Session, golden: dict[str, Any]) -> None:
     assert min(accepted) > 0, "drafts were used"
 
 
-def test_sampled(session: Session, runtime: str, golden: dict[str, Any]) -> None:
-    """Three prompts at T = 0.8, with llama.cpp's filters, with and without a penalty."""
-    seeds = SEEDS[runtime]
+def test_sampled(session: Session, golden: dict[str, Any]) -> None:
     accepted = 0
     texts = set()
     for number in (1, 6, 10):
-        for seed in range(seeds):
-            sampling = SamplingSettings(
-                temperature=0.8, seed=seed, repeat_penalty=1.0 if seed % 2 else 1.1
-            )
+        for seed in range(SEEDS):
             prompt = golden["cases"][number]["prompt_ids"]
-            accepted += assert_same(session, prompt, sampling, number + seed)
-            texts.add(run(session, prompt, sampling, AR).text)
-    assert accepted > 3 * seeds, "sampled drafts are accepted too"
-    assert len(texts) > 2 * seeds, "seeds matter"
+            accepted += assert_same(session, prompt, seeded(seed), number + seed)
+            texts.add(run(session, prompt, seeded(seed), AR).text)
+    assert accepted > 6 * SEEDS, "sampled drafts are accepted too"
+    assert len(texts) > 2 * SEEDS, "seeds matter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for _, kind in LONG_PAIRS])
+def test_sampled_at_length(
+    kind: str, demo_file: Callable[..., Path], golden: dict[str, Any]
+) -> None:
+    with open_session("cpu", kind, demo_file) as session:
+        for number in (0, 4, 8):
+            prompt = golden["cases"][number]["prompt_ids"]
+            for seed in LONG_SEEDS:
+                assert_same(session, prompt, seeded(seed), number + seed)
