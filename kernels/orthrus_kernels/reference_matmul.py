@@ -14,7 +14,7 @@ from orthrus_kernels.activations import deinterleave, interleave
 from orthrus_kernels.dispatch import Tile
 from orthrus_kernels.matmul import Activations, Best
 from orthrus_kernels.packing import PAIR_ROWS, unpack
-from orthrus_kernels.quant_tensor import STEP, QuantTensor
+from orthrus_kernels.quant_tensor import PLAIN_TYPES, STEP, Layout, QuantTensor
 
 
 def dequantize(weight: QuantTensor) -> Tensor:
@@ -89,4 +89,6 @@ def head_argmax(x: Activations, weight: QuantTensor, tile: Tile, out: Best | Non
 
 def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor | None = None) -> Tensor:
     """See `orthrus_kernels.matmul_dequantize.prompt_matmul`."""
-    return (natural_rows(x, weight.k) @ dequantize(weight).double().T).float()
+    in_order = weight.layout is Layout.A8 and weight.type not in PLAIN_TYPES
+    rows = x[:, : weight.k].double() if in_order else natural_rows(x, weight.k)
+    return (rows @ dequantize(weight).double().T).float()

@@ -1,0 +1,140 @@
+"""Static buffers: what every fused pass writes, allocated once so that graphs keep their addresses.
+
+Passes of up to `rows` rows use the first rows of each buffer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from orthrus_kernels.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
+from orthrus_kernels.attention import AttentionScratch, new_attention_scratch
+from orthrus_kernels.dispatch import MAX_ROWS
+from orthrus_kernels.embedding import iq4_codebook
+from orthrus_kernels.kv_cache import KvPlanes, new_planes
+from orthrus_kernels.matmul import Activations
+from orthrus_kernels.quant_tensor import Layout
+from orthrus_kernels.rows import Rows, new_rows
+from orthrus_kernels.sample import SampleScratch, new_sample_scratch
+from torch import Tensor
+
+from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan
+from orthrus_gguf.segments import View
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Outputs of the kernels, in the order of a layer; then the head's and the sampler's.
+
+    normed, mixed, gated, hidden: rows of activations by layout, for the products that read them.
+    qkv, attention_sums, down: f32 partials [split, rows, columns]; gate, up likewise, where those
+    are separate products.
+    """
+
+    rows: Rows
+    x: Tensor
+    normed: dict[Layout, Activations]
+    qkv: Tensor
+    q: Tensor
+    block_keys: KvPlanes
+    block_values: KvPlanes
+    scratch: AttentionScratch
+    mixed: dict[Layout, Activations]
+    attention_sums: Tensor
+    gate: Tensor | None
+    up: Tensor | None
+    gated: dict[Layout, Activations]
+    down: Tensor
+    hidden: Activations
+    logits: Tensor
+    tokens: Tensor
+    sampling: SampleScratch
+    codebook: Tensor
+
+
+def pass_rows(config: ModelConfig) -> int:
+    """Most rows of one fused pass: what the kernels are made for, but at least a whole block."""
+    return max(MAX_ROWS, config.block_size or 0)
+
+
+def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> Buffers:
+    """Buffers for the passes of a model; `memory_plan.buffer_bytes` counts them."""
+    c, rows = config, pass_rows(config)
+    first = plan.layers[0]
+    heads = c.n_head * c.head_dim
+
+    def activations(columns: int, layouts: set[Layout]) -> dict[Layout, Activations]:
+        return {layout: _new_rows(layout, rows, columns, device) for layout in layouts}
+
+    def partials(split: int, columns: int) -> Tensor:
+        return torch.empty(split, rows, columns, device=device)
+
+    separate = [layer.gate_up for layer in plan.layers if len(layer.gate_up.matrices) > 1]
+    gate, up = (partials(separate[0].split, c.n_ff) if separate else None for _ in range(2))
+    block_keys, block_values = (
+        new_planes("f16", c.n_head_kv, rows, c.head_dim, device) for _ in range(2)
+    )
+    return Buffers(
+        rows=new_rows(rows, c.head_dim, device),
+        x=torch.empty(rows, c.n_embd, device=device),
+        normed=activations(c.n_embd, normed_layouts(plan)),
+        qkv=partials(first.qkv[View.AR].split, heads + 2 * c.n_head_kv * c.head_dim),
+        q=torch.empty(rows, c.n_head, c.head_dim, dtype=torch.float16, device=device),
+        block_keys=block_keys,
+        block_values=block_values,
+        scratch=new_attention_scratch(rows, c.n_head, c.n_head_kv, c.head_dim, device),
+        mixed=activations(heads, {layer.output[View.AR].layout for layer in plan.layers}),
+        attention_sums=partials(first.output[View.AR].split, c.n_embd),
+        gate=gate,
+        up=up,
+        gated=activations(c.n_ff, {layer.down.layout for layer in plan.layers}),
+        down=partials(first.down.split, c.n_embd),
+        hidden=_new_rows(plan.head.layout, rows, c.n_embd, device),
+        logits=torch.empty(rows, c.n_vocab, device=device),
+        tokens=torch.zeros(rows, dtype=torch.int32, device=device),
+        sampling=new_sample_scratch(rows, c.n_vocab, device),
+        codebook=iq4_codebook(device),
+    )
+
+
+def normed_layouts(plan: WeightPlan) -> set[Layout]:
+    """Forms in which products read normed rows, the head's aside."""
+    found = {layer.qkv[View.AR].layout for layer in plan.layers}
+    return found | {layer.gate_up.layout for layer in plan.layers}
+
+
+def _new_rows(layout: Layout, rows: int, columns: int, device: torch.device) -> Activations:
+    if layout is Layout.A8:
+        return new_int8_rows(rows, columns, device)
+    return new_f16_rows(rows, columns, device)
+
+
+def row_range(x: Activations, start: int, stop: int) -> Activations:
+    """Rows of either kind of activations."""
+    if isinstance(x, Int8Rows):
+        return Int8Rows(x.quants[start:stop], x.scales[start:stop], x.sums[start:stop])
+    return x[start:stop]
+
+
+def pick_rows(x: Activations, index: Tensor) -> Activations:
+    """A copy of the rows of `index` (i64)."""
+    if isinstance(x, Int8Rows):
+        return Int8Rows(x.quants[index], x.scales[index], x.sums[index])
+    return x[index]
+
+
+def some_rows(rows: Rows, start: int, stop: int) -> Rows:
+    """Rows start .. stop-1 of a pass. Blocks keep their row numbers, which count from its first."""
+    part = slice(start, stop)
+    return Rows(
+        rows.views[part],
+        rows.tokens[part],
+        rows.positions[part],
+        rows.visible[part],
+        rows.block_first[part],
+        rows.block_stop[part],
+        rows.cos[part],
+        rows.sin[part],
+    )

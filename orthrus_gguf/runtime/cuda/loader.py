@@ -1,0 +1,193 @@
+"""ModelFile → `Weights`: one matrix at a time, reading ahead while the device packs."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+from orthrus_kernels.packing import interleave_rows, pack, stack_rows
+from orthrus_kernels.quant_tensor import QuantTensor, row_bytes
+from torch import Tensor
+
+from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime.cuda.staging import StagedReader
+from orthrus_gguf.runtime.cuda.weight_plan import (
+    SUFFIX,
+    Join,
+    LayerPlan,
+    MatrixPlan,
+    ProductPlan,
+    WeightPlan,
+)
+from orthrus_gguf.runtime.cuda.weights import Embedding, Layer, Product, Weights
+from orthrus_gguf.segments import View
+from orthrus_gguf.tensors import TOKEN_EMBD
+
+log = logging.getLogger(__name__)
+
+_T = GGMLQuantizationType
+
+#: Called with the bytes read so far and in all.
+Progress = Callable[[int, int], None]
+
+#: Weights dequantized at a time, for types without a kernel: 4 bytes each on the host.
+DEQUANTIZE_WEIGHTS = 1 << 23
+
+
+def load_weights(
+    file: ModelFile,
+    plan: WeightPlan,
+    device: torch.device,
+    *,
+    on_progress: Progress | None = None,
+    reader: StagedReader | None = None,
+) -> Weights:
+    """Read, copy and pack all matrices of `plan`.
+
+    reader: must yield `reading_order(plan)`; by default one with slots of the usual size.
+    Raises OrthrusError for weights that the kernels cannot hold.
+    """
+    names = reading_order(plan)
+    reader = StagedReader(file, names, device) if reader is None else reader
+    pieces = iter(reader)
+    total = sum(file.tensors[name].n_bytes for name in names)
+    done = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal done
+        found, raw = next(pieces)
+        if found != name:
+            raise ValueError(f"expected tensor {name} next, found {found}")
+        done += raw.numel()
+        if on_progress is not None:
+            on_progress(done, total)
+        return raw
+
+    packed: dict[MatrixPlan, QuantTensor] = {}
+    try:
+        table = read(TOKEN_EMBD)
+        embedding = _embedding(file, plan, table)
+        for matrix in plan.matrices():
+            if matrix.names == (TOKEN_EMBD,):
+                parts = [table]  # a tied head: the same bytes, packed
+            else:
+                parts = [read(name) for name in matrix.names]
+            packed[matrix] = _packed(matrix, parts, file)
+    finally:
+        pieces.close()  # type: ignore[attr-defined]  # a generator: ends the reader's thread
+    _report_converted(plan)
+    vectors = {name: _vector(file, name).to(device) for name in plan.vectors}
+    return _assemble(file.config, plan, packed, vectors, embedding)
+
+
+def reading_order(plan: WeightPlan) -> list[str]:
+    """Names of the matrices in the order in which they are read, each once."""
+    names = [TOKEN_EMBD]
+    names += [name for matrix in plan.matrices() for name in matrix.names if name != TOKEN_EMBD]
+    return names
+
+
+def _packed(matrix: MatrixPlan, parts: list[Tensor], file: ModelFile) -> QuantTensor:
+    label = "+".join(matrix.names)
+    raw = [part.view(-1, row_bytes(matrix.stored, matrix.k)) for part in parts]
+    if matrix.packed is not matrix.stored:
+        raw = [_as_f16(part, matrix.stored, matrix.k, label, file) for part in raw]
+    joined = interleave_rows(*raw) if matrix.join is Join.PAIRS else stack_rows(raw)
+    try:
+        return pack(joined, matrix.packed, matrix.k, matrix.layout, label)
+    except ValueError as error:
+        raise OrthrusError(f"{file.paths[0]}: {error}") from error
+
+
+def _as_f16(
+    raw: Tensor, stored: GGMLQuantizationType, k: int, label: str, file: ModelFile
+) -> Tensor:
+    """GGUF rows of a type without a kernel → F16 rows, u8 [rows, 2k], in chunks of rows."""
+    chunk = max(1, DEQUANTIZE_WEIGHTS // k)
+    pieces = []
+    for start in range(0, raw.shape[0], chunk):
+        values = dequantize(raw[start : start + chunk].cpu().numpy(), stored)
+        with np.errstate(over="ignore"):
+            half = np.asarray(values, np.float16)
+        if not np.isfinite(half).all():
+            raise OrthrusError(
+                f"{file.paths[0]}: {label}: {stored.name} weights reach {np.abs(values).max():.3g},"
+                " beyond F16, and the cuda runtime has no kernel for that type; convert to Q8_0"
+            )
+        pieces.append(torch.from_numpy(half.view(np.uint8).reshape(len(half), -1)).to(raw.device))
+    return torch.cat(pieces)
+
+
+def _report_converted(plan: WeightPlan) -> None:
+    """One log line per type that has no kernel: how many matrices, and what it costs."""
+    stored: Counter[GGMLQuantizationType] = Counter()
+    before: Counter[GGMLQuantizationType] = Counter()
+    after: Counter[GGMLQuantizationType] = Counter()
+    for matrix in plan.matrices():
+        if matrix.packed is not matrix.stored:
+            stored[matrix.stored] += 1
+            before[matrix.stored] += matrix.raw_bytes
+            after[matrix.stored] += matrix.nbytes
+    for kind, count in stored.items():
+        log.warning(
+            "%d matrices of type %s have no kernel: dequantized to F16, %.1f MB instead of %.1f MB",
+            count,
+            kind.name,
+            after[kind] / 1e6,
+            before[kind] / 1e6,
+        )
+
+
+def _embedding(file: ModelFile, plan: WeightPlan, raw: Tensor) -> Embedding:
+    stored = file.tensors[TOKEN_EMBD].type
+    k = file.config.n_embd
+    rows = raw.view(-1, row_bytes(stored, k))
+    if plan.embedding is not stored:
+        rows = _as_f16(rows, stored, k, TOKEN_EMBD, file)
+    return Embedding(rows, plan.embedding.name)
+
+
+def _vector(file: ModelFile, name: str) -> Tensor:
+    """A norm, f32."""
+    values = dequantize(file.data(name).reshape(1, -1), file.tensors[name].type)
+    return torch.from_numpy(np.array(values, np.float32).reshape(-1))
+
+
+def _assemble(
+    config: ModelConfig,
+    plan: WeightPlan,
+    packed: Mapping[MatrixPlan, QuantTensor],
+    vectors: Mapping[str, Tensor],
+    embedding: Embedding,
+) -> Weights:
+    def product(wanted: ProductPlan) -> Product:
+        matrices = tuple(packed[matrix] for matrix in wanted.matrices)
+        return Product(matrices, wanted.split, wanted.layout)
+
+    def layer(index: int, wanted: LayerPlan) -> Layer:
+        prefix = f"blk.{index}."
+        # Without heads the second view's norms are never read, but have a place.
+        suffixes = [SUFFIX[view] if view in wanted.qkv else "" for view in View]
+        norms = [
+            torch.stack([vectors[f"{prefix}attn_{part}_norm{suffix}.weight"] for part in "qk"])
+            for suffix in suffixes
+        ]
+        return Layer(
+            vectors[prefix + "attn_norm.weight"],
+            torch.stack(norms),
+            {view: product(part) for view, part in wanted.qkv.items()},
+            {view: product(part) for view, part in wanted.output.items()},
+            vectors[prefix + "ffn_norm.weight"],
+            product(wanted.gate_up),
+            product(wanted.down),
+        )
+
+    layers = tuple(layer(index, wanted) for index, wanted in enumerate(plan.layers))
+    return Weights(embedding, layers, vectors["output_norm.weight"], product(plan.head))

@@ -1,0 +1,199 @@
+"""Which packed matrices a model becomes: decided from the file's tensor table alone.
+
+Matrices that read the same rows are joined where their types allow it, so that one launch computes
+them: q, k and v; gate and up (`orthrus_kernels.packing`). They also share one kind of activations:
+int8 only where all of them want it, since rows exist in one form at a time.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from gguf import GGMLQuantizationType
+from orthrus_kernels.dispatch import layout_for, split_for
+from orthrus_kernels.embedding import QBLOCK_BYTES
+from orthrus_kernels.packing import PAIR_ROWS
+from orthrus_kernels.quant_tensor import PANEL_ROWS, PLAIN_TYPES, STEP, TRAITS, Layout, row_bytes
+
+from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.segments import View
+from orthrus_gguf.tensors import OUTPUT, TOKEN_EMBD
+
+_T = GGMLQuantizationType
+
+#: Suffix of a view's tensors.
+SUFFIX = {View.AR: "", View.DIFFUSION: "_diff"}
+
+
+class Join(enum.Enum):
+    """How the rows of several tensors become one matrix."""
+
+    STACK = "one after the other"
+    PAIRS = "in alternating groups of 8 rows"
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One packed matrix [rows, k]: the tensors that it joins, all of type `stored`."""
+
+    names: tuple[str, ...]
+    stored: GGMLQuantizationType
+    rows: int
+    k: int
+    layout: Layout
+    join: Join = Join.STACK
+
+    @property
+    def packed(self) -> GGMLQuantizationType:
+        """Its type on the device: F16 where the stored one has no kernel."""
+        return packed_type(self.stored)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its planes."""
+        return packed_bytes(self.packed, self.rows, self.k)
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of its tensors in the file."""
+        return self.rows * row_bytes(self.stored, self.k)
+
+
+@dataclass(frozen=True)
+class ProductPlan:
+    """A product with one or more matrices, whose columns follow one another.
+
+    split: parts of k that are summed apart (`dispatch.split_for`).
+    """
+
+    matrices: tuple[MatrixPlan, ...]
+    split: int
+
+    @property
+    def layout(self) -> Layout:
+        return self.matrices[0].layout
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The products of one layer; attention by view."""
+
+    qkv: Mapping[View, ProductPlan]
+    output: Mapping[View, ProductPlan]
+    gate_up: ProductPlan
+    down: ProductPlan
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """All matrices of a model. embedding: its type on the device (raw qblocks, not packed)."""
+
+    layers: tuple[LayerPlan, ...]
+    head: ProductPlan
+    embedding: GGMLQuantizationType
+    vectors: tuple[str, ...]
+
+    def products(self) -> Iterator[ProductPlan]:
+        """Every product, layer by layer."""
+        for layer in self.layers:
+            yield from (*layer.qkv.values(), *layer.output.values(), layer.gate_up, layer.down)
+        yield self.head
+
+    def matrices(self) -> Iterator[MatrixPlan]:
+        """Every packed matrix, in the order of loading."""
+        for product in self.products():
+            yield from product.matrices
+
+
+def packed_type(stored: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type that a matrix has on the device."""
+    return stored if stored in TRAITS or stored in PLAIN_TYPES else _T.F16
+
+
+def packed_bytes(kind: GGMLQuantizationType, rows: int, k: int) -> int:
+    """Bytes of the planes of a matrix [rows, k] of a type with kernels (see `quant_tensor`)."""
+    padded = -(-rows // PANEL_ROWS) * PANEL_ROWS
+    steps = -(-k // STEP)
+    if kind in PLAIN_TYPES:
+        return 2 * padded * steps * STEP
+    traits = TRAITS[kind]
+    per_step = STEP * (traits.main_bits + traits.high_bits) // 8 + 16
+    return padded * steps * (per_step + (4 if traits.has_super else 0))
+
+
+def embedding_type(stored: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type of the embedding on the device: F16 where the lookup cannot read the stored one."""
+    return stored if stored.name in QBLOCK_BYTES else _T.F16
+
+
+def plan_weights(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], capability: int
+) -> WeightPlan:
+    """The plan for a checked model (`ModelFile`) on a card of this compute capability."""
+    views = [View.AR, View.DIFFUSION] if config.has_heads else [View.AR]
+
+    def layout(names: list[str]) -> Layout:
+        wanted = {layout_for(packed_type(tensors[name].type), capability) for name in names}
+        return Layout.A8 if wanted == {Layout.A8} else Layout.A16
+
+    def attention(index: int, parts: tuple[str, ...]) -> dict[View, ProductPlan]:
+        names = {v: [f"blk.{index}.attn_{p}{SUFFIX[v]}.weight" for p in parts] for v in views}
+        shared = layout([name for view in views for name in names[view]])
+        return {view: _stacked(names[view], tensors, shared) for view in views}
+
+    def one(name: str) -> ProductPlan:
+        return _stacked([name], tensors, layout([name]))
+
+    layers = []
+    for index in range(config.n_layers):
+        ffn = [f"blk.{index}.ffn_{name}.weight" for name in ("gate", "up")]
+        layers.append(
+            LayerPlan(
+                attention(index, ("q", "k", "v")),
+                attention(index, ("output",)),
+                _gate_up(ffn, tensors, layout(ffn)),
+                one(f"blk.{index}.ffn_down.weight"),
+            )
+        )
+    head = one(TOKEN_EMBD if config.tied else OUTPUT)
+    return WeightPlan(
+        tuple(layers),
+        ProductPlan(head.matrices, 1),  # logits are read as they are
+        embedding_type(tensors[TOKEN_EMBD].type),
+        tuple(_vectors(config, views)),
+    )
+
+
+def _stacked(names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout) -> ProductPlan:
+    """Neighbours of one type become one matrix."""
+    matrices = []
+    for stored, group in groupby(names, key=lambda name: tensors[name].type):
+        members = tuple(group)
+        rows = sum(tensors[name].shape[0] for name in members)
+        matrices.append(MatrixPlan(members, stored, rows, tensors[members[0]].shape[1], layout))
+    columns = sum(matrix.rows for matrix in matrices)
+    return ProductPlan(tuple(matrices), split_for(columns, matrices[0].k))
+
+
+def _gate_up(names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout) -> ProductPlan:
+    """One matrix of pairs for the fused product, or two matrices where that is impossible."""
+    gate, up = (tensors[name] for name in names)
+    rows, k = gate.shape
+    if gate.type == up.type and rows % PAIR_ROWS == 0:
+        pair = MatrixPlan(tuple(names), gate.type, 2 * rows, k, layout, Join.PAIRS)
+        return ProductPlan((pair,), 1)
+    single = [MatrixPlan((info.name,), info.type, rows, k, layout) for info in (gate, up)]
+    return ProductPlan(tuple(single), split_for(rows, k))
+
+
+def _vectors(config: ModelConfig, views: list[View]) -> Iterator[str]:
+    """Names of the norms."""
+    for index in range(config.n_layers):
+        yield from (f"blk.{index}.{name}.weight" for name in ("attn_norm", "ffn_norm"))
+        for view in views:
+            yield from (f"blk.{index}.attn_{part}_norm{SUFFIX[view]}.weight" for part in "qk")
+    yield "output_norm.weight"
