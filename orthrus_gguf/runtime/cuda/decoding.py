@@ -1,4 +1,8 @@
-"""The decode loop on the device: the contract of `orthrus_gguf.decode.decode`, one step behind."""
+"""The decode loop on the device: the contract of `orthrus_gguf.decode.decode`, one step behind.
+
+Policies are asked for steady plans only: whatever looks at a draft's confidences cycle by cycle
+(cuts, stale tails, lookups, trees) needs the host in between, and `decode.decode` for it.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,11 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from orthrus_gguf.policy import Cycle, Pass, Plan, Strategy
+from orthrus_gguf.policy import Cycle, Pass, Plan, SteadyPolicy, Strategy
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.stepper import Committed, stepper_of
+from orthrus_gguf.runtime.cuda.steps import bucket
 from orthrus_gguf.sampling import SamplingSettings
 
 #: Cycles under way while the host handles one: with one more, the device never waits for it.
@@ -21,7 +26,7 @@ def decode_on_device(
     cache: CudaCache,
     settings: SamplingSettings,
     tokens: list[int],
-    plan: Plan,
+    plan: Plan | SteadyPolicy,
     max_tokens: int,
     stop_tokens: Sequence[int] = (),
 ) -> Generator[Cycle, None, None]:
@@ -29,6 +34,7 @@ def decode_on_device(
 
     tokens: the committed tokens, whose last one is the anchor; the cache holds all before it. Each
         cycle's tokens are appended before it is yielded.
+    plan: a fixed plan, or a policy that is asked for the plan of each cycle as it is launched.
     stop_tokens: the iteration ends with the cycle that commits one of these.
     A cycle is launched ahead only if it will have room for its full width whatever the ones before
     it commit, so that widths are those of `decode.decode`. Closing at any moment drops what ran
@@ -37,27 +43,43 @@ def decode_on_device(
     limit = len(tokens) + max_tokens
     stepper = stepper_of(model, cache)
     stepper.begin(tokens, settings, max_tokens, stop_tokens)
-    width = 0 if plan.strategy is Strategy.AR else plan.width
     try:
         while (room := limit - len(tokens)) > 0:
             started = time.perf_counter()
             sure = room - (stepper.reach - stepper.position)
-            while stepper.in_flight < AHEAD and sure > width:
-                if stepper.reach + width >= cache.capacity:
+            while stepper.in_flight < AHEAD:
+                following, width = _following(model, plan, stepper.reach)
+                if sure <= width or stepper.reach + width >= cache.capacity:
                     break
-                stepper.launch(plan)
+                stepper.launch(following)
                 sure -= width + 1
             if not stepper.in_flight:
-                stepper.launch(replace(plan, width=min(width, room - 1)))
+                following, width = _following(model, plan, stepper.reach)
+                stepper.launch(replace(following, width=min(width, room - 1)))
             committed = stepper.collect()
             if not committed.tokens:
                 raise ValueError(f"nothing was committed after position {committed.start}")
             tokens.extend(committed.tokens)
-            yield _cycle(committed, time.perf_counter() - started)
+            cycle = _cycle(committed, time.perf_counter() - started)
+            if not isinstance(plan, Plan):
+                plan.observe(cycle)
+            yield cycle
             if committed.stopped:
                 return
     finally:
         stepper.rewind(len(tokens) - 1)
+
+
+def _following(model: CudaModel, plan: Plan | SteadyPolicy, context: int) -> tuple[Plan, int]:
+    """The plan of the next cycle, and its width.
+
+    A policy may ask for any width; those of few buckets need few graphs.
+    """
+    if not isinstance(plan, Plan):
+        plan = plan.steady(context)
+        most = model.config.block_size or 0
+        plan = replace(plan, width=min(bucket(plan.width + 1) - 1, most))
+    return plan, 0 if plan.strategy is Strategy.AR else plan.width
 
 
 def _cycle(committed: Committed, seconds: float) -> Cycle:

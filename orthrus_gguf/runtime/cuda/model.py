@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.policy import Cycle, Plan, Policy, SteadyPolicy
 from orthrus_gguf.runtime.cuda.buffers import (
     new_buffers,
     pass_rows,
@@ -39,6 +40,7 @@ from orthrus_gguf.runtime.cuda.passes import (
 from orthrus_gguf.runtime.cuda.prompt_pass import finish_prompt, prompt_rows_of, run_prompt
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
 from orthrus_gguf.runtime.reference import rope_frequencies
+from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.segments import Logits, Segment, View, check_segments
 
 #: AR rows of one prompt pass. Longer prompts are cut.
@@ -176,6 +178,30 @@ class CudaModel:
             except BaseException:
                 cache.truncate(min(length, cache.length))
                 raise
+
+    def decodes(self, plan: Plan | Policy) -> bool:
+        """Whether `decode` can follow this plan."""
+        if isinstance(plan, Plan):
+            return not (plan.lookup or plan.tail or plan.cut or plan.tree)
+        return isinstance(plan, SteadyPolicy)
+
+    def decode(
+        self,
+        cache: CudaCache,
+        settings: SamplingSettings,
+        tokens: list[int],
+        plan: Plan | SteadyPolicy,
+        max_tokens: int,
+        stop_tokens: Sequence[int] = (),
+    ) -> Generator[Cycle, None, None]:
+        """Decode on the device; see `decode_on_device`."""
+        # These import this module.
+        from orthrus_gguf.runtime.cuda.decoding import decode_on_device
+        from orthrus_gguf.runtime.cuda.steps import STOP_TOKENS
+
+        # The caller stops at all of them; the device, which only runs ahead less, at some.
+        watched = stop_tokens[:STOP_TOKENS]
+        return decode_on_device(self, cache, settings, tokens, plan, max_tokens, watched)
 
     def _check(self, segments: Sequence[Segment], cache: CudaCache) -> None:
         if len(cache.layers) != self.config.n_layers:
