@@ -11,12 +11,15 @@ from collections.abc import Sequence
 
 from orthrus_gguf.drafts import Draft, Source
 
-#: Tokens that must agree. Longer matches are preferred, shorter ones would mostly be chance.
-LONGEST, SHORTEST = 6, 3
+#: Tokens that must agree, the longer match first; shorter ones would mostly be chance.
+LENGTHS = (6, 3)
 
 
 class LookupIndex:
-    """Where every run of 3 to 6 tokens last ended, for one growing list of tokens."""
+    """Where runs of 6 and of 3 tokens last ended, for one growing list of tokens.
+
+    Made for microseconds per token: on a small model, plain decoding takes only hundreds.
+    """
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
@@ -29,7 +32,7 @@ class LookupIndex:
         length of its match suggests; statistics correct it.
         """
         self._extend(tokens)
-        for length in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
+        for length in LENGTHS:
             end = self._ends.get(tuple(tokens[-length:]))
             if end is not None and most > 0:
                 found = tuple(tokens[end : end + most])
@@ -41,7 +44,8 @@ class LookupIndex:
 
     def _extend(self, tokens: Sequence[int]) -> None:
         # The run that ends the list is left out: it would find itself.
-        for end in range(max(self._indexed, SHORTEST), len(tokens)):
-            for length in range(SHORTEST, min(LONGEST, end) + 1):
-                self._ends[tuple(tokens[end - length : end])] = end
-        self._indexed = max(self._indexed, len(tokens))
+        for end in range(max(self._indexed, LENGTHS[-1]), len(tokens)):
+            for length in LENGTHS:
+                if length <= end:
+                    self._ends[tuple(tokens[end - length : end])] = end
+        self._indexed = len(tokens)

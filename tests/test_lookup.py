@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthrus_gguf.lookup import LONGEST, SHORTEST, LookupIndex
+from orthrus_gguf.lookup import LENGTHS, LookupIndex
 
 
 def by_hand(tokens: list[int]) -> int | None:
     """Where the latest earlier occurrence of the longest run that ends `tokens` ended."""
-    for length in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
+    for length in LENGTHS:
         for end in range(len(tokens) - 1, length - 1, -1):
             if tokens[end - length : end] == tokens[-length:]:
                 return end
@@ -47,7 +47,7 @@ def test_longer_matches_are_trusted_more() -> None:
     short = index.draft([1, 2, 3, 9, 8, 1, 2, 3], 2)
     assert short is not None
     assert short.tokens == (9, 8)
-    long = LookupIndex().draft([1, 2, 3, 4, 5, 9, 8, 1, 2, 3, 4, 5], 2)
+    long = LookupIndex().draft([1, 2, 3, 4, 5, 6, 9, 8, 1, 2, 3, 4, 5, 6], 2)
     assert long is not None
     assert long.confidence[0] > short.confidence[0]
 
