@@ -27,10 +27,22 @@ fuzz: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m slow tests/fuzz
 	$(BIN)/python -m tests.fuzz.fuzz_gguf .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=.cache/
 
-# Kernels on an NVIDIA GPU: correctness, row invariance, time per shape; one table at the end.
-# Uses the Python that is active, with the torch and triton it has.
+# On an NVIDIA GPU: the kernels (correctness, row invariance, time per shape), then the runtime on
+# the demo model (golden tokens, equal text from every strategy), then the runtime's times on
+# synthetic models of real shapes. Each part ends in one table. Uses the Python that is active, with
+# the torch and triton it has; GPU_MODELS names what is timed.
+GPU_MODELS ?= qwen3-8b qwen3-1.7b
+GPU_TYPE ?= Q4_K_M
+GPU := .cache/gpu
+gpu: export PYTHONPATH := kernels:converters:.
 gpu:
-	PYTHONPATH=kernels python -m orthrus_kernels.gpu_check
+	python -m orthrus_kernels.gpu_check
+	mkdir -p $(GPU)
+	python -m orthrus_converters $(DEMO) $(GPU)/demo.gguf --type f16 --overwrite
+	for model in $(GPU_MODELS); do \
+	    test -f $(GPU)/$$model.gguf || python -m orthrus_gguf.cli.bench --synthetic $$model --type $(GPU_TYPE) --make-only $(GPU)/$$model.gguf; \
+	done
+	python -m orthrus_gguf.runtime.cuda.gpu_check --demo $(GPU)/demo.gguf --folder $(GPU) $(GPU_MODELS:%=$(GPU)/%.gguf)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -26,6 +26,9 @@ UNKNOWN = {
     Source.LOOKUP: 0.7,
 }
 
+#: Sources that are blocks, in a pass of their own or not.
+BLOCKS = (Source.BLOCK, Source.NEXT, Source.LAST)
+
 
 @dataclass
 class _Counts:
@@ -67,13 +70,38 @@ class Acceptance:
     def of_draft(self, draft: Draft, most: int) -> list[float]:
         """Per token of a draft at hand, for at most `most` tokens."""
         counts = self._by_confidence[draft.source]
-        return [counts.share(_class(value)) for value in draft.confidence[:most]]
+        shares = [counts.share(i) for i in range(CLASSES)]
+        return [shares[_class(value)] for value in draft.confidence[:most]]
 
     def of_source(self, source: Source, count: int) -> list[float]:
-        """Per position of a draft that this source might give."""
+        """Per position of a draft that this source might give.
+
+        What little is known of one kind of block is filled up with what is known of all.
+        """
         counts = self._by_position[source]
-        last = len(counts.prior) - 1
-        return [counts.share(min(i, last)) for i in range(count)]
+        if source in BLOCKS:
+            likeness = UNKNOWN[source] / UNKNOWN[Source.BLOCK]
+            prior = [likeness * value for value in self._of_blocks(count)]
+        else:
+            prior = counts.prior[:count]
+        shares = [
+            (accepted + PRIOR_WEIGHT * known) / (offered + PRIOR_WEIGHT)
+            for accepted, offered, known in zip(
+                counts.accepted, counts.offered, prior, strict=False
+            )
+        ]
+        return shares + shares[-1:] * (count - len(shares))
+
+    def _of_blocks(self, count: int) -> list[float]:
+        """Per position of a block of any kind."""
+        kinds = [self._by_position[source] for source in BLOCKS]
+        accepted = map(sum, zip(*(kind.accepted for kind in kinds), strict=True))
+        offered = map(sum, zip(*(kind.offered for kind in kinds), strict=True))
+        unknown = PRIOR_WEIGHT * UNKNOWN[Source.BLOCK]
+        return [
+            (yes + unknown) / (all_ + PRIOR_WEIGHT)
+            for yes, all_, _ in zip(accepted, offered, range(count), strict=False)
+        ]
 
     def observe(self, cycle: Cycle) -> None:
         """Count the verified drafts of a cycle, up to the first that was refused."""

@@ -21,7 +21,7 @@ from orthrus_gguf.policy import Pass
 from orthrus_gguf.segments import Model, Segment, ar_segment, diffusion_segment
 
 #: Rows of the passes that are timed, as far as time allows.
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 #: Context of the curve, and the longer one that tells what context costs.
 NEAR, FAR = 64, 1088
@@ -168,7 +168,7 @@ class MachineCosts:
 
     def _recall(self) -> CostCurve | None:
         try:
-            return _read(self._path, self._key)
+            return read_curve(self._path, self._key)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -199,10 +199,13 @@ def _path(folder: Path, key: dict[str, str]) -> Path:
     return folder / f"costs-{digest[:16]}.json"
 
 
-def _read(path: Path, key: dict[str, str]) -> CostCurve:
-    """Raises ValueError unless the file holds a plausible curve for this key."""
+def read_curve(path: Path, key: dict[str, str] | None = None) -> CostCurve:
+    """A remembered curve. key: of the only machine and model that it may be from.
+
+    Raises OSError, or ValueError unless the file holds a plausible curve for this key.
+    """
     data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or data.get("key") != key:
+    if not isinstance(data, dict) or (key is not None and data.get("key") != key):
         raise ValueError("it belongs to another machine, model or version")
     return _curve(data.get("curve"))
 

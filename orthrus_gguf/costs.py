@@ -54,12 +54,14 @@ class CostCurve:
         return max(seconds + slope * (context - self.context), 0.1 * seconds)
 
     def _line(self, rows: int) -> float:
-        """Interpolated; beyond the last point, the last line goes on."""
+        """Interpolated; beyond the last point no row is free, however flat the curve was before."""
+        proportional = self.seconds[-1] * rows / self.rows[-1]
         if len(self.rows) == 1:
-            return self.seconds[0] * rows / self.rows[0]
+            return proportional
         i = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
         r0, r1, s0, s1 = self.rows[i - 1], self.rows[i], self.seconds[i - 1], self.seconds[i]
-        return s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+        line = s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+        return line if rows <= self.rows[-1] else max(line, proportional)
 
     def _factor(self, ar_rows: int, diffusion_rows: int) -> float:
         """What diffusion rows cost beside as many AR rows."""

@@ -7,7 +7,8 @@ which is the next anchor.
 
 Every strategy is the same cycle (`run_cycle`) with other choices of a `Policy`: plain decoding
 verifies an empty draft; two-pass drafts in a pass of its own; fused lets blocks that draft the next
-cycle ride in the verify pass, on guesses at its outcome.
+cycle ride in the verify pass, on guesses at its outcome. What is verified may be a tree of
+alternatives instead of a chain.
 
 The text never depends on those choices, because every cycle commits the same thing: the token
 that the sampler picks from the AR logits of that position. Two facts make that byte-exact: AR
@@ -18,13 +19,13 @@ Drafts only decide how many of those tokens one pass can settle.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
-from orthrus_gguf.drafts import Draft, Source, draft_segment, read_draft, remainder
+from orthrus_gguf.drafts import Draft, Source, Tree, draft_segment, read_draft, remainder
 from orthrus_gguf.lookup import LookupIndex
 from orthrus_gguf.policy import Cycle, FixedPolicy, Pass, Plan, Policy, Strategy, plan_for
 from orthrus_gguf.sampling import Sampler
-from orthrus_gguf.segments import Cache, Logits, Model, Segment, View, ar_segment
+from orthrus_gguf.segments import Cache, Logits, Model, Segment, TreeCache, View, ar_segment
 
 __all__ = [
     "PROMPT_BATCH",
@@ -82,7 +83,7 @@ def decode(
     max_tokens: int,
     *,
     clock: Clock = time.perf_counter,
-) -> Iterator[Cycle]:
+) -> Generator[Cycle, None, None]:
     """Yield cycles until `max_tokens` tokens have been committed; stop earlier by closing.
 
     tokens: the committed tokens, whose last one is the anchor; the cache holds all before it. Each
@@ -134,17 +135,18 @@ def run_cycle(
         (logits,) = forward([draft_segment(model.config, anchor, start, choice)])
         draft = read_draft(sampler, tokens, logits, Source.BLOCK)
 
-    width, guesses = policy.shape(draft, anchor, room, start)
-    drafts = draft.tokens[:width]
-    verify_pass = [ar_segment([anchor, *drafts], start)]
+    shape, guesses = policy.shape(draft, anchor, room, start)
+    tree = fitted(shape, cache) if isinstance(shape, Tree) else Tree(draft.tokens[:shape])
+    verify_pass = [tree.segment(anchor, start)]
     for guess in guesses:
         at = start + guess.offset
         verify_pass.append(draft_segment(model.config, guess.anchor, at, guess.rows))
     logits, *blocks = forward(verify_pass)
 
-    committed = verify(sampler, tokens, drafts, logits)
+    committed = verify(sampler, tokens, tree, logits)
     accepted = len(committed) - 1
-    cache.truncate(start + len(committed))  # the anchor and the accepted drafts stay
+    path = tree.path(committed[:accepted])
+    keep(cache, start, tree, path)
     tokens.extend(committed)
 
     carried = [
@@ -152,21 +154,38 @@ def run_cycle(
         for guess, block in zip(guesses, blocks, strict=True)
     ]
     left = remainder(draft, accepted, committed)
+    drafts = tree.likeliest(path)
     cycle = Cycle(start, drafts, accepted, tuple(committed), draft, tuple(passes), tuple(guesses))
     return cycle, [offer for offer in (*carried, left) if offer is not None and len(offer)]
 
 
-def verify(
-    sampler: Sampler, tokens: Sequence[int], drafts: Sequence[int], logits: Logits
-) -> list[int]:
+def verify(sampler: Sampler, tokens: Sequence[int], drafts: Tree, logits: Logits) -> list[int]:
     """The tokens to commit: what AR decoding would have produced, as far as `logits` reach.
 
-    Row i of `logits` follows the anchor and the first i drafts. It counts while those drafts are
-    the very tokens that AR sampling draws; the first row that disagrees gives the correction.
+    Row 0 of `logits` follows the anchor, the others one draft each. From row 0 on, the token that
+    AR sampling draws leads to the row of the draft that says so; where there is none, it ends.
     """
     prefix = list(tokens)
-    for i, row in enumerate(logits):
-        prefix.append(sampler.sample(row, prefix))
-        if i < len(drafts) and prefix[-1] != drafts[i]:
-            break
+    row: int | None = 0
+    while row is not None:
+        prefix.append(sampler.sample(logits[row], prefix))
+        row = drafts.child(row, prefix[-1])
     return prefix[len(tokens) :]
+
+
+def fitted(tree: Tree, cache: Cache) -> Tree:
+    """As much of a tree as the cache has room for."""
+    if tree.parents is None:
+        return tree
+    if not isinstance(cache, TreeCache):
+        raise ValueError("this runtime verifies chains only")
+    return tree.first(cache.fit_tree((-1, *tree.parents)) - 1)
+
+
+def keep(cache: Cache, start: int, tree: Tree, path: Sequence[int]) -> None:
+    """Have the cache hold the rows of `path`, the anchor and the accepted drafts, from `start`."""
+    if tree.parents is None:
+        cache.truncate(start + len(path))
+    else:
+        assert isinstance(cache, TreeCache)
+        cache.keep_path(path)

@@ -5,13 +5,14 @@ Nothing here can change the text: the decode loop commits only what the AR view 
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.sampling import Sampler
-from orthrus_gguf.segments import Logits, Segment, diffusion_segment
+from orthrus_gguf.segments import Logits, Segment, ar_segment, diffusion_segment
 
 
 class Source(Enum):
@@ -96,8 +97,88 @@ def remainder(draft: Draft, accepted: int, committed: Sequence[int]) -> Draft:
     Otherwise it is a stale tail: it was written for another token, but often fits all the same.
     """
     rest = draft.after(accepted + 1)
-    meant = accepted < len(draft) and draft.tokens[accepted] == committed[-1]
+    meant = draft.tokens[: accepted + 1] == tuple(committed)
     return rest if meant else replace(rest, source=Source.TAIL)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Draft tokens to verify in one pass. A chain is a tree without branches.
+
+    tokens: of the rows behind the anchor's, which is row 0. parents: the row that each of these
+    rows follows; None for a chain, where that is the row before.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...] | None = None
+
+    def segment(self, anchor: int, start: int) -> Segment:
+        """Its rows for a pass, from an anchor at `start` on."""
+        parents = None if self.parents is None else (-1, *self.parents)
+        return ar_segment((anchor, *self.tokens), start, parents=parents)
+
+    def first(self, count: int) -> Tree:
+        """The tree of its first `count` tokens."""
+        parents = self.parents
+        return Tree(self.tokens[:count], None if parents is None else parents[:count])
+
+    def children(self, row: int) -> Sequence[int]:
+        """The rows that follow a row, likeliest first."""
+        if self.parents is None:
+            return range(row + 1, min(row + 2, len(self.tokens) + 1))
+        return [child for child, parent in enumerate(self.parents, 1) if parent == row]
+
+    def child(self, row: int, token: int) -> int | None:
+        """The row of `token` among those that follow a row."""
+        return next((i for i in self.children(row) if self.tokens[i - 1] == token), None)
+
+    def path(self, tokens: Sequence[int]) -> list[int]:
+        """The rows that spell `tokens`, as far as there are such, behind row 0."""
+        path = [0]
+        for token in tokens:
+            row = self.child(path[-1], token)
+            if row is None:
+                break
+            path.append(row)
+        return path
+
+    def likeliest(self, path: Sequence[int]) -> tuple[int, ...]:
+        """Tokens of a path from row 0 on, and then of its likeliest continuation."""
+        rows = list(path)
+        while children := self.children(rows[-1]):
+            rows.append(children[0])
+        return tuple(self.tokens[row - 1] for row in rows[1:])
+
+
+def best_first(draft: Draft, accept: Sequence[float], nodes: int) -> Tree:
+    """The tree of the `nodes` likeliest continuations that a draft's two choices per token allow.
+
+    accept: per token, the probability that the first choice is accepted if the tokens before it
+    are; the tree is no deeper. What follows a second choice is what the same draft says behind it.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    waiting: list[tuple[float, int, int, int, int]] = []
+
+    def add_children(row: int, depth: int, probability: float) -> None:
+        if depth == len(accept):
+            return
+        choices = [(draft.tokens[depth], accept[depth])]
+        second = _second(draft, depth)
+        if second is not None:
+            choices.append((second[0], (1 - accept[depth]) * second[1]))
+        for rank, (token, share) in enumerate(choices):
+            if share > 0:  # of equals, the first found goes first
+                heapq.heappush(waiting, (-probability * share, row, rank, depth, token))
+
+    add_children(0, 0, 1.0)
+    while waiting and len(tokens) < nodes:
+        probability, parent, _, depth, token = heapq.heappop(waiting)
+        tokens.append(token)
+        parents.append(parent)
+        add_children(len(tokens), depth + 1, -probability)
+    chain = parents == list(range(len(tokens)))
+    return Tree(tuple(tokens), None if chain else tuple(parents))
 
 
 class Guess(Enum):

@@ -7,12 +7,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from orthrus_gguf.decode import PROMPT_BATCH, Cycle, Plan, Policy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import Model
+from orthrus_gguf.segments import Model, TreeCache
 from orthrus_gguf.statistics import Statistics, Timings, count
 from orthrus_gguf.stop import StopStrings
 from orthrus_gguf.tokenizer import StreamDecoder, Tokenizer
@@ -69,6 +69,27 @@ class Result:
     timings: Timings
 
 
+@runtime_checkable
+class DeviceModel(Protocol):
+    """A model that can decode on its own device, without waiting for the host between passes."""
+
+    def decodes(self, plan: Plan | Policy) -> bool:
+        """Whether it can follow this plan; if not, `decode.decode` can."""
+        ...
+
+    def decode(
+        self,
+        cache: Any,
+        settings: SamplingSettings,
+        tokens: list[int],
+        plan: Any,
+        max_tokens: int,
+        stop_tokens: Sequence[int],
+    ) -> Generator[Cycle, None, None]:
+        """The contract of `decode.decode`, ending early after one of `stop_tokens`."""
+        ...
+
+
 class Session:
     """One conversation on one model: owns a cache and remembers which tokens it holds."""
 
@@ -81,6 +102,11 @@ class Session:
         self.prompt_batch = prompt_batch
         self._cache: Any = model.new_cache(n_ctx)
         self._held: list[int] = []
+
+    @property
+    def verifies_trees(self) -> bool:
+        """Whether plans may ask for trees of drafts."""
+        return isinstance(self._cache, TreeCache)
 
     def generate(
         self, request: Request, *, on_progress: Callable[[int], None] | None = None
@@ -100,6 +126,16 @@ class Session:
                 " can be generated; shorten the prompt or raise -c"
             )
         return Generation(self, request, on_progress)
+
+    def cycles(
+        self, request: Request, sampler: Sampler, tokens: list[int], max_tokens: int
+    ) -> Generator[Cycle, None, None]:
+        """Decode after `tokens`, where it is fastest: on the model's device, or from here."""
+        model, plan = self.model, request.plan
+        if isinstance(model, DeviceModel) and model.decodes(plan):
+            ends = sorted(self.tokenizer.eog)
+            return model.decode(self._cache, request.sampling, tokens, plan, max_tokens, ends)
+        return decode(model, self._cache, sampler, tokens, plan, max_tokens)
 
     def prepare(self, prompt: Sequence[int]) -> int:
         """Rewind the cache to its longest useful prefix of `prompt`; return that length.
@@ -194,8 +230,10 @@ class Generation:
                 yield from self._show(self._decoder.flush())
                 yield from self._emit(self._stop.flush())
         finally:
-            # Whatever a cycle committed beyond the end, or a cancelled pass left, goes.
-            self._session.keep((*self._request.prompt, *self._output))
+            # Whatever a cycle committed beyond the end, or a cancelled pass left, goes. So does the
+            # row of the last token, which only some strategies have: where the next prompt starts
+            # must not depend on the strategy.
+            self._session.keep((*self._request.prompt, *self._output)[:-1])
             self._ended = time.perf_counter()
 
     def _tokens(self) -> Generator[int, None, None]:
@@ -217,10 +255,11 @@ class Generation:
         tokens = [*request.prompt, sampler.sample(logits, request.prompt)]
         self._first_token = time.perf_counter()
         yield tokens[-1]
-        for cycle in decode(session.model, cache, sampler, tokens, request.plan, limit - 1):
-            self._cycles.append(cycle)
-            for token, self.origin in zip(cycle.tokens, origins(cycle), strict=True):
-                yield token
+        with closing(session.cycles(request, sampler, tokens, limit - 1)) as cycles:
+            for cycle in cycles:
+                self._cycles.append(cycle)
+                for token, self.origin in zip(cycle.tokens, origins(cycle), strict=True):
+                    yield token
 
     def _show(self, text: str) -> Iterator[str]:
         yield from self._emit(self._stop.push(text))

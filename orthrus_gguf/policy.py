@@ -6,9 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from orthrus_gguf.drafts import NO_DRAFT, Draft, Guess, Hypothesis, Source, hypotheses
+from orthrus_gguf.drafts import (
+    NO_DRAFT,
+    Draft,
+    Guess,
+    Hypothesis,
+    Source,
+    Tree,
+    best_first,
+    hypotheses,
+)
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.segments import Model
 
@@ -28,7 +37,8 @@ class Plan:
     width: the most draft tokens verified per cycle. blocks: the most blocks that ride in a verify
     pass (fused). tail: also use what a refused draft said further on. lookup: also use what
     followed earlier occurrences of the last tokens. cut: a draft ends where the product of its
-    confidences falls below this.
+    confidences falls below this. tree: draft tokens of a tree of a draft's first and second choices
+    (two-pass), which is then at most `width` deep; 0 verifies chains.
     """
 
     strategy: Strategy
@@ -37,6 +47,7 @@ class Plan:
     tail: bool = False
     lookup: bool = False
     cut: float = 0.0
+    tree: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class Cycle:
     """One committed step.
 
     start: position of the anchor it started from.
-    drafts: verified tokens for the positions from start + 1 on (none in plain AR).
+    drafts: verified tokens for the positions from start + 1 on (none in plain AR). Of a tree, the
+        path that was accepted and then its likeliest continuation: the branch that was taken,
+        without those that were not (which the rows of its pass tell).
     accepted: how many of them, from the first on, the AR view confirmed.
     tokens: what was committed: the accepted drafts, then the AR view's own next token.
     draft: where the drafts came from, and the drafter's confidence; it may be longer than what was
@@ -87,12 +100,24 @@ class Policy(Protocol):
 
     def shape(
         self, draft: Draft, anchor: int, room: int, context: int
-    ) -> tuple[int, Sequence[Hypothesis]]:
-        """How many tokens of the draft to verify, and the blocks that ride along."""
+    ) -> tuple[int | Tree, Sequence[Hypothesis]]:
+        """How many tokens of the draft to verify, and the blocks that ride along.
+
+        Or a tree of tokens to verify, with which no block may ride.
+        """
         ...
 
     def observe(self, cycle: Cycle) -> None:
         """Learn from a finished cycle."""
+        ...
+
+
+@runtime_checkable
+class SteadyPolicy(Policy, Protocol):
+    """A policy that can also plan cycles before it has seen the ones just before them."""
+
+    def steady(self, context: int) -> Plan:
+        """The plan for a cycle at about this context, as things stand."""
         ...
 
 
@@ -123,6 +148,9 @@ def plan_for(
 #: Blocks that a fused pass carries unless the caller says otherwise.
 FUSED_BLOCKS = 3
 
+#: Most tokens of a lookup that are verified at once.
+MAX_LOOKUP = 32
+
 #: A stale tail is preferred to a draft pass if its first token is this sure. (A carried draft
 #: always is: on the demo model, drafting again after a doubtful one costs 13 % of the tokens per
 #: forward.)
@@ -139,6 +167,7 @@ class FixedPolicy:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.lookup = plan.lookup
+        self._tail_failed = False
 
     def choose(self, offers: Sequence[Draft], room: int, context: int) -> Draft | int:
         plan = self.plan
@@ -154,17 +183,19 @@ class FixedPolicy:
     def _usable(self, offer: Draft) -> bool:
         if offer.source in (Source.LOOKUP, Source.LAST, Source.NEXT):
             return True
-        return self.plan.tail and offer.confidence[0] >= SURE
+        return self.plan.tail and offer.confidence[0] >= SURE and not self._tail_failed
 
     def shape(
         self, draft: Draft, anchor: int, room: int, context: int
-    ) -> tuple[int, Sequence[Hypothesis]]:
+    ) -> tuple[int | Tree, Sequence[Hypothesis]]:
         plan = self.plan
-        most = len(draft) if plan.strategy is Strategy.AR else plan.width
+        most = MAX_LOOKUP if plan.strategy is Strategy.AR else plan.width
         width = cut_width(draft.confidence[: min(most, room)], plan.cut)
+        accept = [prior_acceptance(value) for value in draft.confidence]
+        if plan.tree:
+            return best_first(draft, accept[:width], plan.tree), ()
         if plan.strategy is not Strategy.FUSED:
             return width, ()
-        accept = [prior_acceptance(value) for value in draft.confidence]
         guesses = [
             replace(guess, rows=rows)
             for guess in hypotheses(draft, width, accept, anchor)
@@ -174,7 +205,8 @@ class FixedPolicy:
         return width, guesses[: plan.blocks]
 
     def observe(self, cycle: Cycle) -> None:
-        """Nothing to learn."""
+        """A tail that was refused at once leaves another tail: draft anew before trying that."""
+        self._tail_failed = cycle.source is Source.TAIL and not cycle.accepted
 
 
 def prior_acceptance(confidence: float) -> float:

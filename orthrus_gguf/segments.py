@@ -10,6 +10,10 @@ embedding and head are shared, so a runtime may run them over all rows at once.
   `0 .. start-1` and the whole block, in both directions. Nothing of it is stored. When the same
   pass holds an AR segment, "the cache rows" include the rows that this AR segment appends, which
   is what lets verification and the next draft share a pass.
+- An AR segment may be a *tree*: alternatives for the same positions, verified in one pass. Each of
+  its rows but the first has a parent in the segment, sees the cache and its ancestors, and sits one
+  position after its parent. Row-invariant as ever: the bits of a row are those it gives when its
+  path is the text. Nothing of a tree is appended until `TreeCache.keep_path` says which path stays.
 """
 
 from __future__ import annotations
@@ -36,38 +40,78 @@ class View(Enum):
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one view.
+    """Rows of one view, consecutive unless they are a tree.
 
     tokens: token ids, one per row (never empty).
     start: position of the first row; equally the number of cache rows that the first row sees.
     wanted: the rows whose logits are wanted, as a range over the segment's rows. Runtimes skip the
         head for all others.
+    parents: of a tree, the row that each row follows, which comes before it; -1 for row 0, the
+        only root. None: every row follows the one before it.
     """
 
     view: View
     tokens: tuple[int, ...]
     start: int
     wanted: range
+    parents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.tokens or self.start < 0:
             raise ValueError(f"segment needs rows and a start >= 0: {self}")
         if self.wanted.step != 1 or not 0 <= self.wanted.start <= self.wanted.stop <= len(self):
             raise ValueError(f"wanted rows {self.wanted} outside the segment's {len(self)} rows")
+        if self.parents is not None and (
+            self.view is not View.AR
+            or len(self.parents) != len(self)
+            or self.parents[0] != -1
+            or not all(0 <= parent < i + 1 for i, parent in enumerate(self.parents[1:]))
+        ):
+            raise ValueError(f"not a tree of {len(self)} AR rows with one root: {self.parents}")
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def stop(self) -> int:
-        """Position after the last row."""
-        return self.start + len(self.tokens)
+        """The position after the last one that a row has."""
+        return self.start + (len(self) if self.parents is None else max(depths(self.parents)) + 1)
 
 
-def ar_segment(tokens: Sequence[int], start: int, *, wanted: range | None = None) -> Segment:
-    """Causal rows from `start`, appended to the cache. All logits wanted unless said."""
+def depths(parents: Sequence[int]) -> list[int]:
+    """How many ancestors each row of a tree has."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(found[parent] + 1 if parent >= 0 else 0)
+    return found
+
+
+def path_to(row: int, parents: Sequence[int]) -> list[int]:
+    """The row of a tree and its ancestors, the root first."""
+    path = [row]
+    while (row := parents[row]) >= 0:
+        path.append(row)
+    return path[::-1]
+
+
+def check_path(rows: Sequence[int], parents: Sequence[int]) -> None:
+    """Raise ValueError unless `rows` are a path of the tree, from its root on."""
+    known = bool(rows) and 0 <= rows[-1] < len(parents)
+    if not known or list(rows) != path_to(rows[-1], parents):
+        raise ValueError(f"rows {list(rows)} are no path of the last pass's tree: {list(parents)}")
+
+
+def ar_segment(
+    tokens: Sequence[int],
+    start: int,
+    *,
+    wanted: range | None = None,
+    parents: Sequence[int] | None = None,
+) -> Segment:
+    """Causal rows from `start`, or a tree of them. All logits wanted unless said."""
     rows = tuple(tokens)
-    return Segment(View.AR, rows, start, range(len(rows)) if wanted is None else wanted)
+    tree = None if parents is None else tuple(parents)
+    return Segment(View.AR, rows, start, range(len(rows)) if wanted is None else wanted, tree)
 
 
 def diffusion_segment(
@@ -101,6 +145,22 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
+class TreeCache(Cache, Protocol):
+    """A cache of a runtime that verifies trees."""
+
+    def fit_tree(self, parents: Sequence[int]) -> int:
+        """How many rows of a tree, from the first on, the next pass has room for: at least 1."""
+        ...
+
+    def keep_path(self, rows: Sequence[int]) -> None:
+        """Append a path of the tree that the last pass ran, from its row 0 on; drop its other rows.
+
+        Raises ValueError if `rows` is no such path, or if anything else came between.
+        """
+        ...
+
+
 class Model(Protocol):
     """One loaded model on one runtime. Runtimes differ in speed and arithmetic, not in meaning."""
 
@@ -125,6 +185,7 @@ class Model(Protocol):
 
         At most one AR segment per pass, listed first; it must start at `cache.length` and is
         appended. Diffusion segments must start at or before the cache length after that append.
+        A tree appends nothing and has its pass to itself; `TreeCache.keep_path` appends of it.
         Returns float32 arrays of shape [len(segment.wanted), vocab_size]. The arrays may be reused
         by the next pass: copy what must outlive it.
         """
@@ -148,6 +209,11 @@ def check_segments(segments: Sequence[Segment], cache: Cache) -> None:
                 raise ValueError(
                     f"AR segment ends at {segment.stop}, the cache has room for {cache.capacity}"
                 )
+            if segment.parents is not None:
+                if not isinstance(cache, TreeCache):
+                    raise ValueError("this runtime has no ancestor masks: it verifies chains only")
+                if len(segments) > 1:
+                    raise ValueError("a tree shares its pass with no diffusion block")
             visible = segment.stop
         elif segment.start > visible:
             raise ValueError(

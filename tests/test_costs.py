@@ -48,8 +48,11 @@ def linear(ar_rows: int, diffusion_rows: int, context: int) -> float:
 
 
 def test_lines_between_points_and_beyond() -> None:
-    at = [CURVE.at(rows, 0, 64) for rows in (1, 2, 5, 8, 11)]
-    assert at == pytest.approx([1.0, 1.2, 2.1, 3.0, 3.9])
+    at = [CURVE.at(rows, 0, 64) for rows in (1, 2, 5, 8)]
+    assert at == pytest.approx([1.0, 1.2, 2.1, 3.0])
+    assert CURVE.at(12, 0, 64) == pytest.approx(3.0 * 12 / 8), "unmeasured rows are never free"
+    steep = CostCurve((1, 2, 4), (1.0, 1.0, 3.0), 64, (0.0, 0.0))
+    assert steep.at(8, 0, 64) == pytest.approx(7.0), "nor cheaper than the last measured ones"
 
 
 def test_context_costs_more_in_larger_passes() -> None:

@@ -17,7 +17,14 @@ from orthrus_gguf.benchmark import (
     peak_memory,
     run_benchmark,
 )
-from orthrus_gguf.cli import bench_predict, bench_synthetic, options
+from orthrus_gguf.cli import (
+    bench_compare,
+    bench_predict,
+    bench_record,
+    bench_simulate,
+    bench_synthetic,
+    options,
+)
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.gguf import keys
@@ -32,11 +39,19 @@ view ("ar 16") and as a diffusion block ("diffusion 16"). Medians over repetitio
   orthrus-bench model.gguf
   orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json
   orthrus-bench --synthetic qwen3-8b --type Q4_K_M      (a model of random weights, made first)
-  orthrus-bench predict --help                          (times of other hardware, by arithmetic)"""
+  orthrus-bench compare --help                          (strategies side by side, on prompts)
+  orthrus-bench predict --help                          (times of other hardware, by arithmetic)
+  orthrus-bench record --help                           (drafts of a model, for simulate)
+  orthrus-bench simulate --help                         (strategies on other hardware)"""
 
 #: First words that are commands of their own, each with its own flags. (A model file of that name
 #: can be given as ./predict.)
-COMMANDS = {"predict": bench_predict.main}
+COMMANDS = {
+    "compare": bench_compare.main,
+    "predict": bench_predict.main,
+    "record": bench_record.main,
+    "simulate": bench_simulate.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
+    if any(word.partition("=")[0] == "--prompts" for word in words):
+        return bench_compare.main(words)  # "compare" may be left out where prompts are named
     return run_command(_parser(), _run, words)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 from orthrus_gguf.chat import Message
+from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.loaded import Loaded, say
 from orthrus_gguf.cli.report import statistics_block
 from orthrus_gguf.errors import OrthrusError
@@ -12,7 +14,7 @@ from orthrus_gguf.errors import OrthrusError
 HELP = "Ctrl-C stops an answer, Ctrl-D leaves, /clear forgets the conversation"
 
 
-def chat_loop(loaded: Loaded, system: list[Message], *, statistics: bool) -> int:
+def chat_loop(loaded: Loaded, system: list[Message], *, statistics: bool, show_drafts: bool) -> int:
     """Read prompts from the terminal and answer them until end of input.
 
     With a chat template the conversation so far goes into each prompt (the cache keeps its rows,
@@ -34,11 +36,11 @@ def chat_loop(loaded: Loaded, system: list[Message], *, statistics: bool) -> int
         if prompt.strip() == "/clear":
             history = list(system)
         elif prompt:
-            history = _turn(loaded, history, prompt, statistics=statistics)
+            history = _turn(loaded, history, prompt, statistics=statistics, show_drafts=show_drafts)
 
 
 def _turn(
-    loaded: Loaded, history: list[Message], prompt: str, *, statistics: bool
+    loaded: Loaded, history: list[Message], prompt: str, *, statistics: bool, show_drafts: bool
 ) -> list[Message]:
     """Answer one prompt; returns the history after it (without a turn that failed)."""
     messages = [*history, Message("user", prompt)]
@@ -49,7 +51,7 @@ def _turn(
         say(f"error: {error}")
         return history
     try:
-        for piece in generation:
+        for piece in painted(generation, sys.stdout) if show_drafts else generation:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
         generation.cancel()
@@ -60,6 +62,8 @@ def _turn(
     result = generation.result
     if statistics:
         say("\n" + statistics_block(request, result))
+    if show_drafts:
+        say(summary(result, colours=has_colours(sys.stdout, sys.stderr)))
     if loaded.template is None:
         return history
     return [*messages, Message("assistant", result.text)]

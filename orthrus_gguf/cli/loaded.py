@@ -24,6 +24,9 @@ from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.segments import Model
 from orthrus_gguf.tokenizer import Tokenizer, load_tokenizer
 
+#: Flags that shape drafts, beside --draft-width.
+DRAFT_FLAGS = ("--draft-blocks", "--draft-cut", "--draft-tail", "--draft-tree")
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -91,12 +94,15 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
     model = resources.enter_context(closing(load_model(file, options.runtime_settings(args))))
     n_ctx = args.ctx_size or file.config.n_ctx_train
+    session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
+    if args.draft_tree and not session.verifies_trees:
+        raise OrthrusError(f"--draft-tree: {model.description} verifies chains only; leave it out")
     return Loaded(
         file=file,
         tokenizer=tokenizer,
         template=template,
         model=model,
-        session=Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size),
+        session=session,
         plan=_plan(args, model, file),
         sampling=sampling,
         max_tokens=args.predict,
@@ -121,18 +127,25 @@ def _plan(args: argparse.Namespace, model: Model, file: ModelFile) -> Plan | Con
     """What the flags ask for."""
     name = _strategy_name(args)
     if name == options.AUTO:
-        _refuse(args, name, "--draft-width", "--draft-blocks", "--draft-cut", "--draft-tail")
+        _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
         costs = MachineCosts(model, identity(file), say)
         return Controller(costs, model.config.block_size, lookup=args.lookup is not False)
     strategy = Strategy(name)
     if strategy is Strategy.AR:
-        _refuse(args, name, "--draft-width", "--draft-blocks", "--draft-cut", "--draft-tail")
-    elif strategy is Strategy.TWO_PASS:
-        _refuse(args, name, "--draft-blocks")
+        _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
+    else:
+        two_pass = strategy is Strategy.TWO_PASS
+        _refuse(args, name, "--draft-blocks" if two_pass else "--draft-tree")
     if not 0 <= args.draft_cut < 1:
         raise OrthrusError(f"--draft-cut {args.draft_cut}: expected a probability, 0 <= P < 1")
     plan = plan_for(model, strategy, args.draft_width, blocks=args.draft_blocks)
-    return replace(plan, lookup=bool(args.lookup), tail=args.draft_tail, cut=args.draft_cut)
+    return replace(
+        plan,
+        lookup=bool(args.lookup),
+        tail=args.draft_tail,
+        cut=args.draft_cut,
+        tree=args.draft_tree or 0,
+    )
 
 
 def _refuse(args: argparse.Namespace, strategy: str, *flags: str) -> None:

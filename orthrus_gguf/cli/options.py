@@ -113,6 +113,13 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         help="try what a refused draft said further on before drafting again (auto weighs it)",
     )
     group.add_argument(
+        "--draft-tree",
+        type=positive,
+        metavar="N",
+        help="two-pass: verify a tree of N draft tokens, of a draft's first and second choices, at"
+        " most --draft-width deep (default: none, the first choices only)",
+    )
+    group.add_argument(
         "--lookup",
         action=argparse.BooleanOptionalAction,
         help="also draft by looking up what followed the last tokens before (default: only auto)",

@@ -18,6 +18,8 @@ def describe_plan(plan: Plan | Policy) -> str:
         parts.append(f"width {plan.width}")
     if plan.blocks:
         parts.append(f"{plan.blocks} block{'s' if plan.blocks > 1 else ''}")
+    if plan.tree:
+        parts.append(f"tree of {plan.tree}")
     if plan.lookup:
         parts.append("with lookup")
     return ", ".join(parts)
@@ -74,6 +76,7 @@ def _plan_json(plan: Plan | Policy) -> dict[str, Any]:
         "draft_blocks": plan.blocks,
         "draft_cut": plan.cut,
         "draft_tail": plan.tail,
+        "draft_tree": plan.tree,
         "lookup": plan.lookup,
     }
 

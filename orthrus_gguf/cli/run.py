@@ -12,6 +12,7 @@ from pathlib import Path
 from orthrus_gguf.chat import Message
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
+from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.report import explain, result_json, statistics_block
 from orthrus_gguf.command import Parser, base_parser, run_command
@@ -85,6 +86,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--explain", action="store_true", help="tell at the end what --strategy auto decided"
     )
+    group.add_argument(
+        "--show-drafts",
+        action="store_true",
+        help="colour the text by how it came about (drafted, corrected, plain), and sum it up",
+    )
     group.add_argument("--no-perf", action="store_true", help="no statistics at the end")
 
 
@@ -95,12 +101,16 @@ def _run(args: argparse.Namespace) -> int:
             if getattr(args, name) is not None:
                 setattr(args, name, unescape(getattr(args, name)))
         args.stop = [unescape(text) for text in args.stop]
+    if args.json and args.show_drafts:
+        raise OrthrusError("--show-drafts: --json prints no text to colour; leave one of them out")
     prompt = _prompt(args)
     with ExitStack() as resources:
         loaded = load(path, args, resources)
         system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
         if prompt is None:
-            return chat_loop(loaded, system, statistics=not args.no_perf)
+            return chat_loop(
+                loaded, system, statistics=not args.no_perf, show_drafts=args.show_drafts
+            )
         return _answer(loaded, [*system, Message("user", prompt)], args)
 
 
@@ -158,12 +168,14 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
         print(json.dumps(report, ensure_ascii=False))
         return 0
     try:
-        write(generation)
+        write(painted(generation, sys.stdout) if args.show_drafts else generation)
     finally:
         print(flush=True)
         if not args.no_perf:
             say(f"\n{loaded.banner}")
             say(statistics_block(request, generation.result, loaded.seconds))
+        if args.show_drafts:
+            say(summary(generation.result, colours=has_colours(sys.stdout, sys.stderr)))
         if args.explain:
             say(explain(loaded.plan))
     return 0

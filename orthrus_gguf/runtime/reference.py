@@ -19,7 +19,15 @@ from torch import Tensor
 from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.segments import Logits, Segment, View, check_segments
+from orthrus_gguf.segments import (
+    Logits,
+    Segment,
+    View,
+    ar_segment,
+    check_path,
+    check_segments,
+    path_to,
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,10 @@ class ReferenceCache:
                 " cannot be allocated; choose a smaller one with -c"
             ) from error
         self._length = 0
+        #: Rows of a tree that wait for `keep_path`, and their keys and values,
+        #: each [n_layers, n_head_kv, head_dim].
+        self._parents: tuple[int, ...] = ()
+        self._tree: list[tuple[Tensor, Tensor]] = []
 
     @property
     def length(self) -> int:
@@ -74,10 +86,35 @@ class ReferenceCache:
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate a cache of {self._length} rows to {length}")
         self._length = length
+        self.plant(())
 
     def append(self, rows: int) -> None:
         """Count `rows` more rows as held; their keys and values have been written."""
         self._length += rows
+        self.plant(())
+
+    def fit_tree(self, parents: Sequence[int]) -> int:
+        """See `TreeCache.fit_tree`: trees need no room, only `keep_path` does."""
+        return len(parents)
+
+    def keep_path(self, rows: Sequence[int]) -> None:
+        """See `TreeCache.keep_path`."""
+        check_path(rows, self._parents)
+        self.write_path(rows)
+        self.append(len(rows))
+
+    def plant(self, parents: tuple[int, ...]) -> None:
+        """Begin a tree, whose rows will be added; drop what is left of an earlier one."""
+        self._parents, self._tree = parents, []
+
+    def add_row(self, position: int) -> None:
+        """Remember what has been written at `position` as the tree's next row."""
+        self._tree.append((self.k[:, position].clone(), self.v[:, position].clone()))
+
+    def write_path(self, rows: Sequence[int]) -> None:
+        """Write rows of the tree to the positions from `length` on."""
+        for position, row in enumerate(rows, self._length):
+            self.k[:, position], self.v[:, position] = self._tree[row]
 
 
 class ReferenceModel:
@@ -105,20 +142,39 @@ class ReferenceModel:
     def forward(self, segments: Sequence[Segment], cache: ReferenceCache) -> list[Logits]:
         """See `Model.forward`. AR rows first, one by one; then each diffusion block at once."""
         check_segments(segments, cache)
+        cache.plant(())
         results = []
         for segment in segments:
             if segment.view is View.AR:
-                logits = [
-                    self._rows(segment, i, 1, cache, head=i in segment.wanted)
-                    for i in range(len(segment))
-                ]
-                cache.append(len(segment))
+                rows = self._chain if segment.parents is None else self._tree
+                logits = rows(segment, cache)
                 wanted = torch.cat([row for row in logits if row is not None] or [self._no_logits])
             else:
                 block = self._rows(segment, 0, len(segment), cache, head=bool(segment.wanted))
                 wanted = self._no_logits if block is None else block[segment.wanted]
             results.append(wanted.numpy())
         return results
+
+    def _chain(self, segment: Segment, cache: ReferenceCache) -> list[Tensor | None]:
+        """Logits [1, n_vocab] of each row, None where they are not wanted."""
+        logits = [
+            self._rows(segment, i, 1, cache, head=i in segment.wanted) for i in range(len(segment))
+        ]
+        cache.append(len(segment))
+        return logits
+
+    def _tree(self, segment: Segment, cache: ReferenceCache) -> list[Tensor | None]:
+        """The same for a tree. A row finds its ancestors in the cache, as a chain's row would."""
+        assert segment.parents is not None
+        cache.plant(segment.parents)
+        logits = []
+        for row in range(len(segment)):
+            path = path_to(row, segment.parents)
+            cache.write_path(path[:-1])
+            alone = ar_segment([segment.tokens[row]], segment.start + len(path) - 1)
+            logits.append(self._rows(alone, 0, 1, cache, head=row in segment.wanted))
+            cache.add_row(alone.start)
+        return logits
 
     @property
     def _no_logits(self) -> Tensor:

@@ -58,7 +58,7 @@ def test_a_model(run: Run, model: Path) -> None:
     assert "each of 0–1 17 18,560 72.5 KiB 32.000 17 F32" in lines
     assert "outside 2 1,312 5.1 KiB 32.000 2 F32" in lines
     assert "memory on the CPU, f32/f16 cache: 375.0 KiB per 1,000 tokens" in lines
-    assert [line.split()[0] for line in lines if line.endswith("MiB")] == ["77", "128"]
+    assert [line.split()[0] for line in lines if line.endswith("KiB")] == ["77", "128"]
     assert max(map(len, out.splitlines()[1:])) <= 100
 
 

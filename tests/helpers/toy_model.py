@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from orthrus_gguf.config import ModelConfig, Rope
-from orthrus_gguf.segments import Logits, Segment, View, check_segments
+from orthrus_gguf.segments import Logits, Segment, View, check_path, check_segments, path_to
 
 VOCAB, MASK, BLOCK = 64, 63, 8
 
@@ -61,6 +61,9 @@ def one_hot(token: int, height: float = 99) -> Logits:
 class ToyCache:
     def __init__(self, capacity: int) -> None:
         self.tokens: list[int] = []
+        self.tree: Segment | None = None
+        #: What `fit_tree` says at most.
+        self.tree_room = 1000
         self._capacity = capacity
 
     @property
@@ -74,9 +77,21 @@ class ToyCache:
     def truncate(self, length: int) -> None:
         assert length <= self.length
         del self.tokens[length:]
+        self.tree = None
 
     def append(self, rows: int) -> None:
         self.tokens += [0] * rows
+        self.tree = None
+
+    def fit_tree(self, parents: Sequence[int]) -> int:
+        return min(len(parents), self.tree_room)
+
+    def keep_path(self, rows: Sequence[int]) -> None:
+        assert self.tree is not None
+        assert self.tree.parents is not None
+        check_path(rows, self.tree.parents)
+        self.tokens += [self.tree.tokens[row] for row in rows]
+        self.tree = None
 
 
 class ToyModel:
@@ -107,11 +122,17 @@ class ToyModel:
     def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
         check_segments(segments, cache)
         self.forwards += 1
+        cache.tree = None
         return [self._segment(segment, cache) for segment in segments]
 
     def _segment(self, segment: Segment, cache: ToyCache) -> Logits:
         rows = []
-        if segment.view is View.AR:
+        if segment.parents is not None:
+            cache.tree = segment
+            for row in range(len(segment)):
+                path = [segment.tokens[i] for i in path_to(row, segment.parents)]
+                rows.append(self.ar_logits([*cache.tokens, *path]))
+        elif segment.view is View.AR:
             for token in segment.tokens:
                 cache.tokens.append(token)
                 rows.append(self.ar_logits(cache.tokens))

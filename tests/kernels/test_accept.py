@@ -14,6 +14,7 @@ from orthrus_kernels.rows import BAD_LOGITS, CYCLES, EMITTED, LIMIT, POSITION, S
 from torch import Tensor
 
 from orthrus_gguf.decode import verify
+from orthrus_gguf.drafts import Tree
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 RING, LOG = 8, 4
@@ -125,7 +126,7 @@ def test_commits_what_the_decode_loop_commits(data: st.DataObject) -> None:
     drawn = data.draw(st.lists(token, min_size=len(drafts) + 1, max_size=len(drafts) + 1))
     logits = torch.nn.functional.one_hot(torch.tensor(drawn), 3).float().numpy()
     greedy = Sampler(SamplingSettings(temperature=0.0))
-    assert Device().cycle(drafts, drawn) == verify(greedy, [50], drafts, logits)
+    assert Device().cycle(drafts, drawn) == verify(greedy, [50], Tree(tuple(drafts)), logits)
 
 
 @pytest.mark.parametrize("implementation", [write_drafts, reference_sample.write_drafts])

@@ -32,13 +32,15 @@ class Shape:
     """What passes have in common that can use the same graph.
 
     ar_rows, diffusion_rows: rows of each view. wanted: rows whose logits are wanted, over both.
-    columns: cache rows that attention spans, hidden ones included.
+    columns: cache rows that attention spans, hidden ones included. stores: keys that a tree writes,
+    some rows' at several places; 0 where each row's are written once.
     """
 
     ar_rows: int
     diffusion_rows: int
     wanted: int
     columns: int
+    stores: int = 0
 
     @property
     def rows(self) -> int:
@@ -58,6 +60,7 @@ class Inputs:
     tokens, positions: I32 [rows]. key_rows: I64 [rows], where keys go in the cache. value_rows: the
     same for values; where these lie transposed, I64 [rows * kv_dim], element by element.
     mask: F16 [rows, columns]. wanted: I32 [wanted], None when all rows are wanted, or none.
+    stored: I32 [stores] for a tree, the rows that key_rows and value_rows, as long, are about.
     """
 
     tokens: int
@@ -66,6 +69,7 @@ class Inputs:
     value_rows: int
     mask: int
     wanted: int | None
+    stored: int | None
 
 
 @dataclass(frozen=True)
@@ -114,13 +118,15 @@ def _inputs(api: Ggml, context: int, cache: GgmlCache, shape: Shape) -> Inputs:
         return int(api.new_tensor_1d(context, qtype, count))
 
     rows, wanted, layout = shape.rows, shape.wanted, cache.layout
+    stores = shape.stores or rows
     inputs = Inputs(
         tokens=column(_I32, rows),
         positions=column(_I32, rows),
-        key_rows=column(_I64, rows),
-        value_rows=column(_I64, rows * layout.kv_dim if layout.transposed else rows),
+        key_rows=column(_I64, stores),
+        value_rows=column(_I64, stores * layout.kv_dim if layout.transposed else stores),
         mask=api.new_tensor_2d(context, _F16, shape.columns, rows),
         wanted=column(_I32, wanted) if 0 < wanted < rows else None,
+        stored=column(_I32, stores) if shape.stores else None,
     )
     for tensor in vars(inputs).values():
         if tensor is not None:
@@ -176,7 +182,17 @@ class _Builder:
             k = self._heads(weights.k, x, config.n_head_kv, count)
             k = self._rotate(self._norm(k, weights.k_norm), first, count)
             v = self._heads(weights.v, x, config.n_head_kv, count)
+            if self.inputs.stored is not None:  # a tree, which is alone
+                k, v, count = self._repeat(k), self._repeat(v), self.shape.stores
             self.attention.store(k, v, index, first, count)
+
+    def _repeat(self, x: int) -> int:
+        """x [head_dim, n_head_kv, rows] → the rows to be stored, [head_dim, n_head_kv, stores]."""
+        api, c, config = self.api, self.context, self.config
+        sizes = (config.head_dim, config.n_head_kv)
+        flat = api.reshape_2d(c, x, config.head_dim * config.n_head_kv, self.shape.rows)
+        picked = api.get_rows(c, flat, self.inputs.stored)
+        return int(api.reshape_3d(c, picked, *sizes, self.shape.stores))
 
     def _attend(self, normed: int, layer: LayerWeights, index: int) -> int:
         """Attention of all rows, each by its view's weights → [n_embd, 1, rows]."""

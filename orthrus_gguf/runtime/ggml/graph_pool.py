@@ -101,16 +101,20 @@ class GraphPool:
     def _input_arrays(self, cache: GgmlCache, graph: Graph, shape: Shape) -> InputArrays:
         address, inputs = self._api.get_data, graph.inputs
         layout, rows = cache.layout, shape.rows
-        values = rows * layout.kv_dim if layout.transposed else rows
+        stores = shape.stores or rows
+        values = stores * layout.kv_dim if layout.transposed else stores
         return InputArrays(
             tokens=array_at(address(inputs.tokens), np.int32, (rows,)),
             positions=array_at(address(inputs.positions), np.int32, (rows,)),
-            key_rows=array_at(address(inputs.key_rows), np.int64, (rows,)),
+            key_rows=array_at(address(inputs.key_rows), np.int64, (stores,)),
             value_rows=array_at(address(inputs.value_rows), np.int64, (values,)),
             mask=array_at(address(inputs.mask), np.float16, (rows, shape.columns)),
             wanted=None
             if inputs.wanted is None
             else array_at(address(inputs.wanted), np.int32, (shape.wanted,)),
+            stored=None
+            if inputs.stored is None
+            else array_at(address(inputs.stored), np.int32, (stores,)),
         )
 
     def _logits(self, graph: Graph, shape: Shape) -> Logits | None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.runtime.ggml.passes import Piece
+from orthrus_gguf.runtime.ggml.trees import TreeLayout
 from orthrus_gguf.segments import View
 
 _HIDDEN = np.float16(-np.inf)
@@ -24,9 +25,14 @@ class InputArrays:
     value_rows: NDArray[np.int64]
     mask: NDArray[np.float16]
     wanted: NDArray[np.int32] | None
+    stored: NDArray[np.int32] | None = None
 
     def fill(
-        self, pieces: Sequence[Piece], length: int, element_offsets: NDArray[np.int64]
+        self,
+        pieces: Sequence[Piece],
+        length: int,
+        element_offsets: NDArray[np.int64],
+        tree: TreeLayout | None = None,
     ) -> None:
         """Describe a pass on a cache of `length` rows.
 
@@ -34,6 +40,7 @@ class InputArrays:
         pass included, where nothing but their own block sees them.
         element_offsets: of a row's value elements from its place in the cache: [0] where they lie
         in one piece, else one per element.
+        tree: where the rows go if the only piece is a tree.
         """
         self.mask.fill(_HIDDEN)
         row, spare = 0, length
@@ -43,7 +50,9 @@ class InputArrays:
             tokens = piece.segment.tokens
             self.tokens[rows] = tokens[piece.first : piece.first + piece.count]
             self.positions[rows] = np.arange(start, start + piece.count)
-            if piece.segment.view is View.AR:
+            if tree is not None:
+                self._fill_tree(tree)
+            elif piece.segment.view is View.AR:
                 self.key_rows[rows] = self.positions[rows]
                 spare = start + piece.count
                 for i in range(piece.count):
@@ -61,6 +70,17 @@ class InputArrays:
         )
         if self.wanted is not None:
             self.wanted[:] = wanted_rows(pieces)
+
+    def _fill_tree(self, tree: TreeLayout) -> None:
+        assert self.stored is not None
+        self.positions[:] = [tree.start + depth for depth in tree.depths]
+        # The graph has room for more stores; what is left repeats the last one.
+        stores = np.array(tree.stores)
+        self.stored[:], self.key_rows[:] = stores[-1]
+        self.stored[: len(stores)], self.key_rows[: len(stores)] = stores.T
+        for row, home in enumerate(tree.home):
+            self.mask[row, : tree.edge] = 0
+            self.mask[row, home : tree.column(row) + 1] = 0
 
 
 def wanted_rows(pieces: Sequence[Piece]) -> list[int]:

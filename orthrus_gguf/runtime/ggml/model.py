@@ -26,6 +26,7 @@ from orthrus_gguf.runtime.ggml.graph import Shape
 from orthrus_gguf.runtime.ggml.graph_pool import GraphPool
 from orthrus_gguf.runtime.ggml.passes import Piece, cut
 from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
+from orthrus_gguf.runtime.ggml.trees import TreeLayout, padded_stores, tree_layout
 from orthrus_gguf.runtime.ggml.weights import Weights
 from orthrus_gguf.segments import Logits, Segment, View, check_segments
 
@@ -104,6 +105,7 @@ class GgmlModel:
             self._check_open()
             self._check(segments, cache)
             length = cache.length
+            cache.plant(None)
             try:
                 return self._run(segments, cache)
             except BaseException:
@@ -181,10 +183,15 @@ class GgmlModel:
     def _run_pass(self, pieces: Sequence[Piece], cache: GgmlCache) -> Logits | None:
         ar_rows = sum(piece.count for piece in pieces if piece.segment.view is View.AR)
         diffusion_rows = sum(piece.count for piece in pieces) - ar_rows
-        columns = min(columns_for(cache.length + ar_rows + diffusion_rows), cache.rows)
+        reach, stores = cache.length + ar_rows + diffusion_rows, 0
         wanted = sum(len(piece.wanted) for piece in pieces)
-        ready = self._graphs.get(cache, Shape(ar_rows, diffusion_rows, wanted, columns))
-        ready.inputs.fill(pieces, cache.length, cache.element_offsets)
+        tree = self._tree(pieces, cache)
+        if tree is not None:
+            cache.make_room(tree)
+            reach, stores = tree.columns, padded_stores(len(tree.stores))
+        columns = min(columns_for(reach), cache.rows)
+        ready = self._graphs.get(cache, Shape(ar_rows, diffusion_rows, wanted, columns, stores))
+        ready.inputs.fill(pieces, cache.length, cache.element_offsets, tree)
         with self._pool.lock:
             status = self._api.backend_graph_compute(self._backend, ready.graph)
         if status != STATUS_SUCCESS:
@@ -192,5 +199,13 @@ class GgmlModel:
                 f"ggml could not run a pass of {ar_rows + diffusion_rows} rows (status {status}); "
                 "memory may have run out: choose a smaller context with -c"
             )
-        cache.append(ar_rows)
+        if tree is None:
+            cache.append(ar_rows)
+        else:
+            cache.plant(tree)
         return ready.logits
+
+    def _tree(self, pieces: Sequence[Piece], cache: GgmlCache) -> TreeLayout | None:
+        """Where the rows of a pass go if they are a tree."""
+        parents = pieces[0].segment.parents
+        return None if parents is None else tree_layout(parents, cache.length)

@@ -28,15 +28,18 @@ class Piece:
 def cut(segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int) -> list[list[Piece]]:
     """Passes of at most `max_ar_rows` AR rows and `max_block_rows` rows in blocks, in order.
 
-    An AR segment may be cut anywhere, since its rows do not depend on their company. A block is
-    never cut, because its rows see one another; blocks join the last pass while they fit. A block
-    of which nothing is wanted leaves no trace and does not run.
+    An AR segment may be cut anywhere, since its rows do not depend on their company; but not a
+    tree, of whose rows later passes would find nothing in the cache. A block is never cut, because
+    its rows see one another; blocks join the last pass while they fit. A block of which nothing is
+    wanted leaves no trace and does not run.
     """
     passes: list[list[Piece]] = []
     block_rows = 0  # in the last pass
     for index, segment in enumerate(segments):
         rows = len(segment)
-        if segment.view is View.AR:
+        if segment.parents is not None:
+            passes.append([Piece(index, segment, 0, rows)])
+        elif segment.view is View.AR:
             passes += [
                 [Piece(index, segment, first, min(max_ar_rows, rows - first))]
                 for first in range(0, rows, max_ar_rows)

@@ -1,0 +1,131 @@
+"""`orthrus-bench record`: what the diffusion view drafts at every position of a model's texts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from orthrus_gguf.chat import ChatTemplate
+from orthrus_gguf.cli import options
+from orthrus_gguf.cli.loaded import say
+from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.comparison.prompts import BUILTIN, Prompt, encode, read_texts
+from orthrus_gguf.decode import Strategy, plan_for
+from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.writer import check_target
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime import load_model
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.simulation.record import default_sizes, record_text
+from orthrus_gguf.simulation.recording import Origin, Recording, Text
+from orthrus_gguf.tokenizer import load_tokenizer
+
+DESCRIPTION = """\
+Continue prompts greedily, and record what blocks at every position of the texts draft. With a
+recording, orthrus-bench simulate replays strategies on other hardware.
+
+  orthrus-bench record model.gguf -o model.npz
+  orthrus-bench simulate model.npz --costs rtx-3090"""
+
+GREEDY = SamplingSettings(temperature=0)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of the subcommand, with the words after its name; returns the exit code."""
+    return run_command(_parser(), _run, argv)
+
+
+def _parser() -> Parser:
+    parser = base_parser("orthrus-bench record", DESCRIPTION)
+    options.add_model_options(parser)
+    group = parser.add_argument_group("what to record")
+    group.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="REC.npz", help="the recording"
+    )
+    group.add_argument(
+        "--prompts",
+        default=BUILTIN,
+        metavar="FILE",
+        help='JSON: {"domain": ["prompt", …], …} (default: builtin, those of compare)',
+    )
+    group.add_argument(
+        "--domains",
+        type=lambda text: tuple(part.strip() for part in text.split(",")),
+        default=(),
+        metavar="NAME,…",
+        help="only these",
+    )
+    group.add_argument(
+        "-n",
+        "--n-gen",
+        type=options.positive,
+        default=128,
+        metavar="N",
+        help="most tokens per prompt (default: 128)",
+    )
+    group.add_argument(
+        "--rows",
+        type=lambda text: tuple(options.positive(part) for part in text.split(",")),
+        metavar="N,…",
+        help="rows of the blocks, beside the full size (default: a half and a quarter of it);"
+        " others are replayed as parts of larger ones",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace REC.npz if it exists")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    path = options.model_path(args)
+    texts = read_texts(args.prompts, args.domains)
+    check_target(args.output, overwrite=args.overwrite)
+    with ModelFile.open(path, args.heads) as file:
+        block_size = file.config.block_size
+        if not file.config.has_heads or block_size is None:
+            raise OrthrusError(
+                f"{path}: no diffusion heads, so nothing drafts; name a heads file with --heads"
+            )
+        sizes = _sizes(args.rows, block_size)
+        tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
+        template = ChatTemplate.from_metadata(file.metadata, tokenizer)
+        prompts = encode(texts, tokenizer, template)
+        n_ctx = min(
+            max(len(prompt.tokens) for prompt in prompts) + args.n_gen, file.config.n_ctx_train
+        )
+        with closing(load_model(file, options.runtime_settings(args))) as model:
+            session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
+            recorded = [
+                text
+                for prompt in tqdm(prompts, "recording", unit=" texts", leave=False, disable=None)
+                if (text := _record(session, prompt, args.n_gen, sizes)) is not None
+            ]
+            settings = f"{args.prompts} prompts, up to {args.n_gen} tokens, {model.description}"
+    if not recorded:
+        raise OrthrusError("every text ended with its first token: nothing to record")
+    origin = Origin(file.config.name, True, settings)
+    Recording(origin, block_size, tuple(recorded)).save(args.output)
+    say(f"{args.output}: {len(recorded)} texts, blocks of {', '.join(map(str, sizes))} rows")
+    return 0
+
+
+def _sizes(rows: Sequence[int] | None, block_size: int) -> tuple[int, ...]:
+    sizes = tuple(sorted({*rows, block_size})) if rows else default_sizes(block_size)
+    if not 2 <= sizes[0] <= sizes[-1] <= block_size:
+        raise OrthrusError(f"--rows: a block has 2 to {block_size} rows here")
+    return sizes
+
+
+def _record(session: Session, prompt: Prompt, n_gen: int, sizes: Sequence[int]) -> Text | None:
+    """One prompt; None if its text ends at once."""
+    plan = plan_for(session.model, Strategy.TWO_PASS, None)
+    generation = session.generate(Request(prompt.tokens, GREEDY, plan, n_gen))
+    for _ in generation:
+        pass
+    output = generation.result.output
+    if len(output) < 2:
+        return None
+    return record_text(session.model, Sampler(GREEDY), prompt.domain, prompt.tokens, output, sizes)

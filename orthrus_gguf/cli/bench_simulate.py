@@ -1,0 +1,205 @@
+"""`orthrus-bench simulate`: strategies side by side on hardware that is not at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from orthrus_gguf.calibration import MachineCosts, read_curve
+from orthrus_gguf.cli import options
+from orthrus_gguf.cli.loaded import identity, say
+from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.comparison import spelling
+from orthrus_gguf.costs import Costs
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.machine import machine
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.prediction.cards import CARDS, DEFAULT_SHARES
+from orthrus_gguf.prediction.passes import Activations, PredictedCurve
+from orthrus_gguf.prediction.shapes import FILE_TYPES
+from orthrus_gguf.prediction.table import Selection, assumptions
+from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
+from orthrus_gguf.runtime import RuntimeSettings, load_model
+from orthrus_gguf.simulation import synthetic
+from orthrus_gguf.simulation.acceptance_tables import TABLES
+from orthrus_gguf.simulation.hardware import CardCosts, CurveCosts, FlatCosts
+from orthrus_gguf.simulation.recording import Recording, load
+from orthrus_gguf.simulation.report import Simulation, as_json, markdown
+from orthrus_gguf.simulation.strategies import Simulator, default_strategies
+
+DESCRIPTION = """\
+Replay recorded drafts, or drafts made up to have a published acceptance, against a cost curve, with
+the real decode loop and the real controller. Nothing is measured: assumptions are printed beneath.
+
+  orthrus-bench simulate --acceptance qwen3-8b --costs rtx-3090,rtx-4090,h200
+  orthrus-bench simulate model.npz --costs model.gguf      (its passes are timed here)
+  orthrus-bench simulate model.npz --costs flat            (rows are free)
+
+How strategies are spelt:
+
+"""
+
+#: The name of hardware on which rows are free.
+FLAT = "flat"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A source of costs. assumptions: what its figures rest on, a sentence or two each."""
+
+    name: str
+    costs: Costs
+    assumptions: Sequence[str]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Entry point of the subcommand, with the words after its name; returns the exit code."""
+    return run_command(_parser(), _run, argv)
+
+
+def _parser() -> Parser:
+    parser = base_parser("orthrus-bench simulate", DESCRIPTION + spelling.SPELLING)
+    group = parser.add_argument_group("drafts")
+    group.add_argument(
+        "recording", nargs="?", type=Path, metavar="REC.npz", help="made by orthrus-bench record"
+    )
+    group.add_argument(
+        "--acceptance", choices=list(TABLES), help="make drafts up to have published acceptance"
+    )
+    group.add_argument(
+        "-s", "--seed", type=options.natural, metavar="N", help="of such drafts (default: 0)"
+    )
+    group = parser.add_argument_group("hardware")
+    group.add_argument(
+        "--costs",
+        required=True,
+        metavar="NAME,…",
+        help=f"of {', '.join(CARDS)} (predicted), {FLAT} (rows are free), a cost curve that was"
+        " measured (.json, as orthrus-run keeps it), or FILE.gguf, whose passes are timed here",
+    )
+    group.add_argument(
+        "--shape",
+        choices=list(QWEN3_SHAPES),
+        default="qwen3-8b",
+        help="model on predicted cards (default: qwen3-8b)",
+    )
+    group.add_argument(
+        "--type",
+        type=str.lower,
+        choices=list(FILE_TYPES),
+        default="q4_k_m",
+        help="its type (default: q4_k_m)",
+    )
+    group.add_argument(
+        "--context",
+        type=options.natural,
+        default=512,
+        metavar="N",
+        help="tokens in the cache before each prompt (default: 512)",
+    )
+    group.add_argument("-t", "--threads", type=options.positive, metavar="N", help="to time passes")
+    parser.add_argument("--strategies", metavar="NAME,…", help="spelt as above (default: many)")
+    parser.add_argument(
+        "-o", "--output", choices=["md", "json"], default="md", help="format (default: md)"
+    )
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    recording, sentences = _recording(args)
+    hardware = [_hardware(name.strip(), args) for name in args.costs.split(",")]
+    if args.strategies is None:
+        strategies = default_strategies(recording.block_size, lookup=recording.origin.real)
+    else:
+        strategies = spelling.parse_all(args.strategies)
+    total = len(hardware) * len(recording.domains()) * (len(strategies) + 1)
+    done = []
+    with tqdm(total=total, desc="simulating", leave=False, disable=None) as bar:
+        for item in hardware:
+            outcomes = []
+            for outcome in Simulator(recording, item.costs).outcomes(strategies):
+                outcomes.append(outcome)
+                bar.update()
+            told = [*sentences, *item.assumptions]
+            done.append(Simulation(item.name, _describe(recording), outcomes, told))
+    if args.output == "json":
+        print(json.dumps(as_json(done), ensure_ascii=False))
+    else:
+        print(markdown(done), end="")
+    return 0
+
+
+def _recording(args: argparse.Namespace) -> tuple[Recording, list[str]]:
+    """The drafts, and what they rest on."""
+    if (args.recording is None) == (args.acceptance is None):
+        raise OrthrusError("name either a recording (REC.npz) or drafts (--acceptance NAME)")
+    if args.acceptance is not None:
+        table = TABLES[args.acceptance]
+        made = synthetic.synthesize(args.acceptance, table, args.seed or 0)
+        return made, synthetic.assumptions(args.acceptance, table)
+    if args.seed is not None:
+        raise OrthrusError("--seed goes with --acceptance: a recording has nothing to draw")
+    recording = load(args.recording)
+    sizes = sorted(set.intersection(*(set(text.blocks) for text in recording.texts)))
+    return recording, [
+        f"Drafts were recorded ({recording.origin.model}, {recording.origin.settings}), in blocks"
+        f" of {', '.join(map(str, sizes))} rows; others are parts of the next larger ones."
+    ]
+
+
+def _describe(recording: Recording) -> str:
+    origin = recording.origin
+    return f"{origin.model}, {'recorded' if origin.real else 'made up'} ({origin.settings})"
+
+
+def _hardware(name: str, args: argparse.Namespace) -> Hardware:
+    if name == FLAT:
+        return Hardware("rows are free", FlatCosts(), ["Every pass takes 1 ms, whatever its rows."])
+    if name in CARDS:
+        return _card(name, args)
+    path = Path(name)
+    before = f"{args.context} tokens of context come before each prompt."
+    if path.suffix == ".gguf":
+        with (
+            ModelFile.open(path) as file,
+            closing(load_model(file, RuntimeSettings(threads=args.threads))) as model,
+        ):
+            curve = MachineCosts(model, identity(file), say).curve
+            title = f"{file.config.name} on {model.description}, {machine()['cpu']}"
+        told = [f"Costs of passes were measured here: {title}; lines between them.", before]
+        return Hardware(title, CurveCosts(curve, args.context), told)
+    if path.suffix != ".json":
+        raise OrthrusError(
+            f"--costs {name}: expected one of {', '.join(CARDS)}, {FLAT}, a .json or a .gguf file"
+        )
+    try:
+        curve = read_curve(path)
+    except (OSError, ValueError) as error:
+        raise OrthrusError(f"--costs {name}: not a measured cost curve ({error})") from error
+    told = [f"Costs of passes were measured before ({path.name}); lines between them.", before]
+    return Hardware(path.name, CurveCosts(curve, args.context), told)
+
+
+def _card(name: str, args: argparse.Namespace) -> Hardware:
+    config = QWEN3_SHAPES[args.shape]
+    curve = PredictedCurve(CARDS[name], config, args.type)
+    selection = Selection(
+        models=[args.shape],
+        cards=[name],
+        types=[args.type],
+        contexts=[args.context],
+        block=config.block_size or 0,
+        activations=Activations.AUTO,
+        shares=DEFAULT_SHARES,
+    )
+    title = (
+        f"{curve.card.name}, {config.name} {args.type.upper()}, {args.context} tokens of context"
+        " (predicted)"
+    )
+    return Hardware(title, CardCosts(curve, args.context), assumptions(selection))

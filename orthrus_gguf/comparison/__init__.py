@@ -1,0 +1,1 @@
+"""What `orthrus-bench compare` knows: strategies side by side on the same prompts."""

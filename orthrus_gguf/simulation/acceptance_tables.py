@@ -1,0 +1,35 @@
+"""Published acceptance, as tokens per cycle of two-pass decoding at full width, greedy.
+
+Papers count per forward: their tokens per forward are half of these (two passes per cycle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AcceptanceTable:
+    """tokens_per_cycle: by domain. sources: where the figures come from, a sentence each."""
+
+    tokens_per_cycle: Mapping[str, float]
+    sources: tuple[str, ...]
+
+
+_PAPER_8B = (
+    "maths, code: 10.8 tokens per cycle, twice the 5.39 tokens per forward that the paper gives as"
+    " Qwen3-8B's average of eight benchmarks, most of them maths and code"
+)
+_MT_BENCH = "chat: 3.84 tokens per cycle on MT-Bench, Qwen3-4B with 16 drafts, vLLM #46007"
+_PROSE = "prose: 2.0, the middle of the 1.6-2.5 tokens per cycle seen on prose, QA and translation"
+_PAPER_17B = "average: 7.78, twice the 3.89 tokens per forward that the paper gives for Qwen3-1.7B"
+
+TABLES = {
+    "qwen3-8b": AcceptanceTable(
+        {"maths": 10.8, "code": 10.8, "chat": 3.84, "prose": 2.0},
+        (_PAPER_8B, f"{_MT_BENCH} (taken for 8B too)", _PROSE),
+    ),
+    "qwen3-4b": AcceptanceTable({"chat": 3.84}, (_MT_BENCH,)),
+    "qwen3-1.7b": AcceptanceTable({"average": 7.78, "prose": 2.0}, (_PAPER_17B, _PROSE)),
+}

@@ -1,0 +1,236 @@
+"""Trees on the CPU runtime: each row gives the bits that it gives when its path is the text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from ggml_models import loaded, small_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from synthetic_model import model_shape
+
+from orthrus_gguf.cache_layout import CACHE_TYPES, COLUMNS
+from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.runtime.ggml import GgmlModel
+from orthrus_gguf.runtime.ggml import trees as layouts
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
+from orthrus_gguf.runtime.ggml.trees import tree_layout
+from orthrus_gguf.segments import TreeCache, ar_segment, depths, diffusion_segment, path_to
+
+TOKENS: list[int] = np.random.default_rng(0).integers(0, 300, 300).tolist()
+CACHE_PAIRS = list(product(CACHE_TYPES, CACHE_TYPES))
+
+#: A trunk of five rows, and branches from its root, its middle and its end, one of them forked.
+TREE = (-1, 0, 1, 2, 3, 0, 5, 6, 2, 8, 6, 4, 4)
+
+#: Around the edges of groups of columns, where regions start, end, and need a second group.
+STARTS = (1, 7, 58, 62, 63, 64, 65, 120, 127, 128, 190)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Products with quantized weights round rows to bytes, which hides small differences.
+    return small_file(tmp_path_factory.mktemp("trees"), gguf.GGMLQuantizationType.F32)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Iterator[GgmlModel]:
+    with loaded(path) as model:
+        yield model
+
+
+def cache_of(model: GgmlModel, start: int, capacity: int = 1024) -> GgmlCache:
+    cache = model.new_cache(capacity)
+    model.forward([ar_segment(TOKENS[:start], 0, wanted=range(0))], cache)
+    return cache
+
+
+def row_tokens(parents: Sequence[int], seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(300), k=len(parents))
+
+
+def one_by_one(model: GgmlModel, cache: GgmlCache, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Logits of `tokens` behind what the cache holds, each in a pass of its own."""
+    start = cache.length
+    rows = [
+        model.forward([ar_segment([token], start + i)], cache)[0].copy()
+        for i, token in enumerate(tokens)
+    ]
+    cache.truncate(start)
+    return np.concatenate(rows)
+
+
+def assert_bits(model: GgmlModel, start: int, parents: Sequence[int], seed: int = 0) -> None:
+    """Every row of a tree against the same path as plain rows; then go on from each leaf."""
+    tokens = row_tokens(parents, seed)
+    cache, plain = cache_of(model, start), cache_of(model, start)
+    leaves = [row for row in range(len(parents)) if row not in parents]
+    for leaf in leaves:
+        (logits,) = model.forward([ar_segment(tokens, start, parents=parents)], cache)
+        logits = logits.copy()
+        assert cache.length == start
+        path = path_to(leaf, parents)
+        following = [5, 6, 7]
+        alone = one_by_one(model, plain, [tokens[row] for row in path] + following)
+        np.testing.assert_array_equal(logits[path], alone[: len(path)], f"{start}, path {path}")
+        cache.keep_path(path)
+        assert cache.length == start + len(path)
+        behind = one_by_one(model, cache, following)
+        np.testing.assert_array_equal(behind, alone[len(path) :], f"{start}, behind {path}")
+        cache.truncate(start)
+
+
+@pytest.mark.parametrize(("k", "v"), CACHE_PAIRS)
+def test_every_cache_type(path: Path, k: str, v: str) -> None:
+    with loaded(path, cache_type_k=k, cache_type_v=v) as model:
+        for start in (62, 65):
+            assert_bits(model, start, TREE)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_edges_of_groups(model: GgmlModel, start: int) -> None:
+    assert_bits(model, start, TREE)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> list[int]:
+    rows = draw(st.integers(1, 24))
+    return [-1, *(draw(st.integers(0, i)) for i in range(rows - 1))]
+
+
+@settings(deadline=None, max_examples=15)
+@given(trees(), st.integers(1, 140))
+def test_any_tree(model: GgmlModel, parents: list[int], start: int) -> None:
+    assert_bits(model, start, parents, seed=start)
+
+
+def test_a_deep_branch_spans_groups(model: GgmlModel) -> None:
+    """Branch and trunk of 70 rows each: regions of two and three groups."""
+    parents = [-1, *range(70), 0, *range(71, 140)]
+    assert_bits(model, 60, parents)
+
+
+def test_several_threads(path: Path) -> None:
+    with loaded(path, threads=2) as model:
+        assert_bits(model, 63, TREE)
+
+
+def test_only_wanted_rows(model: GgmlModel) -> None:
+    cache = cache_of(model, 30)
+    tokens = row_tokens(TREE)
+    (logits,) = model.forward([ar_segment(tokens, 30, parents=TREE)], cache)
+    expected = logits[4:9].copy()
+    segment = ar_segment(tokens, 30, parents=TREE, wanted=range(4, 9))
+    np.testing.assert_array_equal(model.forward([segment], cache)[0], expected)
+
+
+@pytest.mark.parametrize("poison", [np.inf, np.nan])
+@pytest.mark.parametrize("cache_type_v", ["f32", "f16", "q8_0"])
+def test_damaged_rows_stay_among_themselves(
+    tmp_path: Path, poison: float, cache_type_v: str
+) -> None:
+    """A token without a sane embedding ruins its own branch, and nothing beside or after it."""
+    bad = 310
+    path = small_file(tmp_path, gguf.GGMLQuantizationType.F32, model_shape(tied=False))
+    with ModelFile.open(path) as file, path.open("r+b") as raw:
+        embedding = file.tensors["token_embd.weight"]
+        row_bytes = embedding.n_bytes // file.config.n_vocab
+        raw.seek(embedding.offset + bad * row_bytes)
+        raw.write(np.full(row_bytes // 4, poison, np.float32).tobytes())
+    damaged = row_tokens(TREE)
+    damaged[5] = bad
+    clean = [row for row in range(len(TREE)) if 5 not in path_to(row, TREE)]
+    with loaded(path, cache_type_v=cache_type_v) as model:
+        for start in (40, 63):
+            cache = cache_of(model, start)
+            sane = ar_segment(row_tokens(TREE), start, parents=TREE)
+            expected = model.forward([sane], cache)[0].copy()
+            (logits,) = model.forward([ar_segment(damaged, start, parents=TREE)], cache)
+            assert not np.isfinite(logits[5]).any()
+            np.testing.assert_array_equal(logits[clean], expected[clean])
+            np.testing.assert_array_equal(model.forward([sane], cache)[0], expected)
+
+
+# --- room, and what is refused ---
+
+
+def test_trees_are_cut_to_the_room_that_there_is(model: GgmlModel) -> None:
+    """Capacity 100 and 128 rows for blocks: four groups of columns, of which two are free."""
+    cache = cache_of(model, 90, capacity=100)
+    assert isinstance(cache, TreeCache)
+    assert cache.rows == 4 * COLUMNS
+    assert cache.fit_tree(TREE[:5]) == 5
+    assert cache.fit_tree(TREE) == 10, "trunk and two branches of one group each"
+    tokens = row_tokens(TREE)
+    model.forward([ar_segment(tokens[:10], 90, parents=TREE[:10])], cache)
+    with pytest.raises(ValueError, match=r"13 rows with 5 leaves at 90 needs 384 .* there are 256"):
+        model.forward([ar_segment(tokens, 90, parents=TREE)], cache)
+    assert cache.length == 90
+
+
+def test_the_deepest_row_must_fit_the_context(model: GgmlModel) -> None:
+    cache = cache_of(model, 96, capacity=100)
+    with pytest.raises(ValueError, match="ends at 102, the cache has room for 100"):
+        model.forward([ar_segment(row_tokens(TREE), 96, parents=TREE)], cache)
+
+
+def test_only_paths_of_the_last_pass_are_kept(model: GgmlModel) -> None:
+    cache = cache_of(model, 20)
+    segment = ar_segment(row_tokens(TREE), 20, parents=TREE)
+    for rows in ([], [0, 2], [1], [0, 5, 6, 7, 8], [0, 99], [0, -1]):
+        model.forward([segment], cache)
+        with pytest.raises(ValueError, match="no path of the last pass's tree"):
+            cache.keep_path(rows)
+        assert cache.length == 20
+    model.forward([segment], cache)
+    model.forward([diffusion_segment(5, 319, 16, 20)], cache)
+    with pytest.raises(ValueError, match="no path"):
+        cache.keep_path([0])
+    model.forward([segment], cache)
+    cache.truncate(20)
+    with pytest.raises(ValueError, match="no path"):
+        cache.keep_path([0])
+
+
+@given(trees(), st.integers(0, 300))
+def test_layouts(parents: list[int], start: int) -> None:
+    """Regions keep to themselves, and hold their path in the order and lanes of a chain."""
+    layout = tree_layout(parents, start)
+    depth = depths(parents)
+    assert len({column for _, column in layout.stores}) == len(layout.stores), "no two in one place"
+    assert all(layout.edge + COLUMNS > start >= layout.edge for _ in parents)
+    stored = {column: row for row, column in layout.stores}
+    for row, home in enumerate(layout.home):
+        assert home % COLUMNS == 0
+        assert (layout.column(row) - start - depth[row]) % COLUMNS == 0
+        first = home + start - layout.edge
+        path = [stored[column] for column in range(first, layout.column(row) + 1)]
+        assert path == path_to(row, parents)
+    used = start + max(depth) + 1
+    assert all(region >= used for region in layout.regions)
+    assert layout.columns >= max(stored) + 1
+
+
+# --- that these tests can fail ---
+
+
+@pytest.mark.parametrize("columns", [8, 40])
+def test_regions_out_of_step_would_be_noticed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setattr(layouts, "COLUMNS", columns)
+    with loaded(path) as model, pytest.raises(AssertionError, match="path"):
+        assert_bits(model, 62, TREE)
+
+
+def test_missing_copies_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GgmlCache, "_copy", lambda *_: None)
+    with loaded(path) as model, pytest.raises(AssertionError, match="path"):
+        assert_bits(model, 62, TREE)
