@@ -84,7 +84,7 @@ def plans(session: Session, i: int) -> list[Plan | Policy]:
     width, other = 1 + i % 16, 16 - i % 16
     return [
         Plan(Strategy.TWO_PASS, width, cut=0.05 * (i % 4), lookup=i % 5 == 0),
-        Plan(Strategy.TWO_PASS, other, tail=i % 2 == 0),
+        Plan(Strategy.TWO_PASS, other, tail=i % 2 == 0, tree=(0, 6, 20)[i % 3]),
         Plan(Strategy.FUSED, other, 1 + i % 4, tail=i % 3 == 0, lookup=i % 2 == 1),
         Controller(Costs(i), block, lookup=i % 2 == 0),
     ]
