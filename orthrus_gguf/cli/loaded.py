@@ -6,7 +6,8 @@ import argparse
 import hashlib
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
@@ -92,8 +93,11 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
-    model = resources.enter_context(closing(load_model(file, options.runtime_settings(args))))
     n_ctx = args.ctx_size or file.config.n_ctx_train
+    settings = replace(options.runtime_settings(args), context=n_ctx)
+    with loading_bar() as on_progress:
+        model = load_model(file, settings, on_progress=on_progress, say=say)
+    resources.enter_context(closing(model))
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
     if args.draft_tree and not session.verifies_trees:
         raise OrthrusError(f"--draft-tree: {model.description} verifies chains only; leave it out")
@@ -110,6 +114,18 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
         thinking=args.think,
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def loading_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for runtimes that copy weights, if that takes more than a second."""
+    with tqdm(desc="weights", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+
+        def on_progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield on_progress
 
 
 def say(text: str) -> None:

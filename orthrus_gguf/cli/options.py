@@ -159,7 +159,6 @@ def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:
         cache_type_k=args.cache_type_k,
         cache_type_v=args.cache_type_v,
         device=args.device,
-        context=getattr(args, "ctx_size", None),
     )
 
 
