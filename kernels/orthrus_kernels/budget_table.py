@@ -1,9 +1,11 @@
 """What the kernels may use (budgets.json), and the table of what they do use.
 
-    python -m orthrus_kernels.budget_table            compile, check, write kernels/RESOURCES.md
-    python -m orthrus_kernels.budget_table --accept   the same, and take today's figures as budgets
+    python -m orthrus_kernels.budget_table            compile a selection, check it
+    python -m orthrus_kernels.budget_table --all      compile everything, check, write RESOURCES.md
+    python -m orthrus_kernels.budget_table --accept   take today's figures as budgets (also: --all)
 
-Compiled kernels are cached by triton: the first run takes minutes, later ones seconds.
+Compiled kernels are cached by triton: --all takes up to an hour on two cores the first time (run it
+under `nice`), minutes later on, and goes on where a run was broken off.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from typing import Any
 
 import triton
 
-from orthrus_kernels.offline import SHARED_MEMORY_LIMIT, Resources, report_module
+from orthrus_kernels.offline import CAPABILITIES, SHARED_MEMORY_LIMIT, Resources, report_module
 
 MODULES = ("orthrus_kernels.matmul_cases", "orthrus_kernels.ops_cases")
 """Modules whose CASES are compiled."""
+
+MATRIX = "orthrus_kernels.matmul_matrix"
+"""All matrix products: with --all."""
 
 HEADROOM = 1.03
 """--accept allows this much more than today, for other triton versions."""
@@ -122,56 +127,71 @@ def accepted(report: Report) -> dict[str, dict[str, list[Any]]]:
 
 
 def markdown(report: Report) -> str:
-    """The table, one row per kernel and architecture."""
+    """The table: a row per kernel, a column per architecture."""
     lines = [
         "# Kernel resources",
         "",
-        "Written by `python -m orthrus_kernels.budget_table` (offline compiler, "
-        f"triton {triton.__version__}; no GPU involved). Every kernel here has no stack and no "
-        "spills. *Per weight* counts the instructions of the hot loop per thread and weight.",
+        "Written by `python -m orthrus_kernels.budget_table --all` (offline compiler, "
+        f"triton {triton.__version__}; no GPU involved). Each kernel at the tile that `dispatch` "
+        "chooses: registers per thread · KiB of shared memory, and for the matrix products · "
+        "instructions of the hot loop per thread and weight. No kernel here has a stack or spills; "
+        "every product uses MMAs (wgmma on sm_90), copies weights 16 bytes at a time, converts no "
+        "integers to floats in its loop and splits no K over warps.",
         "",
-        "| kernel | sm | registers | shared, KiB | MMA | copies of 16 B + smaller | per weight |",
-        "|---|---|---|---|---|---|---|",
+        "| kernel | " + " | ".join(f"sm_{capability}" for capability in CAPABILITIES) + " |",
+        "|---" * (1 + len(CAPABILITIES)) + "|",
     ]
     for name, by_capability in sorted(report.items()):
-        for capability, used in sorted(by_capability.items()):
-            mma = f"wgmma {used.wgmma}" if used.wgmma else f"mma {used.mma}" if used.mma else "–"
-            weight = used.instructions_per_weight
-            lines.append(
-                f"| {name} | {capability} | {used.registers} | {used.shared / 1024:.1f} | {mma} | "
-                f"{used.async16} + {used.async_small} | "
-                f"{'–' if weight is None else f'{weight:.2f}'} |"
-            )
+        cells = [_cell(by_capability.get(capability)) for capability in CAPABILITIES]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def compile_everything(modules: Sequence[str] = MODULES) -> dict[str, dict[int, Resources]]:
-    """Reports of all modules, merged."""
+def _cell(used: Resources | None) -> str:
+    if used is None:
+        return ""
+    weight = used.instructions_per_weight
+    text = f"{used.registers} · {used.shared / 1024:.1f}"
+    return text if weight is None else f"{text} · {weight:.2f}"
+
+
+def compile_everything(
+    modules: Sequence[str] = MODULES, talk: bool = False
+) -> dict[str, dict[int, Resources]]:
+    """Reports of all modules, merged; talk: a line per kernel as it is done."""
     report: dict[str, dict[int, Resources]] = {}
     for module in modules:
-        for name, by_capability in report_module(module).items():
+        for name, by_capability in report_module(module, talk=talk).items():
             report.setdefault(name, {}).update(by_capability)
     return report
+
+
+def accept(report: Report) -> None:
+    """Write the budgets that the report just meets; those of other kernels stay."""
+    budgets = json.loads(budgets_path().read_text())
+    for name, by_capability in accepted(report).items():
+        budgets.setdefault(name, {}).update(by_capability)
+    lines = [f"{json.dumps(name)}: {json.dumps(budgets[name])}" for name in sorted(budgets)]
+    budgets_path().write_text("{\n " + ",\n ".join(lines) + "\n}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, check, write."""
     parser = argparse.ArgumentParser(prog="python -m orthrus_kernels.budget_table")
+    parser.add_argument("--all", action="store_true", help="every product; writes the table")
     parser.add_argument("--accept", action="store_true", help="take today's figures as budgets")
     parser.add_argument(
         "--table",
         type=Path,
         default=Path("kernels/RESOURCES.md"),
-        help="where to write the table (default: kernels/RESOURCES.md, from the root)",
+        help="where --all writes the table (default: kernels/RESOURCES.md, from the root)",
     )
     options = parser.parse_args(arguments)
-    report = compile_everything()
+    report = compile_everything((*MODULES, MATRIX) if options.all else MODULES, talk=options.all)
     if options.accept:
-        lines = [
-            f"{json.dumps(name)}: {json.dumps(values)}" for name, values in accepted(report).items()
-        ]
-        budgets_path().write_text("{\n " + ",\n ".join(lines) + "\n}\n")
-    options.table.write_text(markdown(report))
+        accept(report)
+    if options.all:
+        options.table.write_text(markdown(report))
     problems = check(report, load_budgets())
     for line in problems:
         print(line, file=sys.stderr)

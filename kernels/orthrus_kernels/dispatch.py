@@ -21,8 +21,8 @@ from orthrus_kernels.quant_tensor import PANEL_ROWS, STEP, TRAITS, Layout
 
 _T = GGMLQuantizationType
 
-INT8_TYPES = frozenset(kind for kind in TRAITS if kind != _T.Q2_K)
-"""Types with an int8 kernel. Q2_K has minima per 16 weights, int8 rows carry sums per 32."""
+INT8_TYPES = frozenset(TRAITS)
+"""Types with an int8 kernel: all quantized ones."""
 
 MAX_ROWS = 64
 """More rows than this go through the prompt path (dequantize, then a dense product)."""
@@ -73,10 +73,10 @@ TunedTable = Mapping[str, Tile]
 def layout_for(kind: GGMLQuantizationType, capability: int) -> Layout:
     """Activations for a weight type on a card. Fixed when a tensor is packed.
 
-    Types with a scale per 16 weights need two int8 dots where others need one, which costs more
-    than their fp16 form: they stay with fp16 everywhere.
+    Q6_K needs two int8 dots per 32 weights, which costs more than its fp16 form: it stays with
+    fp16 everywhere (`matmul_weights_a8` tells how Q2_K and Q3_K avoid that).
     """
-    int8 = kind in INT8_TYPES and TRAITS[kind].group == 32
+    int8 = kind in INT8_TYPES and kind != _T.Q6_K
     return Layout.A8 if int8 and capability in HALF_RATE_SUMS else Layout.A16
 
 
@@ -101,19 +101,21 @@ def safe_tile(
     rows: int,
     capability: int,
     use: Use = Use.MATMUL,
+    second: GGMLQuantizationType | None = None,
 ) -> Tile:
     """A tile that was compiled for this architecture without spills and fits its shared memory.
 
     tuned/offline.json holds what `python -m orthrus_kernels.safe_tiles` found; an architecture that
     is not in it takes the entry of the nearest older one. Gate+up and head share the tile of the
-    plain product unless they have an entry of their own (`a8/Q4_K/32/gate_up`).
+    plain product unless they have an entry of their own (`a8/Q4_K/32/gate_up`), and so does a
+    product with a `second` matrix of another type (`a8/Q4_K/32/Q6_K`).
     """
     table = _offline_tiles()
     older = [known for known in table if known <= capability]
     key = f"{layout.value}/{kind.name}/{row_tile(rows)}"
     if older:
         tiles = table[max(older)]
-        for found in (f"{key}/{use.value}", key):
+        for found in (f"{key}/{second.name if second else use.value}", key):
             if found in tiles:
                 return tiles[found]
     return first_tile(rows, capability)
@@ -152,8 +154,12 @@ def choose(
     tuned: TunedTable | None = None,
     layout: Layout | None = None,
     use: Use = Use.MATMUL,
+    second: GGMLQuantizationType | None = None,
 ) -> Choice:
-    """The launch for `rows` rows of x and a matrix [n, k]. `layout`: of the packed tensor.
+    """The launch for `rows` rows of x and a matrix [n, k].
+
+    `layout`: of the packed tensor. `second`: type of the matrix that continues the columns, if any
+    (its padded rows must be a multiple of the tile too: `fit_tile`).
 
     ValueError for sizes that are not positive, or a tuned tile that does not divide the panels.
     """
@@ -163,7 +169,7 @@ def choose(
         layout = layout_for(kind, capability)
     tile = (tuned or {}).get(tile_key(layout, kind, n, k, rows))
     if tile is None:
-        tile = fit_tile(safe_tile(layout, kind, rows, capability, use), n)
+        tile = fit_tile(safe_tile(layout, kind, rows, capability, use, second), n)
     elif fit_tile(tile, n) != tile:
         raise ValueError(
             f"tuned tile of {tile.n} rows does not divide {n} rows padded to {PANEL_ROWS}: "

@@ -1,143 +1,129 @@
-"""Checks and figures on a GPU: one command, one table.
+"""Checks and figures on a GPU: one command, one table, within nine minutes.
 
-    python -m orthrus_kernels.gpu_check [--quick] [--folder DIR]     on the first CUDA device
-    TRITON_INTERPRET=1 python -m orthrus_kernels.gpu_check --cpu     the logic, on tiny shapes
+    python -m orthrus_kernels.gpu_check [--minutes 8.7] [--folder DIR]      the first CUDA device
+    python -m orthrus_kernels.gpu_check --quick --checks-only               small shapes
+    TRITON_INTERPRET=1 python -m orthrus_kernels.gpu_check --cpu            the logic, no device
 
-Checks come first, and figures are reported only if all of them hold. The result is printed and
-written to DIR (default: the current folder) as gpu_check.md and gpu_check.json.
+Stages run in the order of what matters most, each until its time is up. Figures are reported only
+if the checks before them hold. Every line is printed at once, and the table is written to DIR
+(default: the current folder) as gpu_check.md and gpu_check.json after every stage, so that a run
+that is cut off leaves what it has.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
-import json
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import triton
+from orthrus_kernels.gpu_check_report import (
+    Check,
+    Figure,
+    Item,
+    Machine,
+    Results,
+    find_machine,
+    measure_copy,
+    median_time,
+)
 
-MODULES = ("orthrus_kernels.gpu_check_matmul", "orthrus_kernels.gpu_check_ops")
-"""Modules with `checks(machine)` and `figures(machine)`; ops and attention add theirs here."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where the checks run. `tiny`: the interpreter, or a quick look."""
-
-    device: str
-    name: str
-    capability: int
-    tiny: bool
-    copy_bytes_per_second: float | None
+__all__ = ["Check", "Figure", "Machine", "Stage", "find_machine", "main", "measure_copy",
+           "median_time"]  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Check:
-    """One property that holds or does not."""
+class Stage:
+    """`module.function(machine)` yields items, until `stop` of the time is gone (1 = all)."""
 
     name: str
-    passed: bool
-    detail: str = ""
+    module: str
+    function: str
+    stop: float
+    figures: bool
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measured number. `value` in `unit`; `note` may compare it with a bound."""
-
-    name: str
-    value: float
-    unit: str
-    note: str = ""
-
-
-def measure_copy(device: str) -> float:
-    """Bytes per second (read + written) of a plain device copy of 1 GiB: the practical ceiling."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    milliseconds = median_time(lambda: target.copy_(source))
-    return 2 * source.numel() / milliseconds * 1e3
+STAGES = (
+    Stage("products", "gpu_check_matmul", "main_checks", 0.25, False),
+    Stage("attention and small kernels", "gpu_check_ops", "checks", 0.33, False),
+    Stage("times of products", "gpu_check_times", "figures", 0.55, True),
+    Stage("times of the rest", "gpu_check_ops", "figures", 0.62, True),
+    Stage("products of other types", "gpu_check_matmul", "other_checks", 0.77, False),
+    Stage("tuner", "gpu_check_times", "tuner_figures", 0.87, True),
+    Stage("compute-sanitizer", "gpu_check_sanitizer", "checks", 1.0, False),
+)
 
 
-def median_time(launch: object) -> float:
-    """Median milliseconds of a callable on the GPU, the L2 cache flushed between calls."""
-    return float(triton.testing.do_bench(launch, warmup=10, rep=50, return_mode="median"))
+class TimeUp(BaseException):
+    """The clock ran out in the middle of an item: not an error of what was running."""
 
 
-def find_machine(cpu: bool, quick: bool) -> Machine:
-    """The first CUDA device, or the interpreter."""
-    if cpu:
-        if not triton.knobs.runtime.interpret:
-            raise SystemExit("gpu_check: --cpu needs TRITON_INTERPRET=1")
-        return Machine("cpu", "interpreter", 86, True, None)
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu_check: no CUDA device (--cpu runs the logic without one)")
-    major, minor = torch.cuda.get_device_capability()
-    speed = measure_copy("cuda")
-    return Machine("cuda", torch.cuda.get_device_name(), major * 10 + minor, quick, speed)
+def _time_up(number: int, frame: object) -> None:
+    raise TimeUp
 
 
-def report(machine: Machine, checks: Iterable[Check], figures: Iterable[Figure]) -> str:
-    """The table, in Markdown."""
-    speed = machine.copy_bytes_per_second
-    lines = [
-        f"# {machine.name} (sm_{machine.capability}), torch {torch.__version__}, "
-        f"triton {triton.__version__}",
-        "",
-        f"Copy ceiling: {speed / 1e9:.0f} GB/s" if speed else "Interpreter: nothing is timed.",
-        "",
-        "| check | result | detail |",
-        "|---|---|---|",
-        *(f"| {c.name} | {'ok' if c.passed else '**FAILED**'} | {c.detail} |" for c in checks),
-        "",
-        "| figure | value | unit | note |",
-        "|---|---|---|---|",
-        *(f"| {f.name} | {f.value:.4g} | {f.unit} | {f.note} |" for f in figures),
-        "",
-    ]
-    return "\n".join(lines)
+def run_stage(stage: Stage, results: Results, deadline: float) -> None:
+    """Items of a stage until the deadline; an exception is a check that failed."""
+    module = importlib.import_module(f"orthrus_kernels.{stage.module}")
+    items: Iterator[Item] = getattr(module, stage.function)(results.machine)
+    try:
+        for item in items:
+            results.add(item)
+            if time.monotonic() > deadline:
+                results.remark(f"{stage.name}: cut off, its time was up after {item.name}")
+                break
+    except Exception as error:
+        results.add(Check(stage.name, False, f"{type(error).__name__}: {str(error)[:300]}"))
+    finally:
+        close = getattr(items, "close", None)
+        if close is not None:
+            close()
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m orthrus_kernels.gpu_check")
+    parser.add_argument("--cpu", action="store_true", help="run the logic in the interpreter")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few figures")
+    parser.add_argument("--checks-only", action="store_true", help="no figures, no sanitizer")
+    parser.add_argument("--minutes", type=float, default=8.7, help="stop after (default: 8.7)")
+    parser.add_argument("--folder", type=Path, default=Path("."))
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print, write; exit code 1 if a check failed."""
-    parser = argparse.ArgumentParser(prog="python -m orthrus_kernels.gpu_check")
-    parser.add_argument("--cpu", action="store_true", help="run the logic in the interpreter")
-    parser.add_argument("--quick", action="store_true", help="small shapes, few figures")
-    parser.add_argument("--folder", type=Path, default=Path("."))
-    options = parser.parse_args(arguments)
-    machine = find_machine(options.cpu, options.quick)
-    checks: list[Check] = []
-    figures: list[Figure] = []
-    modules = [importlib.import_module(name) for name in MODULES]
-    for module in modules:
-        for check in module.checks(machine):
-            print(
-                f"{'ok    ' if check.passed else 'FAILED'} {check.name} {check.detail}", flush=True
-            )
-            checks.append(check)
-    passed = all(check.passed for check in checks)
-    if passed and not options.cpu:
-        for module in modules:
-            for figure in module.figures(machine):
-                print(f"{figure.name}: {figure.value:.4g} {figure.unit} {figure.note}", flush=True)
-                figures.append(figure)
-    text = report(machine, checks, figures)
-    print("\n" + text)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "gpu_check.md").write_text(text)
-    data = {
-        "machine": dataclasses.asdict(machine),
-        "checks": [dataclasses.asdict(check) for check in checks],
-        "figures": [dataclasses.asdict(figure) for figure in figures],
-    }
-    (options.folder / "gpu_check.json").write_text(json.dumps(data, indent=1))
-    if not passed:
-        print("gpu_check: a check failed, so nothing was timed", file=sys.stderr)
-    return 0 if passed else 1
+    start = time.monotonic()
+    options = parse(arguments)
+    # `timeout` and schedulers end a run with SIGTERM: leave through the `finally` below.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # A compiler that hangs, or a tool, may outlast its stage.
+    signal.signal(signal.SIGALRM, _time_up)
+    signal.alarm(int(60 * options.minutes) + 10)
+    results = Results(find_machine(options.cpu, options.quick))
+    if options.cpu:
+        results.remark("interpreter: the logic ran; no time in this table means anything")
+    try:
+        for stage in STAGES:
+            if options.checks_only and (stage.figures or stage.module == "gpu_check_sanitizer"):
+                continue
+            if stage.figures and not results.passed:
+                results.remark(f"{stage.name}: left out, a check failed")
+                continue
+            run_stage(stage, results, start + 60 * options.minutes * stage.stop)
+            results.write(options.folder)
+    except TimeUp:
+        results.remark(f"cut off after {options.minutes} minutes, in: {stage.name}")
+    finally:
+        signal.alarm(0)
+        results.remark(f"{time.monotonic() - start:.0f} s")
+        results.write(options.folder)
+        print("\n" + results.table(), flush=True)
+    return 0 if results.passed else 1
 
 
 if __name__ == "__main__":

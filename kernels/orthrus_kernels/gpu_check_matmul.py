@@ -1,10 +1,11 @@
-"""The matrix products' part of gpu_check: right, the same bits for any rows, and how fast."""
+"""The matrix products' part of gpu_check: right, and the same bits for any rows."""
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -12,61 +13,23 @@ from torch import Tensor
 
 from orthrus_kernels import reference
 from orthrus_kernels.activation_rows import Int8Rows, new_int8_rows
-from orthrus_kernels.activations import interleave
-from orthrus_kernels.dispatch import (
-    INT8_TYPES,
-    Choice,
-    Tile,
-    choose,
-    fit_tile,
-    layout_for,
-    load_table,
-    safe_tile,
-    split_for,
-)
-from orthrus_kernels.gpu_check import Check, Figure, Machine, median_time
-from orthrus_kernels.matmul import Activations, head_argmax, matmul, sum_partials
+from orthrus_kernels.activations import deinterleave, interleave
+from orthrus_kernels.dispatch import INT8_TYPES, Tile, Use, fit_tile, safe_tile, split_for
+from orthrus_kernels.gpu_check_report import Check, Machine
+from orthrus_kernels.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
+from orthrus_kernels.matmul_dequantize import dequantize
 from orthrus_kernels.ops import quantize_rows
-from orthrus_kernels.packing import pack
+from orthrus_kernels.packing import interleave_rows, pack
 from orthrus_kernels.quant_tensor import PLAIN_TYPES, TRAITS, Layout, QuantTensor, row_bytes
 
 _T = GGMLQuantizationType
-
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 LIMIT = {Layout.A16: 1e-5, Layout.A8: 5e-4}
 """NMSE against float64."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """The matrices that one pass reads: name -> (rows, k, times)."""
-
-    name: str
-    matrices: dict[str, tuple[int, int, int]]
-
-
-def qwen3(name: str, layers: int, width: int, heads: int, hidden: int) -> Model:
-    """A Qwen3 of head size 128 and 8 KV heads."""
-    return Model(
-        name,
-        {
-            "qkv": ((heads + 16) * 128, width, layers),
-            "o": (width, heads * 128, layers),
-            "gate+up": (2 * hidden, width, layers),
-            "down": (width, hidden, layers),
-            "head": (151936, width, 1),
-        },
-    )
-
-
-MODELS = (
-    qwen3("1.7B", 28, 2048, 16, 6144),
-    qwen3("4B", 36, 2560, 32, 9728),
-    qwen3("8B", 36, 4096, 32, 12288),
-)
-
-TIMED_TYPES = (_T.Q4_K, _T.Q5_K, _T.Q6_K, _T.Q8_0)
+MAIN_TYPES = (_T.Q4_K, _T.Q6_K, _T.Q5_K, _T.Q8_0)
+"""Checked first, and timed."""
 
 _SCALE_BYTES = {
     _T.Q4_K: (0, 2),
@@ -99,82 +62,162 @@ def activations(x: Tensor, layout: Layout) -> Activations:
     if layout is Layout.A16:
         return interleave(x)
     rows, k = x.shape
-    flat = new_int8_rows(k // 32, rows * 32, x.device)  # groups outermost
-    by_group = Int8Rows(
-        flat.quants.transpose(0, 1), flat.scales.transpose(0, 1), flat.sums.transpose(0, 1)
-    )
+    # Groups outermost, and strides that do not follow the rows: triton compiles for strides.
+    flat = new_int8_rows(k // 32, 32 * max(64, rows), x.device)
+    parts = (flat.quants, flat.scales, flat.sums)
+    quants, scales, sums = (part.transpose(0, 1)[:rows] for part in parts)
+    by_group = Int8Rows(quants, scales, sums)
     quantize_rows(x, by_group)
     return by_group
 
 
-def _numbers(rows: int, k: int, device: str) -> Tensor:
+def numbers(rows: int, k: int, device: str) -> Tensor:
+    """f16 [rows, k] in natural order."""
     generator = torch.Generator(device=device).manual_seed(k)
     return torch.randn(rows, k, generator=generator, device=device).half()
 
 
-def _cases() -> Iterator[tuple[GGMLQuantizationType, Layout]]:
-    for kind in (*TRAITS, *PLAIN_TYPES):
-        yield kind, Layout.A16
-        if kind in INT8_TYPES:
-            yield kind, Layout.A8
+Case = tuple[Machine, GGMLQuantizationType, Layout]
 
 
-def _tile(machine: Machine, kind: GGMLQuantizationType, layout: Layout, rows: int, n: int) -> Tile:
-    return fit_tile(safe_tile(layout, kind, rows, machine.capability), n)
+def _cases(machine: Machine, main: bool) -> list[Case]:
+    """Types and layouts: the main ones, or all others."""
+    kinds = [kind for kind in (*TRAITS, *PLAIN_TYPES) if (kind in MAIN_TYPES) == main]
+    if machine.tiny:
+        kinds = [_T.Q4_K] if main else [_T.Q2_K, _T.IQ4_XS]
+    return [
+        (machine, kind, layout)
+        for kind in kinds
+        for layout in Layout
+        if layout is Layout.A16 or kind in INT8_TYPES
+    ]
 
 
-def checks(machine: Machine) -> Iterator[Check]:
-    """Right against float64, and the same bits however many rows share the launch."""
-    n, k = (128, 512) if machine.tiny else (4096, 4096)
-    kinds = [(_T.Q4_K, layout) for layout in Layout] if machine.tiny else list(_cases())
-    for kind, layout in kinds:
-        weight = pack(random_rows(kind, n, k, machine.device), kind, k, layout)
-        yield from _correct(machine, weight)
-        yield _invariant(machine, weight)
+def main_checks(machine: Machine) -> Iterator[Check]:
+    """The types of ordinary files."""
+    yield from _checked(machine, _cases(machine, main=True))
     yield _large_head(machine)
 
 
-def _correct(machine: Machine, weight: QuantTensor) -> Iterator[Check]:
+def other_checks(machine: Machine) -> Iterator[Check]:
+    """Every other type."""
+    yield from _checked(machine, _cases(machine, main=False))
+
+
+def _checked(machine: Machine, cases: list[Case]) -> Iterator[Check]:
+    """`case_checks` of every case, in several processes: most of the time goes into compiling."""
+    if machine.device == "cpu" or machine.tiny:
+        for case in cases:
+            yield from case_checks(case)
+        return
+    workers = max(1, min(8, len(cases), (os.cpu_count() or 2) // 2))
+    # Leaving the block ends the processes, also when the caller's time is up.
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        for checks in pool.imap_unordered(case_checks, cases):
+            yield from checks
+
+
+def case_checks(case: Case) -> list[Check]:
+    """All checks of one type and layout; an exception is a failed check."""
+    machine, kind, layout = case
+    name = f"{kind.name} {layout.value}"
+    found: list[Check] = []
+    try:
+        n, k = (128, 512) if machine.tiny else (2048, 4096)
+        raw = random_rows(kind, n, k, machine.device)
+        weight = pack(raw, kind, k, layout)
+        host = pack(raw.cpu(), kind, k, layout)
+        same = all(torch.equal(weight.planes[p].cpu(), host.planes[p]) for p in host.planes)
+        found.append(Check(f"{name} packed on the device as on the host", same))
+        found += _correct(machine, weight, raw)
+        found.append(_invariant(machine, weight))
+        if kind in MAIN_TYPES and not machine.tiny:
+            _compile_for_times(machine, weight)
+    except Exception as error:
+        found.append(Check(name, False, f"{type(error).__name__}: {str(error)[:300]}"))
+    return found
+
+
+def _tile(
+    machine: Machine, weight: QuantTensor, rows: int, use: Use = Use.MATMUL, wide: bool = False
+) -> Tile:
+    """The tile of the runtime, or the same with twice the rows of W and twice the warps."""
+    tile = safe_tile(weight.layout, weight.type, rows, machine.capability, use)
+    if wide:
+        tile = Tile(tile.rows, 2 * tile.n, min(8, 2 * tile.warps), tile.stages)
+    return fit_tile(tile, weight.rows)
+
+
+def _nmse(found: Tensor, expected: Tensor) -> float:
+    return float(((found.double() - expected) ** 2).sum() / (expected**2).sum())
+
+
+def _correct(machine: Machine, weight: QuantTensor, raw: Tensor) -> Iterator[Check]:
     rows = 5 if machine.tiny else 64
-    x = _numbers(rows, weight.k, machine.device)
+    name, limit = f"{weight.type.name} {weight.layout.value}", LIMIT[weight.layout]
+    x = numbers(rows, weight.k, machine.device)
     given = activations(x, weight.layout)
-    tile = _tile(machine, weight.type, weight.layout, rows, weight.rows)
+    tile = _tile(machine, weight, rows)
+    weights = reference.dequantize(weight).double()
+    expected = x.double() @ weights.T
     out = torch.full((2, rows, weight.rows), float("nan"), device=machine.device)
-    found = sum_partials(matmul(given, weight, tile, split=2, out=out)).double()
-    expected = x.double() @ reference.dequantize(weight).double().T
-    error = float(((found - expected) ** 2).sum() / (expected**2).sum())
-    name = f"{weight.type.name} {weight.layout.value} against float64"
-    yield Check(name, error < LIMIT[weight.layout], f"NMSE {error:.1e}")
-    best = head_argmax(given, weight, tile)
+    error = _nmse(sum_partials(matmul(given, weight, tile, split=2, out=out)), expected)
+    yield Check(f"{name} against float64", error < limit, f"NMSE {error:.1e}")
+    both = matmul(given, weight, tile, second=weight)[0]
+    error = _nmse(both, torch.cat([expected, expected], 1))
+    yield Check(f"{name} two matrices in a launch", error < limit, f"NMSE {error:.1e}")
+    best = head_argmax(given, weight, _tile(machine, weight, rows, Use.HEAD))
     logits = matmul(given, weight, tile)[0]
     first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
-    yield Check(
-        f"{weight.type.name} {weight.layout.value} argmax", torch.equal(best.tokens, first.int())
-    )
+    yield Check(f"{name} argmax", torch.equal(best.tokens, first.int()))
+    dense = dequantize(weight)
+    if weight.layout is Layout.A16 or weight.type in PLAIN_TYPES:
+        dense = deinterleave(dense, weight.k)
+    error = _nmse(dense, weights)
+    yield Check(f"{name} dequantized", error < 1e-6, f"NMSE {error:.1e}")
+    half = weight.rows // 2
+    pair = pack(interleave_rows(raw[:half], raw[half:]), weight.type, weight.k, weight.layout)
+    target = new_int8_rows(rows, half, machine.device) if weight.layout is Layout.A8 else None
+    gated = gate_up(given, pair, _tile(machine, pair, rows, Use.GATE_UP), out=target)
+    wanted = torch.nn.functional.silu(expected[:, :half]) * expected[:, half:]
+    error = _nmse(reference.natural_rows(gated, half), wanted)
+    yield Check(f"{name} gate and up", error < LIMIT[Layout.A8], f"NMSE {error:.1e}")
 
 
 def _invariant(machine: Machine, weight: QuantTensor) -> Check:
     """Each row's bits, at any number of rows and any tile."""
     most = 5 if machine.tiny else 64
-    x = _numbers(most, weight.k, machine.device)
+    x = numbers(most, weight.k, machine.device)
     split = split_for(weight.rows, weight.k)
-    layout, kind = weight.layout, weight.type
 
-    def product(rows: int, tile_rows: int, n: int) -> Tensor:
-        safe = _tile(machine, kind, layout, tile_rows, weight.rows)
-        tile = safe if n == 0 else Tile(tile_rows, n, safe.warps, safe.stages)
-        return matmul(activations(x[:rows], layout), weight, tile, split)
+    def product(rows: int, tile_rows: int, wide: bool) -> Tensor:
+        tile = _tile(machine, weight, tile_rows, wide=wide)
+        return matmul(activations(x[:rows], weight.layout), weight, tile, split)
 
-    whole = product(most, 32, 0)
-    counts = (1, 3) if machine.tiny else (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 48, 63, 64)
+    whole = product(most, 32, False)
+    counts = (1, 3) if machine.tiny else (1, 2, 3, 4, 5, 8, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64)
     tiles = (16,) if machine.tiny else (16, 32, 64)
-    differing = [
-        f"{rows} rows in tiles of {tile_rows}"
-        for rows, tile_rows in itertools.product(counts, tiles)
-        if not torch.equal(product(rows, tile_rows, 0), whole[:, :rows])
-    ]
+    shapes = [(tile_rows, False) for tile_rows in tiles]
+    if weight.type in MAIN_TYPES and not machine.tiny:
+        shapes.append((32, True))
+    differing = []
+    for rows, (tile_rows, wide) in itertools.product(counts, shapes):
+        found = product(rows, tile_rows, wide)
+        if not torch.equal(found, whole[:, :rows]):
+            most_off = float((found - whole[:, :rows]).abs().max())
+            differing.append(
+                f"{rows} rows in tiles of {tile_rows}{' (wide)' if wide else ''} by {most_off:.1e}"
+            )
     detail = "; ".join(differing[:4]) or f"{len(counts)} row counts, tiles of {tiles}"
-    return Check(f"{kind.name} {layout.value} rows bit for bit", not differing, detail)
+    name = f"{weight.type.name} {weight.layout.value} rows bit for bit"
+    return Check(name, not differing, detail)
+
+
+def _compile_for_times(machine: Machine, weight: QuantTensor) -> None:
+    """Leave in triton's cache what gpu_check_times runs, while other processes compile too."""
+    for rows, split in itertools.product((16, 32, 64), (1, 2, 4)):
+        given = activations(numbers(rows, weight.k, machine.device), weight.layout)
+        matmul(given, weight, _tile(machine, weight, rows), split)
 
 
 def _large_head(machine: Machine) -> Check:
@@ -185,60 +228,8 @@ def _large_head(machine: Machine) -> Check:
     whole = plane.new_zeros(n // 64, *plane.shape[1:])
     whole[-1:] = plane
     weight = QuantTensor(_T.F16, n, k, Layout.A16, {"main": whole})
-    given = activations(_numbers(rows, k, machine.device), Layout.A16)
-    logits = matmul(given, weight, _tile(machine, _T.F16, Layout.A16, rows, n))[0]
-    expected = matmul(given, last, _tile(machine, _T.F16, Layout.A16, rows, 64))[0]
+    given = activations(numbers(rows, k, machine.device), Layout.A16)
+    logits = matmul(given, weight, _tile(machine, weight, rows))[0]
+    expected = matmul(given, last, _tile(machine, last, rows))[0]
     passed = torch.equal(logits[:, -64:], expected) and not bool(logits[:, :-64].any())
     return Check(f"head of {n} x {k} F16", passed, "the last 64 logits, and zeros before them")
-
-
-def figures(machine: Machine) -> Iterator[Figure]:
-    """Time per matrix and per pass, for every model, type and number of rows."""
-    models = MODELS[:1] if machine.tiny else MODELS
-    for model, kind in itertools.product(models, TIMED_TYPES):
-        layouts = {layout_for(kind, machine.capability), Layout.A16}
-        if kind in INT8_TYPES:
-            layouts.add(Layout.A8)
-        for layout in sorted(layouts, key=lambda item: item.value):
-            yield from _model_figures(machine, model, kind, layout)
-
-
-def _model_figures(
-    machine: Machine, model: Model, kind: GGMLQuantizationType, layout: Layout
-) -> Iterator[Figure]:
-    ceiling = machine.copy_bytes_per_second or 1.0
-    total = dict.fromkeys(ROWS, 0.0)
-    total_bytes = 0
-    name = f"{model.name} {kind.name} {layout.value}"
-    for matrix, (n, k, times) in model.matrices.items():
-        weight = pack(random_rows(kind, n, k, machine.device), kind, k, layout)
-        total_bytes += weight.nbytes * times
-        for rows in ROWS:
-            ms = _time(machine, weight, rows)
-            total[rows] += ms * times
-            speed = weight.nbytes / ms * 1e3
-            if rows in (1, 32, 64):
-                note = f"{speed / 1e9:.0f} GB/s, {speed / ceiling:.0%} of the copy ceiling"
-                yield Figure(f"{name} {matrix} {n}x{k}, {rows} rows", ms, "ms", note)
-    for rows in ROWS:
-        share = total_bytes / total[rows] * 1e3 / ceiling
-        note = f"{share:.0%} of the copy ceiling, {total[rows] / total[1]:.2f} of one row"
-        yield Figure(f"{name} pass, {rows} rows", total[rows], "ms", note)
-    yield Figure(f"{name} flatness t(32)/t(1)", total[32] / total[1], "x")
-    yield Figure(f"{name} flatness t(64)/t(1)", total[64] / total[1], "x")
-
-
-def _time(machine: Machine, weight: QuantTensor, rows: int) -> float:
-    """Median milliseconds of one product with the tile that the runtime would use."""
-    chosen: Choice = choose(
-        rows,
-        weight.type,
-        weight.rows,
-        weight.k,
-        machine.capability,
-        load_table(machine.name),
-        weight.layout,
-    )
-    given = activations(_numbers(rows, weight.k, machine.device), weight.layout)
-    out = torch.empty(chosen.split, rows, weight.rows, device=machine.device)
-    return median_time(lambda: matmul(given, weight, chosen.tile, chosen.split, out=out))

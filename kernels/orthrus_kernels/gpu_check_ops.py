@@ -23,11 +23,14 @@ from orthrus_kernels import (
 )
 from orthrus_kernels import rows as planning
 from orthrus_kernels.activation_rows import new_f16_rows, new_int8_rows
-from orthrus_kernels.gpu_check import Check, Figure, Machine, median_time
+from orthrus_kernels.gpu_check_report import Check, Figure, Machine, median_time
 from orthrus_kernels.kv_cache import FORMATS, KvPlanes, new_planes
 
 N_HEAD, HEADS, HEAD_DIM, WIDTH, VOCAB = 32, 8, 128, 4096, 151_936
 EPS = 1e-6
+
+ROW_COUNTS = ((1, 0), (16, 0), (32, 0), (64, 0), (32, 32))
+"""Timed: AR rows, and rows of a diffusion block in the same launch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,22 +298,22 @@ def commit_state() -> list[Tensor]:
 
 def figures(machine: Machine) -> Iterator[Figure]:
     """Times of one layer's attention, of the small ops, of sampling and of a commit."""
-    if machine.device == "cpu":
-        return
+    contexts = (37,) if machine.tiny else (512, 2048, 8192, 32_768, 65_536)
     for type_name in FORMATS:
-        for context in (512, 4096) if machine.tiny else (512, 2048, 8192, 32_768, 65_536):
-            for rows in (1, 32, 64):
-                full = dataclasses.replace(machine, tiny=False)
-                case = verify_and_draft(full, type_name, context, rows, 0)
-                yield attention_figure(machine, case, f"{type_name}, {context}, {rows} rows")
+        for context in contexts:
+            for ar_rows, block_rows in ((1, 0), (2, 2)) if machine.tiny else ROW_COUNTS:
+                case = verify_and_draft(machine, type_name, context, ar_rows, block_rows)
+                rows = f"{ar_rows} rows" + (f" and a block of {block_rows}" if block_rows else "")
+                yield attention_figure(machine, case, f"{type_name}, {context}, {rows}")
     yield from small_figures(machine)
 
 
 def attention_figure(machine: Machine, case: Pass, name: str) -> Figure:
     """Microseconds, beside the bytes of the cache at the copy ceiling."""
     rows = case.q.shape[0]
-    out = new_f16_rows(rows, N_HEAD * HEAD_DIM, machine.device)
-    scratch = attention.new_attention_scratch(64, N_HEAD, HEADS, HEAD_DIM, machine.device)
+    n_head, heads = case.q.shape[1], case.keys.heads
+    out = new_f16_rows(rows, n_head * HEAD_DIM, machine.device)
+    scratch = attention.new_attention_scratch(64, n_head, heads, HEAD_DIM, machine.device)
     kernel: Callable[..., None] = attention.attention
     micros = median_time(lambda: kernel(*case.fields(), scratch, out)) * 1e3
     size = sum(
@@ -326,24 +329,26 @@ def attention_figure(machine: Machine, case: Pass, name: str) -> Figure:
 def small_figures(machine: Machine) -> Iterator[Figure]:
     """The launches between the products, at 1 and 32 rows."""
     device = machine.device
-    for rows in (1, 32):
-        partials = torch.randn(4, rows, WIDTH, device=device)
-        x, weight = torch.randn(rows, WIDTH, device=device), torch.ones(WIDTH, device=device)
-        out = new_f16_rows(rows, WIDTH, device)
+    width, n_vocab = (256, 300) if machine.tiny else (WIDTH, VOCAB)
+    for rows in (1, 2) if machine.tiny else (1, 32):
+        partials = torch.randn(4, rows, width, device=device)
+        x, weight = torch.randn(rows, width, device=device), torch.ones(width, device=device)
+        out = new_f16_rows(rows, width, device)
         time = median_time(lambda: ops.residual_norm(partials, x, weight, EPS, out))  # noqa: B023
         yield Figure(f"residual_norm, {rows} rows", time * 1e3, "us")
         for name in SAMPLERS:
-            yield Figure(f"sampling {name}, {rows} rows", sampling_time(name, rows, device), "us")
+            micros = sampling_time(name, rows, n_vocab, device)
+            yield Figure(f"sampling {name}, {rows} rows", micros, "us")
     state = [t.to(device) for t in commit_state()]
     drawn = torch.zeros(8, dtype=torch.int32, device=device)
     yield Figure("accept", median_time(lambda: commit.accept(drawn, *state)) * 1e3, "us")
 
 
-def sampling_time(name: str, rows: int, device: str) -> float:
-    """Microseconds for `rows` rows of the full vocabulary."""
-    logits, positions, history = sampling_problem(rows, VOCAB, device)
-    parameters = sampler(name, VOCAB, device)
-    scratch = sample.new_sample_scratch(rows, VOCAB, device)
+def sampling_time(name: str, rows: int, n_vocab: int, device: str) -> float:
+    """Microseconds for `rows` rows of a vocabulary."""
+    logits, positions, history = sampling_problem(rows, n_vocab, device)
+    parameters = sampler(name, n_vocab, device)
+    scratch = sample.new_sample_scratch(rows, n_vocab, device)
     out = torch.zeros(rows, dtype=torch.int32, device=device)
     return 1e3 * median_time(
         lambda: sample.sample(logits, positions, history, parameters, scratch, out)

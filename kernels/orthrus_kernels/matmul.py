@@ -25,7 +25,7 @@ from orthrus_kernels.quant_tensor import PLAIN_TYPES, STEP, TRAITS, Layout, Quan
 Activations = Tensor | Int8Rows
 """For A16 weights f16 [rows, padded k], interleaved (activations.py); for A8 weights Int8Rows."""
 
-Kind = tuple[int, int, int, int, int, bool]
+Kind = tuple[int, int, int, int, int, bool, bool]
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Best:
 
 
 def kind_of(kind: GGMLQuantizationType) -> Kind:
-    """What the kernels specialise on: main bits, high bits, scale form, bias, scale bias, min."""
+    """What kernels specialise on: main and high bits, scale form, bias, scale bias, min, table."""
     if kind in PLAIN_TYPES:
-        return (16, 0, 0, 0, 0, False)
+        return (16, 0, 0, 0, 0, False, False)
     traits = TRAITS[kind]
     return (
         traits.main_bits,
@@ -50,6 +50,7 @@ def kind_of(kind: GGMLQuantizationType) -> Kind:
         traits.bias,
         traits.scale_bias,
         traits.has_min,
+        traits.table,
     )
 
 

@@ -135,7 +135,7 @@ def sum_matrix(
     return acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def matmul_a16(
     x,
     a_main,
@@ -192,7 +192,7 @@ def matmul_a16(
     store_partial(out, acc, first, stop, rows_m, mask_m, a_n + b_n, split_stride, BN)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def gate_up_a16(
     x,
     main,
@@ -230,7 +230,7 @@ def gate_up_a16(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def head_a16(
     x,
     main,

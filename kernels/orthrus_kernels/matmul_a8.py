@@ -15,105 +15,46 @@ import triton.language as tl
 
 from orthrus_kernels.matmul_outputs import store_best, store_gated, store_partial
 from orthrus_kernels.matmul_weights import half_bits, small_half
+from orthrus_kernels.matmul_weights_a8 import (
+    group_scales,
+    product_codes,
+    repeated_mins,
+    signed_codes,
+)
 
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)
 
 
-def _signed_text(main_bits: int, high_bits: int, bias: int, r: int, j: int) -> str:
-    """Assembly: four signed codes in $0 from four main bytes $1 (and high bytes $2)."""
-    if main_bits == 8:
-        return "{ xor.b32 $0, $1, 0x80808080; }"
-    shift = (4 * j if main_bits == 4 else 4 * (r % 2) + 2 * j) - high_bits
-    mask = (((1 << main_bits) - 1) << high_bits) * 0x01010101
-    text = f"shf.r.wrap.b32 t, $1, $1, {shift % 32}; "
-    # The sign bit is set here so that taking the bias off cannot borrow from the next byte.
-    top = 0x80808080 if bias else 0
-    text += f"lop3.b32 t, t, {mask}, {top}, 0xEA; "
-    if high_bits:
-        high_shift = 2 * r + j if high_bits == 1 else 4 * (r % 2) + 2 * j
-        high_mask = ((1 << high_bits) - 1) * 0x01010101
-        text += f"shr.u32 u, $2, {high_shift}; lop3.b32 t, u, {high_mask}, t, 0xEA; "
-    if bias:
-        text += f"sub.u32 t, t, {bias * 0x01010101}; xor.b32 t, t, 0x80808080; "
-    return "{ .reg .b32 t, u; " + text + "mov.b32 $0, t; }"
-
-
-def _signed_texts(main_bits: int, high_bits: int, bias: int) -> tl.constexpr:
-    return tl.constexpr(
-        tuple(_signed_text(main_bits, high_bits, bias, r, j) for r in range(4) for j in range(2))
-    )
-
-
-_ASM_8 = _signed_texts(8, 0, 128)
-_ASM_4 = _signed_texts(4, 0, 0)
-_ASM_4_BIAS = _signed_texts(4, 0, 8)
-_ASM_41 = _signed_texts(4, 1, 0)
-_ASM_41_BIAS = _signed_texts(4, 1, 16)
-_ASM_42 = _signed_texts(4, 2, 32)
-_ASM_21 = _signed_texts(2, 1, 4)
-
-
 @triton.jit
-def _bytes(TEXT: tl.constexpr, a):
-    return tl.inline_asm_elementwise(TEXT, "=r,r", [a], tl.int8, is_pure=True, pack=4)
-
-
-@triton.jit
-def _bytes2(TEXT: tl.constexpr, a, b):
-    return tl.inline_asm_elementwise(TEXT, "=r,r,r", [a, b], tl.int8, is_pure=True, pack=4)
-
-
-@triton.jit
-def signed_codes(
-    main, high, R: tl.constexpr, J: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr
-):
-    """int8 codes (bias taken off) of the group (R, J), from its bytes of each plane."""
-    AT: tl.constexpr = R * 2 + J
-    if ASM:
-        if KIND[0] == 8:
-            codes = _bytes(_ASM_8[AT], main)
-        elif KIND[0] == 2:
-            codes = _bytes2(_ASM_21[AT], main, high)
-        elif KIND[1] == 0:
-            codes = _bytes(_ASM_4[AT] if KIND[3] == 0 else _ASM_4_BIAS[AT], main)
-        elif KIND[1] == 1:
-            codes = _bytes2(_ASM_41[AT] if KIND[3] == 0 else _ASM_41_BIAS[AT], main, high)
-        else:
-            codes = _bytes2(_ASM_42[AT], main, high)
-    else:
-        if KIND[0] == 8:
-            code = main.to(tl.int32)
-        elif KIND[0] == 4:
-            code = (main.to(tl.int32) >> (4 * J)) & 15
-        else:
-            code = (main.to(tl.int32) >> (4 * (R % 2) + 2 * J)) & 3
-        if KIND[1] == 1:
-            code = (code << 1) | ((high.to(tl.int32) >> (2 * R + J)) & 1)
-        elif KIND[1] == 2:
-            code = (code << 2) | ((high.to(tl.int32) >> (4 * (R % 2) + 2 * J)) & 3)
-        codes = (code - KIND[3]).to(tl.int8)
-    return codes
+def exact_dot(codes, xs, shape):
+    """f32 codes . xs, exact."""
+    start = tl.full(shape, MAGIC_BITS, tl.int32)
+    total = tl.dot(codes, xs, start, out_dtype=tl.int32)
+    return total.to(tl.float32, bitcast=True) - MAGIC
 
 
 @triton.jit
 def add_dot(acc, codes, xs, scale, dx):
     """acc + (codes . xs) * scale[n] * dx[m], the dot exact."""
-    start = tl.full(acc.shape, MAGIC_BITS, tl.int32)
-    total = tl.dot(codes, xs, start, out_dtype=tl.int32)
-    exact = total.to(tl.float32, bitcast=True) - MAGIC
-    return tl.fma(exact * scale[:, None], dx[None, :], acc)
+    return tl.fma(exact_dot(codes, xs, acc.shape) * scale[:, None], dx[None, :], acc)
 
 
 @triton.jit
-def group_scales(word, d, J: tl.constexpr, H: tl.constexpr, KIND: tl.constexpr):
-    """f32 scale of group (J) or half group (J, H) from the scale word of a run."""
-    if KIND[2] == 0:
-        scale = half_bits((word >> (16 * J)) & 0xFFFF).to(tl.float32)
+def add_products(
+    acc, main, high, halves, xs, d, low, dx,
+    R: tl.constexpr, J: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """acc + a group of a type whose scales go into the integers; low: -dmin[n]."""
+    codes = product_codes(main, high, halves, R, J, KIND, ASM, BN)
+    if KIND[5]:
+        mins = exact_dot(repeated_mins(halves, R, J, ASM, BN), xs, acc.shape) * low[:, None]
+        scale = tl.broadcast_to(d[:, None], acc.shape)
+        both = tl.fma(exact_dot(codes, xs, acc.shape), scale, mins)
+        acc = tl.fma(both, tl.broadcast_to(dx[None, :], acc.shape), acc)
     else:
-        code = word >> 16 * J & 255 if KIND[2] == 1 else word >> 16 * J + 8 * H & 255
-        scale = (small_half(code) - (1024.0 + KIND[4])).to(tl.float32) * d
-    return scale
+        acc = add_dot(acc, codes, xs, -d, dx)
+    return acc
 
 
 @triton.jit
@@ -159,6 +100,7 @@ def sum_int8(
     high_at = high + row[:, None] * (32 * HIGH) + kk[None, :]
     words_at = scales + first_row * 4 + inside
     supers_at = supers + row
+    halves_at = scales + (first_row * 4 + inside * 2)[:, None] + tl.arange(0, 2)[None, :]
     m = rows_m.to(tl.int64)
     x_at = x + m[None, :] * row_stride + kk[:, None]
     x_scales_at = x_scales + m * scale_row_stride
@@ -171,7 +113,10 @@ def sum_int8(
         super_word = tl.zeros((BN,), tl.uint32) if KIND[2] == 0 else tl.load(supers_at + step * 64)
         d = half_bits(super_word & 0xFFFF).to(tl.float32)
         for r in tl.static_range(4):
-            word = tl.load(words_at + (step * 256 + r * 64))
+            if MAIN == 2 and r % 2 == 0:
+                halves = tl.load(halves_at + (step * 256 + r * 64))
+            if MAIN != 2:
+                word = tl.load(words_at + (step * 256 + r * 64))
             if MAIN == 2:
                 main_tile = tl.load(main_at + (main_step + (r // 2) * 32))
             else:
@@ -189,8 +134,14 @@ def sum_int8(
                 there = mask_m & (group < groups) if K_TAIL else mask_m
                 at = group.to(tl.int64)
                 dx = tl.load(x_scales_at + at * scale_group_stride, mask=there, other=0.0)
-                codes = signed_codes(main_tile, high_tile, r, j, KIND, ASM)
-                if KIND[2] == 2:
+                if MAIN == 2:
+                    xs = tl.load(x_at + at * group_stride, mask=there[None, :], other=0)
+                    low = -half_bits(super_word >> 16).to(tl.float32)
+                    acc = add_products(
+                        acc, main_tile, high_tile, halves, xs, d, low, dx, r, j, KIND, ASM, BN
+                    )
+                elif KIND[2] == 2:
+                    codes = signed_codes(main_tile, high_tile, r, j, KIND, ASM)
                     # A scale per 16: two dots, each with the other half of x left at zero.
                     first = there[None, :] & first_half
                     xs = tl.load(x_at + at * group_stride, mask=first, other=0)
@@ -199,9 +150,10 @@ def sum_int8(
                     xs = tl.load(x_at + at * group_stride, mask=second, other=0)
                     acc = add_dot(acc, codes, xs, group_scales(word, d, j, 1, KIND), dx)
                 else:
+                    codes = signed_codes(main_tile, high_tile, r, j, KIND, ASM)
                     xs = tl.load(x_at + at * group_stride, mask=there[None, :], other=0)
                     acc = add_dot(acc, codes, xs, group_scales(word, d, j, 0, KIND), dx)
-                if KIND[5]:
+                if KIND[5] and MAIN != 2:
                     sums = tl.load(x_sums_at + at * scale_group_stride, mask=there, other=0.0)
                     low_code = (word >> (16 * j + 8)) & 0xFF
                     dmin = half_bits(super_word >> 16).to(tl.float32)
@@ -210,7 +162,7 @@ def sum_int8(
     return acc
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def matmul_a8(
     x,
     x_scales,
@@ -274,7 +226,7 @@ def matmul_a8(
     store_partial(out, acc, first, stop, rows_m, mask_m, a_n + b_n, split_stride, BN)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def gate_up_a8(
     x,
     x_scales,
@@ -321,7 +273,7 @@ def gate_up_a8(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def head_a8(
     x,
     x_scales,

@@ -1,4 +1,4 @@
-"""The matrix products as cases for `orthrus_kernels.offline`: every type, tile and architecture."""
+"""The matrix products as cases for `orthrus_kernels.offline`: a short list, how to make more."""
 
 from __future__ import annotations
 
@@ -58,21 +58,6 @@ def _constants(layout: Layout, tile: Tile, asm: bool) -> dict[str, Any]:
     return constants
 
 
-def _capability_tiles(
-    kind: GGMLQuantizationType,
-    layout: Layout,
-    rows: int,
-    only: tuple[int, ...],
-    use: Use = Use.MATMUL,
-) -> dict[Tile, tuple[int, ...]]:
-    """The safe tile of each architecture -> the architectures that use it."""
-    tiles: dict[Tile, tuple[int, ...]] = {}
-    for capability in only:
-        tile = safe_tile(layout, kind, rows, capability, use)
-        tiles[tile] = (*tiles.get(tile, ()), capability)
-    return tiles
-
-
 def _case(
     name: str,
     functions: dict[Layout, Any],
@@ -101,16 +86,69 @@ _GATE_UP = {Layout.A16: matmul_a16.gate_up_a16, Layout.A8: matmul_a8.gate_up_a8}
 _HEAD = {Layout.A16: matmul_a16.head_a16, Layout.A8: matmul_a8.head_a8}
 
 
-def matmul_cases(
+VARIANTS = {
+    "matmul": Use.MATMUL,
+    "logits": Use.MATMUL,
+    "gate+up": Use.GATE_UP,
+    "gate+up to int8": Use.GATE_UP,
+    "head": Use.HEAD,
+}
+"""What is made of the sums, and whose tile it takes. logits: a product that is not split."""
+
+PAIRS = (
+    (_T.Q4_K, _T.Q6_K),
+    (_T.Q5_K, _T.Q6_K),
+    (_T.Q3_K, _T.Q5_K),
+    (_T.Q2_K, _T.Q4_K),
+    (_T.IQ4_XS, _T.Q5_K),
+)
+"""Types of Q and K, and of V, in llama.cpp's mixes: one launch for both."""
+
+
+def product_cases(
+    variant: str,
     kind: GGMLQuantizationType,
     layout: Layout,
     rows: int,
-    second: GGMLQuantizationType | None = None,
-    asm: bool = True,
-    tiles: dict[Tile, tuple[int, ...]] | None = None,
     only: tuple[int, ...] = CAPABILITIES,
+    second: GGMLQuantizationType | None = None,
+    tiles: dict[Tile, tuple[int, ...]] | None = None,
+    asm: bool = True,
 ) -> list[KernelCase]:
-    """Cases of `matmul` for one type; `tiles` instead of the safe ones of each architecture."""
+    """Cases of one of VARIANTS, one per tile: `tiles`, or the safe ones of the architectures.
+
+    `second` continues the columns of a "matmul" with a matrix of another type.
+    """
+    name = variant.replace("gate+up", f"gate+up {kind.name}")
+    if "gate+up" not in variant:
+        name = f"{variant} {kind.name}" + (f"+{second.name}" if second else "")
+    if variant in ("matmul", "logits"):
+        functions, signature, constants = _matmul(kind, layout, second, variant)
+    elif variant == "head":
+        functions, signature, constants = _head(kind, layout)
+    else:
+        functions, signature, constants = _gate_up(kind, layout, variant.endswith("int8"))
+    if tiles is None:
+        tiles = {}
+        for capability in only:
+            tile = safe_tile(layout, kind, rows, capability, VARIANTS[variant], second)
+            tiles[tile] = (*tiles.get(tile, ()), capability)
+    return [
+        _case(name, functions, layout, tile, capabilities, signature, constants, kind, asm)
+        for tile, capabilities in tiles.items()
+    ]
+
+
+Parts = tuple[dict[Layout, Any], dict[str, str], dict[str, Any]]
+"""Kernels, signature, constants."""
+
+
+def _matmul(
+    kind: GGMLQuantizationType,
+    layout: Layout,
+    second: GGMLQuantizationType | None,
+    variant: str,
+) -> Parts:
     signature = {
         **_planes("a_", layout, kind),
         **_planes("b_", layout, second or kind),
@@ -119,18 +157,12 @@ def matmul_cases(
         "b_n": "i32:16",
         "split_stride": "i64:16",
     }
-    constants = {"A": kind_of(kind), "B": kind_of(second) if second else None, "SPLIT": 2}
-    name = f"matmul {kind.name}" + (f"+{second.name}" if second else "")
-    tiles = tiles or _capability_tiles(kind, layout, rows, only)
-    return [
-        _case(name, _MATMUL, layout, tile, capabilities, signature, constants, kind, asm)
-        for tile, capabilities in tiles.items()
-    ]
+    split = 2 if variant == "matmul" else 1
+    constants = {"A": kind_of(kind), "B": kind_of(second) if second else None, "SPLIT": split}
+    return _MATMUL, signature, constants
 
 
-def _gate_up_cases(
-    kind: GGMLQuantizationType, layout: Layout, int8: bool, only: tuple[int, ...]
-) -> list[KernelCase]:
+def _gate_up(kind: GGMLQuantizationType, layout: Layout, int8: bool) -> Parts:
     out_prefix = "" if layout is Layout.A16 else "out_"
     signature = {
         **_planes("", layout, kind),
@@ -140,29 +172,17 @@ def _gate_up_cases(
         "n_rows": "i32:16",
         **_strides(out_prefix),
     }
-    constants = {"KIND": kind_of(kind), "INT8": int8}
-    name = f"gate+up {kind.name}" + (" to int8" if int8 else "")
-    return [
-        _case(name, _GATE_UP, layout, tile, capabilities, signature, constants, kind)
-        for tile, capabilities in _capability_tiles(kind, layout, 32, only, Use.GATE_UP).items()
-    ]
+    return _GATE_UP, signature, {"KIND": kind_of(kind), "INT8": int8}
 
 
-def _head_cases(
-    kind: GGMLQuantizationType, layout: Layout, only: tuple[int, ...]
-) -> list[KernelCase]:
+def _head(kind: GGMLQuantizationType, layout: Layout) -> Parts:
     signature = {
         **_planes("", layout, kind),
         "best": "*fp32",
         "best_at": "*i32",
         "n_rows": "i32:16",
     }
-    return [
-        _case(
-            f"head {kind.name}", _HEAD, layout, tile, caps, signature, {"KIND": kind_of(kind)}, kind
-        )
-        for tile, caps in _capability_tiles(kind, layout, 32, only, Use.HEAD).items()
-    ]
+    return _HEAD, signature, {"KIND": kind_of(kind)}
 
 
 def _other_cases() -> list[KernelCase]:
@@ -205,23 +225,24 @@ def _other_cases() -> list[KernelCase]:
     return [*cases, best]
 
 
-def _all_cases() -> tuple[KernelCase, ...]:
+def _short_list() -> tuple[KernelCase, ...]:
     cases: list[KernelCase] = []
     for kind in (*TRAITS, *PLAIN_TYPES):
         main = kind in (_T.Q4_K, _T.Q6_K)
         for rows in ROWS if main else (32,):
-            cases += matmul_cases(
-                kind, Layout.A16, rows, only=EVERY if rows == 32 and main else BOTH
-            )
+            only = EVERY if rows == 32 and main else BOTH
+            cases += product_cases("matmul", kind, Layout.A16, rows, only)
             if kind in INT8_TYPES:
                 wide = rows == 32 and kind in (_T.Q4_K, _T.Q8_0)
-                cases += matmul_cases(kind, Layout.A8, rows, only=GEFORCE if wide else (86,))
-    for layout, capabilities in ((Layout.A16, BOTH), (Layout.A8, (86,))):
-        cases += matmul_cases(_T.Q4_K, layout, 32, second=_T.Q6_K, only=capabilities)
-        cases += matmul_cases(_T.Q6_K, layout, 32, asm=False, only=(86,))
-        cases += _gate_up_cases(_T.Q4_K, layout, layout is Layout.A8, capabilities)
-        cases += _head_cases(_T.Q6_K, layout, capabilities)
+                cases += product_cases("matmul", kind, Layout.A8, rows, GEFORCE if wide else (86,))
+    for layout, cards in ((Layout.A16, BOTH), (Layout.A8, (86,))):
+        gate_up = "gate+up" if layout is Layout.A16 else "gate+up to int8"
+        cases += product_cases("matmul", _T.Q4_K, layout, 32, cards, second=_T.Q6_K)
+        cases += product_cases("matmul", _T.Q6_K, layout, 32, (86,), asm=False)
+        cases += product_cases(gate_up, _T.Q4_K, layout, 32, cards)
+        cases += product_cases("head", _T.Q6_K, layout, 32, cards)
     return (*cases, *_other_cases())
 
 
-CASES = _all_cases()
+CASES = _short_list()
+"""A selection that a test compiles every time; all of them: matmul_matrix.py."""

@@ -13,8 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from orthrus_kernels.matmul import kind_of, plane_arguments
-from orthrus_kernels.matmul_a8 import group_scales, signed_codes
 from orthrus_kernels.matmul_weights import half_bits, small_half, weights_half
+from orthrus_kernels.matmul_weights_a8 import (
+    group_scales,
+    product_codes,
+    repeated_mins,
+    signed_codes,
+)
 from orthrus_kernels.quant_tensor import PLAIN_TYPES, STEP, Layout, QuantTensor
 
 _ROWS = 64
@@ -126,6 +131,8 @@ def _dequantize_a8(
     out_at = out + n.to(tl.int64)[:, None] * row_stride + tl.program_id(1) * 256 + kk[None, :]
     super_word = tl.zeros((BN,), tl.uint32) if KIND[2] == 0 else tl.load(supers + row)
     d = half_bits(super_word & 0xFFFF).to(tl.float32)
+    dmin = half_bits(super_word >> 16).to(tl.float32)
+    halves_at = scales + step * 256 + inside[:, None] * 2 + tl.arange(0, 2)[None, :]
     for r in tl.static_range(4):
         word = tl.load(scales + step * 256 + r * 64 + inside)
         main_tile = tl.load(main_at + (r // 2 if MAIN == 2 else r) * 32)
@@ -133,16 +140,24 @@ def _dequantize_a8(
         for j in tl.static_range(2):
             if MAIN == 8 and j == 1:
                 main_tile = tl.load(main_at + 64 * PER_ROW + r * 32)
-            codes = signed_codes(main_tile, high_tile, r, j, KIND, False).to(tl.float32)
-            first = group_scales(word, d, j, 0, KIND)
-            if KIND[2] == 2:
-                second = group_scales(word, d, j, 1, KIND)
-                scale = tl.where((kk < 16)[None, :], first[:, None], second[:, None])
+            if MAIN == 2:
+                halves = tl.load(halves_at + (r // 2) * 128)
+                codes = product_codes(main_tile, high_tile, halves, r, j, KIND, False, BN)
+                w = codes.to(tl.float32) * (-d if HIGH else d)[:, None]
+                if KIND[5]:
+                    mins = repeated_mins(halves, r, j, False, BN).to(tl.float32)
+                    w = w - mins * dmin[:, None]
             else:
-                scale = tl.broadcast_to(first[:, None], (BN, 32))
-            w = codes * scale
-            if KIND[5]:
-                low = (small_half((word >> (16 * j + 8)) & 0xFF) - 1024.0).to(tl.float32)
-                w = w - (low * half_bits(super_word >> 16).to(tl.float32))[:, None]
+                codes = signed_codes(main_tile, high_tile, r, j, KIND, False).to(tl.float32)
+                first = group_scales(word, d, j, 0, KIND)
+                if KIND[2] == 2:
+                    second = group_scales(word, d, j, 1, KIND)
+                    scale = tl.where((kk < 16)[None, :], first[:, None], second[:, None])
+                else:
+                    scale = tl.broadcast_to(first[:, None], (BN, 32))
+                w = codes * scale
+                if KIND[5]:
+                    low = (small_half((word >> (16 * j + 8)) & 0xFF) - 1024.0).to(tl.float32)
+                    w = w - (low * dmin)[:, None]
             at = out_at + (r * 64 + j * 32)
             tl.store(at, w.to(tl.float16), mask=(n < n_rows)[:, None])

@@ -16,6 +16,48 @@ instead of 4.6 instructions per weight for Q6_K).
 import triton
 import triton.language as tl
 
+from orthrus_kernels.quant_tensor import IQ4_VALUES
+
+
+def table_words(bias: int) -> tuple[int, int, int, int]:
+    """IQ4_VALUES + bias as bytes, four to a word: what two PRMT select from."""
+    data = bytes((value + bias) % 256 for value in IQ4_VALUES)
+    first, second, third, fourth = (
+        int.from_bytes(data[at : at + 4], "little") for at in range(0, 16, 4)
+    )
+    return first, second, third, fourth
+
+
+def lookup_text(source: str, first: str, second: str, bias: int) -> str:
+    """Assembly: the table's bytes of the low four nibbles of `source`, and of the high four.
+
+    PRMT selects from eight bytes by three bits; the fourth bit of each nibble chooses, in a third
+    PRMT, between the halves of the table.
+    """
+    t0, t1, t2, t3 = table_words(bias)
+    half = f"prmt.b32 a, {t0}, {t1}, q; prmt.b32 b, {t2}, {t3}, q; "
+    return (
+        f".reg .b32 q, s, a, b; and.b32 q, {source}, 0x77777777; shr.b32 s, {source}, 1; "
+        "lop3.b32 s, s, 0x44444444, 0x32103210, 0xEA; "
+        f"{half} prmt.b32 {first}, a, b, s; "
+        f"shr.b32 q, q, 16; shr.b32 s, s, 16; {half} prmt.b32 {second}, a, b, s; "
+    )
+
+
+def _table_text() -> str:
+    """Assembly: fp16 numbers 1024 + value + 128 of two elements' codes ($4), for h = 0 ... 3."""
+    text = "{ .reg .b32 w, c, d; prmt.b32 w, $4, 0, 0x3120; " + lookup_text("w", "c", "d", 128)
+    for h in range(4):
+        j, byte = h // 2, h % 2
+        # c: byte 0 of both elements, d: byte 1; code j of each, and 0x64 above it.
+        text += f"prmt.b32 ${h}, {'cd'[byte]}, 0x64646464, 0x4{2 + j}4{j}; "
+    return text + "}"
+
+
+_ASM_TABLE = tl.constexpr(_table_text())
+_TABLE_LOW = tl.constexpr(table_words(128)[0] | table_words(128)[1] << 32)
+_TABLE_HIGH = tl.constexpr(table_words(128)[2] | table_words(128)[3] << 32)
+
 
 def _pair_text(main_bits: int, high_bits: int, h: int, outer: int) -> str:
     """Assembly of dot (h, o): $0 = two fp16, $1 two main elements, $2 two high elements."""
@@ -76,6 +118,29 @@ def _pair2(TEXT: tl.constexpr, a, b):
 
 
 @triton.jit
+def table_value(code):
+    """IQ4_VALUES[code] + 128 in plain Triton."""
+    low = tl.full(code.shape, _TABLE_LOW, tl.uint64)
+    high = tl.full(code.shape, _TABLE_HIGH, tl.uint64)
+    shift = (code & 7).to(tl.uint64) * 8
+    return (tl.where(code < 8, low, high) >> shift).to(tl.uint8)
+
+
+@triton.jit
+def _table_codes(main, H: tl.constexpr):
+    """The same for every H until the choice: the compiler keeps one copy."""
+    four = tl.inline_asm_elementwise(
+        _ASM_TABLE,
+        "=r,=r,=r,=r,r",
+        [main],
+        (tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+    return four[H]
+
+
+@triton.jit
 def biased_codes(
     main,
     high,
@@ -83,6 +148,7 @@ def biased_codes(
     O: tl.constexpr,  # noqa: E741
     MAIN: tl.constexpr,
     HIGH: tl.constexpr,
+    TABLE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """fp16 numbers 1024 + code of dot (H, O), from the u16 elements of its tile of each plane."""
@@ -90,6 +156,8 @@ def biased_codes(
     if ASM:
         if MAIN == 8:
             half = _pair(_ASM_8[AT], main)
+        elif TABLE:
+            half = _table_codes(main, H)
         elif MAIN == 4:
             if HIGH == 0:
                 half = _pair(_ASM_4[AT], main)
@@ -115,6 +183,8 @@ def biased_codes(
         if HIGH > 0:
             lowest = (high >> (BYTE + HIGH * J + 2 * HIGH * O)) & ((1 << HIGH) - 1)
             code = (code << HIGH) | lowest
+        if TABLE:
+            code = table_value(code).to(tl.uint16)
         half = small_half(code)
     return half
 
@@ -160,7 +230,7 @@ def weights_half(
     KIND: see `kind_of` in matmul.py.
     """
     C: tl.constexpr = 8 // OUTER
-    codes = biased_codes(main, high, H, O, KIND[0], KIND[1], ASM) - (1024.0 + KIND[3])
+    codes = biased_codes(main, high, H, O, KIND[0], KIND[1], KIND[6], ASM) - (1024.0 + KIND[3])
     codes = tl.reshape(codes, (BN, C, 4, 2))
     scale = group_scale(words, super_word, H, KIND[2], KIND[4])
     scale = tl.broadcast_to(scale[:, None, :, None], (BN, C, 4, 2))

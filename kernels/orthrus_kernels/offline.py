@@ -30,10 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SHARED_MEMORY_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+SHARED_MEMORY_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 """KiB of shared memory that one program may use, by compute capability (CUDA programming guide)."""
 
 CAPABILITIES = (80, 86, 89, 90, 120)
+"""What triton makes MMAs for. For sm_75 it (3.7) falls back to FMAs for fp16 products, which spill,
+and refuses int8 ones."""
 
 
 @dataclass(frozen=True)
@@ -236,20 +238,28 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 
 
 def report_cases(
-    cases: Iterable[KernelCase], capabilities: Iterable[int]
+    cases: Iterable[KernelCase], capabilities: Iterable[int], talk: bool = False
 ) -> dict[str, dict[int, Resources]]:
-    """Compile and report every case for every capability it names: {case: {capability: ...}}."""
+    """Compile and report every case for every capability it names: {case: {capability: ...}}.
+
+    talk: print a line for each as it is done.
+    """
     wanted = frozenset(capabilities)
     table: dict[str, dict[int, Resources]] = {}
     for case in cases:
         for capability in sorted(wanted.intersection(case.capabilities)):
             used = compile_case(case, capability).report()
             table.setdefault(case.name, {})[capability] = used
+            if talk:
+                print(summary_line(case.name, capability, used), flush=True)
     return table
 
 
 def report_module(
-    module: str, capabilities: Sequence[int] = CAPABILITIES, jobs: int = 2
+    module: str,
+    capabilities: Sequence[int] = CAPABILITIES,
+    jobs: int = 2,
+    talk: bool = False,
 ) -> dict[str, dict[int, Resources]]:
     """`report_cases` of a module's CASES in `jobs` fresh processes without TRITON_INTERPRET.
 
@@ -265,7 +275,8 @@ def report_module(
         processes = []
         for shard, path in enumerate(files):
             command = [sys.executable, "-m", "orthrus_kernels.offline", module]
-            command += ["--shard", f"{shard}/{jobs}", "--json", str(path), "--quiet"]
+            command += ["--shard", f"{shard}/{jobs}", "--json", str(path)]
+            command += [] if talk else ["--quiet"]
             command += [f"--capability={capability}" for capability in capabilities]
             processes.append(subprocess.Popen(command, env=environment))
         codes = [process.wait() for process in processes]
@@ -302,10 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shard, shards = (int(part) for part in options.shard.split("/"))
     cases = [case for case in load_cases(options.module) if options.only in case.name]
     cases = cases[shard::shards]
-    table = report_cases(cases, options.capability or CAPABILITIES)
-    for name, by_capability in table.items() if not options.quiet else ():
-        for capability, used in by_capability.items():
-            print(summary_line(name, capability, used))
+    table = report_cases(cases, options.capability or CAPABILITIES, talk=not options.quiet)
     if options.json:
         data = {
             name: {str(cap): dataclasses.asdict(used) for cap, used in by_capability.items()}

@@ -13,9 +13,10 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from orthrus_kernels.activations import deinterleave, interleave
-from orthrus_kernels.packing_fields import Fields, decode, encode
-from orthrus_kernels.packing_planes import from_planes, to_planes
+from orthrus_kernels.activations import deinterleave
+from orthrus_kernels.packing_fields import Fields, encode
+from orthrus_kernels.packing_planes import fill_planes, new_planes
+from orthrus_kernels.packing_words import Words, to_words
 from orthrus_kernels.quant_tensor import (
     PANEL_ROWS,
     PLAIN_TYPES,
@@ -27,6 +28,7 @@ from orthrus_kernels.quant_tensor import (
     TypeTraits,
     row_bytes,
 )
+from orthrus_kernels.unpacking import from_planes
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +37,8 @@ _T = GGMLQuantizationType
 PAIR_ROWS = 8
 """gate and up alternate in groups of this many rows: the two 8-row halves of an MMA tile."""
 
-_CHUNK_WEIGHTS = 1 << 24
-"""Weights packed at a time: the intermediate fields take about six bytes per weight."""
+_UNPACKED_WEIGHTS = 1 << 24
+"""Weights unpacked at a time: the intermediate fields take about six bytes per weight."""
 
 _HALF_MAX = 65504.0
 
@@ -47,31 +49,44 @@ def pack(
     k: int,
     layout: Layout = Layout.A16,
     name: str = "weight",
+    device: torch.device | str | None = None,
 ) -> QuantTensor:
-    """GGUF rows (u8 [rows, row bytes] on any device) -> QuantTensor on the same device.
+    """GGUF rows (u8 [rows, row bytes] on any device) -> QuantTensor on `device`, or where they are.
 
-    F32 becomes F16, and so does a type without kernels: both are logged with what it costs.
-    ValueError where the bytes do not fit the shape, or (A16) where a weight exceeds fp16.
+    The bytes go to the device as they are, some rows at a time, and are packed there. The host
+    waits once, at the end, for the largest scale. F32 becomes F16, and so does a type without
+    kernels: both are logged with what it costs. ValueError where the bytes do not fit the shape, or
+    (A16) where a weight may exceed fp16.
     """
     if raw.dtype != torch.uint8 or raw.ndim != 2 or raw.shape[1] != row_bytes(kind, k):
         raise ValueError(
             f"{name}: {kind.name} rows of {k} weights are u8 [rows, {row_bytes(kind, k)}], "
             f"found {raw.dtype} {list(raw.shape)}"
         )
-    if kind in PLAIN_TYPES:
-        return _pack_plain(raw, kind, k, layout, name)
-    if kind not in TRAITS:
-        return _pack_without_kernel(raw, kind, k, layout, name)
+    target = raw.device if device is None else torch.device(device)
+    if kind not in TRAITS and kind not in PLAIN_TYPES:
+        raw, kind = _without_kernel(raw, kind, k, name), _T.F16
     rows = raw.shape[0]
-    chunk = max(1, _CHUNK_WEIGHTS // k // PANEL_ROWS) * PANEL_ROWS
-    pieces = [
-        _pack_quantized(raw[start : start + chunk], TRAITS[kind], kind, layout, name)
-        for start in range(0, rows, chunk)
-    ]
-    planes = {
-        plane: torch.cat([piece[plane] for piece in pieces]) if len(pieces) > 1 else tensor
-        for plane, tensor in pieces[0].items()
-    }
+    panels, steps = -(-rows // PANEL_ROWS), -(-k // STEP)
+    if kind in PLAIN_TYPES:
+        dtype = torch.float16 if kind == _T.F16 else torch.bfloat16
+        shape = (panels, 4 * steps, PANEL_ROWS, 64)
+        planes = {"main": torch.empty(shape, dtype=dtype, device=target)}
+    else:
+        planes = new_planes(TRAITS[kind], panels, steps, layout, target)
+    chunk = max(1, _chunk_weights(target) // (steps * STEP * PANEL_ROWS)) * PANEL_ROWS
+    largest = []
+    for start in range(0, rows, chunk):
+        part = _padded(raw[start : start + chunk].to(target, non_blocking=True), kind, steps)
+        panel = start // PANEL_ROWS
+        if kind in PLAIN_TYPES:
+            largest.append(_fill_plain(planes["main"], panel, part))
+        else:
+            words = to_words(kind, part)
+            fill_planes(planes, panel, words, TRAITS[kind], layout)
+            largest.append(_largest_scales(words, TRAITS[kind]))
+    if kind == _T.BF16 or (kind in TRAITS and layout is Layout.A16):
+        _refuse_beyond_half(torch.stack(largest).amax(0).tolist(), kind, name)
     return QuantTensor(kind, rows, k, layout, planes)
 
 
@@ -80,7 +95,7 @@ def unpack(tensor: QuantTensor) -> Tensor:
     if tensor.type in PLAIN_TYPES:
         return _unpack_plain(tensor)
     traits = TRAITS[tensor.type]
-    chunk = max(1, _CHUNK_WEIGHTS // tensor.padded_k // PANEL_ROWS)
+    chunk = max(1, _UNPACKED_WEIGHTS // tensor.padded_k // PANEL_ROWS)
     panels = tensor.planes["main"].shape[0]
     pieces = []
     for start in range(0, panels, chunk):
@@ -107,62 +122,48 @@ def interleave_rows(gate: Tensor, up: Tensor) -> Tensor:
     return pairs.reshape(2 * gate.shape[0], gate.shape[1])
 
 
-def largest_weight(fields: Fields, traits: TypeTraits) -> float:
-    """An upper bound of |w| over the matrix: what fp16 has to hold (scale times largest code)."""
-    codes = max(traits.bias, (1 << (traits.main_bits + traits.high_bits)) - 1 - traits.bias)
-    if traits.scale_form is ScaleForm.HALF_32:
-        return codes * _largest_half(fields.scales)
-    if fields.d is None:
-        raise ValueError("a type with superblocks needs d")
-    scale = (fields.scales.to(torch.int16) - traits.scale_bias).abs().max().item()
-    bound = codes * float(scale) * _largest_half(fields.d)
-    if traits.has_min and fields.mins is not None and fields.dmin is not None:
-        bound += float(fields.mins.max().item()) * _largest_half(fields.dmin)
-    return bound
+def _chunk_weights(device: torch.device) -> int:
+    """Weights packed at a time: temporaries that fit a core's cache, or fill a GPU for a moment."""
+    return 1 << 22 if device.type == "cpu" else 1 << 25
 
 
-def _largest_half(bits: Tensor) -> float:
-    # No abs() of the fp16 values first: numel may be large, and amax of |bits| orders the same.
-    return float((bits & 0x7FFF).max().view(torch.float16).item())
+def _padded(raw: Tensor, kind: GGMLQuantizationType, steps: int) -> Tensor:
+    """Zero bytes up to whole panels and steps: scales of zero, weights that are exactly zero."""
+    more_rows = -raw.shape[0] % PANEL_ROWS
+    more_bytes = row_bytes(kind, steps * STEP) - raw.shape[1]
+    if more_rows or more_bytes:
+        return torch.nn.functional.pad(raw, (0, more_bytes, 0, more_rows))
+    # Packing views the bytes as words of up to 16 bytes.
+    return raw.clone() if raw.storage_offset() % 16 or not raw.is_contiguous() else raw
 
 
-def _pack_quantized(
-    raw: Tensor, traits: TypeTraits, kind: GGMLQuantizationType, layout: Layout, name: str
-) -> dict[str, Tensor]:
-    fields = decode(kind, raw)
-    if layout is Layout.A16:
-        largest = largest_weight(fields, traits)
-        if not largest <= _HALF_MAX:
-            raise ValueError(
-                f"{name}: {kind.name} scales allow weights of {largest:.3g}, beyond fp16 "
-                f"({_HALF_MAX:.0f}): pack it in the A8 layout"
-            )
-    return to_planes(_pad(fields, traits.group), traits, layout)
+def _largest_scales(words: Words, traits: TypeTraits) -> Tensor:
+    """fp16 bits of the largest |d| and |dmin| (HALF_32: scale), i32 [2] on the device."""
+    source = words.scales if words.super is None else words.super
+    both = source & 0x7FFF7FFF
+    return torch.stack([(both & 0xFFFF).amax(), (both >> 16).amax()])
 
 
-def _pad(fields: Fields, group: int) -> Fields:
-    """Zero codes and zero scales up to whole panels and steps: weights that are exactly zero."""
-    rows, k = fields.codes.shape
-    more_rows = -rows % PANEL_ROWS
-    more_k = -k % STEP
-
-    def grown(tensor: Tensor | None, weights: int) -> Tensor | None:
-        if tensor is None:
-            return None
-        extra = (0, more_k // weights, 0, more_rows)
-        return torch.nn.functional.pad(tensor, extra) if more_rows or more_k else tensor
-
-    codes = grown(fields.codes, 1)
-    scales = grown(fields.scales, group)
-    if codes is None or scales is None:
-        raise ValueError("fields without codes or scales")
-    return Fields(
-        codes,
-        scales,
-        grown(fields.mins, group),
-        grown(fields.d, STEP),
-        grown(fields.dmin, STEP),
-    )
+def _refuse_beyond_half(largest: list[int], kind: GGMLQuantizationType, name: str) -> None:
+    """ValueError if weights of such scales (bits, `_largest_scales`) may lie beyond fp16."""
+    if kind == _T.BF16:
+        (bound,) = torch.tensor(largest[:1], dtype=torch.int16).view(torch.bfloat16).tolist()
+        advice = "use Q8_0"
+    else:
+        first, second = torch.tensor(largest, dtype=torch.int16).view(torch.float16).tolist()
+        traits = TRAITS[kind]
+        codes = max(traits.bias, (1 << (traits.main_bits + traits.high_bits)) - 1 - traits.bias)
+        if traits.scale_form is ScaleForm.HALF_32:
+            bound = codes * max(first, second)
+        else:
+            scale, low = traits.largest_codes
+            bound = codes * scale * first + low * second
+        advice = "pack it in the A8 layout"
+    if not bound <= _HALF_MAX:
+        raise ValueError(
+            f"{name}: {kind.name} scales allow weights of {bound:.3g}, beyond fp16 "
+            f"({_HALF_MAX:.0f}): {advice}"
+        )
 
 
 def _cut(fields: Fields, k: int, group: int) -> Fields:
@@ -177,19 +178,15 @@ def _cut(fields: Fields, k: int, group: int) -> Fields:
     )
 
 
-def _pack_plain(
-    raw: Tensor, kind: GGMLQuantizationType, k: int, layout: Layout, name: str
-) -> QuantTensor:
-    """F16 and BF16: panels of 64 x 64 in interleaved order, numbers as they are."""
-    numbers = raw.contiguous().view(torch.float16 if kind == _T.F16 else torch.bfloat16)
-    if kind == _T.BF16:
-        largest = float(numbers.abs().max().item())
-        if not largest <= _HALF_MAX:
-            raise ValueError(f"{name}: BF16 weight of {largest:.3g} is beyond fp16: use Q8_0")
-    rows = numbers.shape[0]
-    padded = interleave(torch.nn.functional.pad(numbers, (0, 0, 0, -rows % PANEL_ROWS)))
-    panels = padded.reshape(-1, PANEL_ROWS, padded.shape[1] // 64, 64).permute(0, 2, 1, 3)
-    return QuantTensor(kind, rows, k, layout, {"main": panels.contiguous()})
+def _fill_plain(plane: Tensor, first_panel: int, raw: Tensor) -> Tensor:
+    """F16 and BF16: panels of 64 x 64 in interleaved order, numbers as they are; largest |bits|."""
+    pairs = raw.view(torch.int32)
+    # k = 64r + 2i + e of a step stands at 8i + 2r + e: block i // 8 of 64 columns, row i % 8.
+    panels = pairs.reshape(-1, PANEL_ROWS, pairs.shape[1] * 2 // STEP, 4, 4, 8)
+    target = plane[first_panel : first_panel + panels.shape[0]].view(torch.int32)
+    target.unflatten(3, (8, 4)).unflatten(1, (-1, 4)).copy_(panels.permute(0, 2, 4, 1, 5, 3))
+    both = pairs & 0x7FFF7FFF
+    return torch.maximum((both & 0xFFFF).amax(), (both >> 16).amax()).reshape(1)
 
 
 def _unpack_plain(tensor: QuantTensor) -> Tensor:
@@ -198,19 +195,15 @@ def _unpack_plain(tensor: QuantTensor) -> Tensor:
     return wide[: tensor.rows].contiguous().view(torch.uint8)
 
 
-def _pack_without_kernel(
-    raw: Tensor, kind: GGMLQuantizationType, k: int, layout: Layout, name: str
-) -> QuantTensor:
-    """Dequantize once to F16, and say what that costs."""
+def _without_kernel(raw: Tensor, kind: GGMLQuantizationType, k: int, name: str) -> Tensor:
+    """Dequantize once to F16 rows, on the host, and say what that costs."""
     rows = raw.shape[0]
     numbers = torch.from_numpy(dequantize(raw.cpu().numpy(), kind)).to(torch.float16)
-    before, after = raw.numel() / 1e6, 2 * rows * k / 1e6
     log.warning(
         "%s: no kernel for %s, dequantized to F16: %.1f MB instead of %.1f MB, read on every pass",
         name,
         kind.name,
-        after,
-        before,
+        2 * rows * k / 1e6,
+        raw.numel() / 1e6,
     )
-    plain = numbers.contiguous().view(torch.uint8).reshape(rows, 2 * k).to(raw.device)
-    return _pack_plain(plain, _T.F16, k, layout, name)
+    return numbers.contiguous().view(torch.uint8).reshape(rows, 2 * k)

@@ -26,8 +26,9 @@ contiguous. Planes, with P = panels and B = steps:
 | super (d, dmin) | u32 [P, B, 64] | the same |
 
 `high` holds the *lowest* bits of 3-, 5- and 6-bit codes, `main` the rest. A scale word of r holds
-the scales of k = 64r ... 64r + 63; see `ScaleForm`. F16 and BF16 have one plane [P, 4B, 64, 64],
-interleaved, in both layouts.
+the scales of k = 64r ... 64r + 63; see `ScaleForm`. (2-bit types in A8, whose scales go into the
+integers: u32 [P, B, 2(r // 2), 64, 2(h)], byte 2(r % 2) + j.) F16 and BF16 have one plane
+[P, 4B, 64, 64], interleaved, in both layouts.
 """
 
 from __future__ import annotations
@@ -37,10 +38,15 @@ from dataclasses import dataclass
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import IQ4_NL
 
 PANEL_ROWS = 64
 STEP = 256
 """Rows per panel and k per step of the packed layouts."""
+
+
+IQ4_VALUES = tuple(int(value) for value in IQ4_NL.kvalues)
+"""The 16 values that the codes of the IQ4 types index (int8)."""
 
 
 class Layout(enum.Enum):
@@ -68,6 +74,7 @@ class TypeTraits:
     scale_form: ScaleForm
     bias: int
     scale_bias: int = 0
+    table: bool = False  # the code is an index of IQ4_VALUES, to which `bias` belongs
 
     @property
     def has_min(self) -> bool:
@@ -78,6 +85,15 @@ class TypeTraits:
     def has_super(self) -> bool:
         """Whether the `super` plane (d, dmin per 256 weights) exists."""
         return self.scale_form is not ScaleForm.HALF_32
+
+    @property
+    def largest_codes(self) -> tuple[int, int]:
+        """Largest |scale code| and largest min code, where scales are codes times d."""
+        if self.scale_form is ScaleForm.MIN_16:
+            return 15, 15
+        if self.scale_bias:
+            return self.scale_bias, 0
+        return 63, 63
 
     @property
     def group(self) -> int:
@@ -96,9 +112,8 @@ TRAITS: dict[GGMLQuantizationType, TypeTraits] = {
     _T.Q5_0: TypeTraits(4, 1, ScaleForm.HALF_32, 16),
     _T.Q3_K: TypeTraits(2, 1, ScaleForm.BYTE_16, 4, 32),
     _T.Q2_K: TypeTraits(2, 0, ScaleForm.MIN_16, 0),
-    # The IQ4 types index a table of 16 int8 values: the kernels get the values, as 8-bit codes.
-    _T.IQ4_NL: TypeTraits(8, 0, ScaleForm.HALF_32, 128),
-    _T.IQ4_XS: TypeTraits(8, 0, ScaleForm.MIN_32, 128, 32),
+    _T.IQ4_NL: TypeTraits(4, 0, ScaleForm.HALF_32, 128, table=True),
+    _T.IQ4_XS: TypeTraits(4, 0, ScaleForm.MIN_32, 128, 32, table=True),
 }
 """Every quantized type that has kernels."""
 

@@ -27,8 +27,9 @@ from orthrus_kernels.dispatch import (
     split_for,
     tile_key,
 )
-from orthrus_kernels.gpu_check import Machine, find_machine, median_time
-from orthrus_kernels.gpu_check_matmul import MODELS, TIMED_TYPES, activations, random_rows
+from orthrus_kernels.gpu_check_matmul import activations, random_rows
+from orthrus_kernels.gpu_check_report import Machine, find_machine, median_time
+from orthrus_kernels.gpu_check_times import MODELS, TIMED_TYPES
 from orthrus_kernels.matmul import matmul
 from orthrus_kernels.packing import pack
 from orthrus_kernels.quant_tensor import QuantTensor
@@ -44,7 +45,9 @@ def candidates(rows: int) -> Iterator[Tile]:
             yield Tile(rows, n, warps, stages)
 
 
-def best_tile(weight: QuantTensor, rows: int, safe: Tile) -> tuple[Tile, float, float]:
+def best_tile(
+    weight: QuantTensor, rows: int, safe: Tile, tries: Sequence[Tile] | None = None
+) -> tuple[Tile, float, float]:
     """The fastest tile that gives the same bits as the safe one; its time and the safe one's."""
     generator = torch.Generator(device=weight.device).manual_seed(rows)
     x = torch.randn(rows, weight.k, generator=generator, device=weight.device).half()
@@ -54,7 +57,7 @@ def best_tile(weight: QuantTensor, rows: int, safe: Tile) -> tuple[Tile, float, 
     expected = matmul(given, weight, safe, split).clone()
     safe_time = median_time(lambda: matmul(given, weight, safe, split, out=out))
     best, best_time = safe, safe_time
-    for tile in candidates(safe.rows):
+    for tile in candidates(safe.rows) if tries is None else tries:
         if fit_tile(tile, weight.rows) != tile or tile == safe:
             continue
         try:

@@ -14,6 +14,7 @@ from orthrus_kernels.dispatch import (
     layout_for,
     load_table,
     row_tile,
+    safe_tile,
     save_table,
     split_for,
     table_name,
@@ -51,7 +52,8 @@ def test_int8_only_where_it_pays() -> None:
     assert layout_for(T.Q4_K, 86) is Layout.A8
     assert layout_for(T.Q4_K, 90) is Layout.A16
     assert layout_for(T.Q6_K, 86) is Layout.A16
-    assert layout_for(T.Q2_K, 86) is Layout.A16
+    assert layout_for(T.Q2_K, 86) is Layout.A8
+    assert layout_for(T.Q2_K, 80) is Layout.A16
     assert layout_for(T.F16, 86) is Layout.A16
 
 
@@ -78,6 +80,15 @@ def test_tuned_table_round_trip(tmp_path: Path) -> None:
     stale = {tile_key(Layout.A8, T.Q4_K, 192, 4096, 1): Tile(16, 128, 4, 2)}
     with pytest.raises(ValueError, match="run the tuner again"):
         choose(1, T.Q4_K, 192, 4096, 86, stale)
+
+
+def test_a_second_matrix_may_want_its_own_tile() -> None:
+    """A use without an entry takes the product's tile; an unknown type takes the first one."""
+    for rows in (1, 32, 64):
+        plain = safe_tile(Layout.A16, T.Q4_K, rows, 86)
+        assert safe_tile(Layout.A16, T.Q4_K, rows, 86, second=T.F16) == plain
+        pair = choose(rows, T.Q4_K, 6144, 4096, 86, layout=Layout.A16, second=T.Q6_K)
+        assert pair.tile == safe_tile(Layout.A16, T.Q4_K, rows, 86, second=T.Q6_K)
 
 
 def test_nonsense_is_refused() -> None:

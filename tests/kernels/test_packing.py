@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
 from orthrus_kernels.activations import deinterleave, interleave
 from orthrus_kernels.packing import interleave_rows, pack, unpack
+from orthrus_kernels.packing_planes import fill_planes, new_planes
+from orthrus_kernels.packing_words import to_words
 from orthrus_kernels.quant_tensor import PLAIN_TYPES, TRAITS, Layout, row_bytes
 from quant_rows import dequantized, random_rows
 
@@ -53,10 +57,49 @@ def test_k_tail_of_whole_qblocks(kind: T, layout: Layout) -> None:
 def test_chunks_meet_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = random_rows(T.Q6_K, 200, 512)
     whole = pack(raw, T.Q6_K, 512)
-    monkeypatch.setattr("orthrus_kernels.packing._CHUNK_WEIGHTS", 64 * 512)
+    monkeypatch.setattr("orthrus_kernels.packing._chunk_weights", lambda device: 64 * 512)
     pieces = pack(raw, T.Q6_K, 512)
     assert all(torch.equal(whole.planes[name], pieces.planes[name]) for name in whole.planes)
     assert torch.equal(unpack(pieces), raw)
+
+
+@pytest.mark.parametrize("kind", TRAITS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("layout", Layout)
+def test_nothing_looks_at_the_numbers(kind: T, layout: Layout) -> None:
+    """Packing runs on tensors without numbers: no step waits for a device, or needs the host."""
+    meta = torch.device("meta")
+    raw = random_rows(kind, 64, 512).to(meta)
+    planes = new_planes(TRAITS[kind], 1, 2, layout, meta)
+    fill_planes(planes, 0, to_words(kind, raw), TRAITS[kind], layout)
+    assert {plane.device for plane in planes.values()} == {meta}
+
+
+def test_any_place_in_memory() -> None:
+    """A tensor that starts at an odd byte, or has gaps between its rows, is packed all the same."""
+    raw = random_rows(T.Q4_K, 70, 512)
+    expected = pack(raw, T.Q4_K, 512, device="cpu").planes
+    shifted = torch.empty(raw.numel() + 1, dtype=torch.uint8)[1:].view(raw.shape).copy_(raw)
+    spaced = torch.empty(70, raw.shape[1] + 3, dtype=torch.uint8)[:, 3:].copy_(raw)
+    for given in (shifted, spaced):
+        found = pack(given, T.Q4_K, 512).planes
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_padding_is_exactly_zero() -> None:
+    """Rows and columns that fill panels and steps: zero weights, whatever their codes are."""
+    for kind in TRAITS:
+        k = 256 if row_bytes_of_step(kind) else 288
+        padded = pack(random_rows(kind, 3, k), kind, k)
+        whole = dataclasses.replace(padded, rows=64, k=padded.padded_k)
+        weights = dequantized(kind, unpack(whole))
+        assert not weights[3:].any()
+        assert not weights[:, k:].any()
+        assert weights[:3, :k].any()
+
+
+def row_bytes_of_step(kind: T) -> bool:
+    """Whether a qblock is a whole step."""
+    return GGML_QUANT_SIZES[kind][0] == 256
 
 
 def test_one_byte_by_hand() -> None:
