@@ -77,6 +77,15 @@ class ModelFile:
         """
         return self._owner[name].data(name)
 
+    def prefetch(self, *, heads: bool) -> None:
+        """Bring the tensors into memory, in the background, so that the first pass need not wait.
+
+        heads: those of the diffusion view too. For what is in the system's cache this sets up the
+        mapping only; what is not is read from the disk.
+        """
+        for file in self._files:
+            file.prefetch([name for name in file.tensors if heads or not is_diffusion_tensor(name)])
+
     def close(self) -> None:
         """Let go of the files."""
         for file in self._files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -152,21 +151,18 @@ def _encode_rows(
         if not job.source.is_quantized:
             _check_bits(rows, job.source)
         return rows
-    if (job.source.dtype, job.kind) == ("BF16", _Type.F16):
-        largest = (rows & np.uint16(0x7FFF)).max(keepdims=True)  # bits order like magnitudes
-        _check_largest(float(to_float32(largest, "BF16")[0, 0]), job)
-        return np.take(_half_of_bfloat16(), rows)
     values = to_float32(rows, job.source.dtype)
     _check_largest(max(float(values.max()), -float(values.min())), job)
+    if job.kind == _Type.F16:
+        return _to_float16(api, values)
     return quantize(api, values, job.kind, job.importance)
 
 
-@functools.cache
-def _half_of_bfloat16() -> NDArray[np.uint16]:
-    """The bits in F16 of every bfloat16 by its own: three times as fast as ggml's conversion."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        halves = to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16").astype("<f2")
-    return halves.view(np.uint16)
+def _to_float16(api: Ggml, values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The nearest F16 of each value: as ggml's quantizer and numpy have it, 25 times faster."""
+    halves = np.empty(values.shape, np.float16)
+    api.cpu_fp32_to_fp16(values.ctypes.data, halves.ctypes.data, values.size)
+    return halves
 
 
 def _check_bits(rows: NDArray[Any], source: SourceTensor) -> None:

@@ -46,6 +46,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     # quantization
     "quantize_requires_imatrix": (_BOOL, (_INT,)),
     "quantize_chunk": (_SIZE, (_INT, _PTR, _PTR, _I64, _I64, _I64, _PTR)),
+    "cpu_fp32_to_fp16": (None, (_PTR, _PTR, _I64)),
     # contexts and tensors
     "init": (_PTR, (InitParams,)),
     "free": (None, (_PTR,)),

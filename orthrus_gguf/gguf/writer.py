@@ -14,8 +14,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.leftovers import remove_leftovers, temporary_path
+
+#: Bytes to write before the disk is given its next share.
+_SYNC_BYTES = 1 << 28
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -202,15 +206,17 @@ class _Output:
 
     def write_tensors(self, progress: Callable[[int], object]) -> None:
         """Stream the data of all tensors."""
-        for tensor in self._tensors:
-            written = 0
-            for chunk in tensor.chunks():
-                self._file.write(chunk.data)
-                written += chunk.nbytes
-                progress(chunk.nbytes)
-            if written != tensor.n_bytes:
-                raise ValueError(f"{tensor.name}: {written} bytes for {tensor.n_bytes}")
-            self._pad(written)
+        with _syncing(self._file.fileno()) as wrote:
+            for tensor in self._tensors:
+                written = 0
+                for chunk in tensor.chunks():
+                    self._file.write(chunk.data)
+                    written += chunk.nbytes
+                    wrote(chunk.nbytes)
+                    progress(chunk.nbytes)
+                if written != tensor.n_bytes:
+                    raise ValueError(f"{tensor.name}: {written} bytes for {tensor.n_bytes}")
+                self._pad(written)
 
     def finish(self) -> int:
         """Put everything on the disk and close the file. Returns its size."""
@@ -252,6 +258,32 @@ class _Output:
 
     def _padded(self, size: int) -> int:
         return gguf.GGUFWriter.ggml_pad(size, self._writer.data_alignment)
+
+
+@contextmanager
+def _syncing(descriptor: int) -> Iterator[Callable[[int], None]]:
+    """Put a file on the disk while it is being written; call the result with bytes as they come.
+
+    Left alone, systems begin when a good part of the memory is dirty, and all of that is then left
+    to wait for at the end.
+    """
+    running: list[Future[None]] = []
+    behind = 0
+
+    def wrote(n_bytes: int) -> None:
+        nonlocal behind
+        behind += n_bytes
+        if behind < _SYNC_BYTES or not all(future.done() for future in running):
+            return
+        while running:
+            running.pop().result()
+        running.append(pool.submit(os.fsync, descriptor))
+        behind = 0
+
+    with ThreadPoolExecutor(1, "sync") as pool:
+        yield wrote
+    for future in running:
+        future.result()
 
 
 def _check_space(outputs: Sequence[_Output]) -> None:

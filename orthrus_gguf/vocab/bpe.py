@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import repeat, starmap
-from operator import add
+from itertools import repeat
+from typing import Any
 
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.fields import Fields
 from orthrus_gguf.vocab.vocabulary import Defaults, Keys, Vocabulary, read_strings, read_vocabulary
+
+Merges = list[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,7 @@ class BPE:
 
     space_prefix = False
 
-    def __init__(
-        self, index: dict[str, int], merges: list[tuple[str, str]], pre: PreTokenizer
-    ) -> None:
+    def __init__(self, index: dict[str, int], merges: Merges, pre: PreTokenizer) -> None:
         model = models.BPE(index, merges, ignore_merges=pre.ignore_merges)
         self._tokenizer = tokenizers.Tokenizer(model)
         if pre.nfc:
@@ -105,30 +109,54 @@ def load(fields: Fields, n_vocab: int) -> tuple[Vocabulary, BPE]:
         raise fields.error(
             Keys.LIST, f"expected a token for each of the 256 bytes, found none for {missing[0]}"
         )
-    merges = _read_merges(fields, vocabulary.index)
+    with _collector_paused():
+        return vocabulary, _codec(fields, vocabulary.index, pre)
+
+
+def _codec(fields: Fields, index: dict[str, int], pre: PreTokenizer) -> BPE:
+    merges = _read_merges(fields)
     try:
-        return vocabulary, BPE(vocabulary.index, merges, pre)
+        return BPE(index, merges, pre)
     except Exception as error:  # the library raises nothing narrower
-        raise fields.error(Keys.MERGES, f"tokenizers refuses them: {str(error)!r:.200}") from error
+        raise _refusal(fields, merges, index, error) from error
 
 
-def _read_merges(fields: Fields, index: dict[str, int]) -> list[tuple[str, str]]:
-    """Pairs of tokens, best first. What `tokenizers` would not refuse cleanly is refused here."""
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: 150,000 pairs, gone at the end, would set it off hundreds of times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_merges(fields: Fields) -> Merges:
+    """Pairs of tokens, best first, none twice; `tokenizers` will see whether the tokens exist."""
     lines = read_strings(fields, Keys.MERGES)
     if len(set(lines)) != len(lines):
         twice = Counter(lines).most_common(1)[0][0]
         raise fields.error(Keys.MERGES, f"merge {twice!r:.80} occurs twice")
     # Whole columns at once: a look at each merge would double the loading time.
-    if set(map(str.count, lines, repeat(" "))) - {1}:
-        at = next(i for i, line in enumerate(lines) if line.count(" ") != 1)
+    merges: list[Any] = list(map(tuple, map(str.split, lines, repeat(" "))))
+    if set(map(len, merges)) - {2}:
+        at = next(i for i, merge in enumerate(merges) if len(merge) != 2)
         raise fields.error(
             Keys.MERGES, f"merge {at}: expected two tokens and a space, found {lines[at]!r:.80}"
         )
-    parts = " ".join(lines).split(" ") if lines else []
-    pairs = list(zip(parts[0::2], parts[1::2], strict=True))
-    if not all(map(index.__contains__, starmap(add, pairs))):
-        at = next(i for i, (left, right) in enumerate(pairs) if left + right not in index)
-        raise fields.error(
-            Keys.MERGES, f"merge {at} ({lines[at]!r:.80}) makes a token that {Keys.LIST} lacks"
-        )
-    return pairs
+    return merges
+
+
+def _refusal(
+    fields: Fields, merges: Merges, index: dict[str, int], error: Exception
+) -> OrthrusError:
+    """What to say when `tokenizers` refuses merges: the one at fault, where we can tell."""
+    for at, (left, right) in enumerate(merges):
+        if left + right not in index:
+            found = f"{left} {right}"
+            return fields.error(
+                Keys.MERGES, f"merge {at} ({found!r:.80}) makes a token that {Keys.LIST} lacks"
+            )
+    return fields.error(Keys.MERGES, f"tokenizers refuses them: {str(error)!r:.200}")

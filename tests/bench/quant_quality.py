@@ -1,10 +1,12 @@
 """What quantization costs in quality and in acceptance, on the demo model.
 
     python tests/bench/quant_quality.py TEXT_FILE... [--plot PLOT.png]
+    python tests/bench/quant_quality.py TEXT_FILE... --imatrix IMATRIX.gguf
 
 For every type: perplexity and mean KL divergence to F32 on TEXT_FILEs (text that the model was not
 trained on), how much greedy text stays the same, and tokens per cycle. Then the heads alone, over a
-base in F16, where only acceptance can change. Prints two markdown tables.
+base in F16, where only acceptance can change. Prints two markdown tables. With an importance matrix
+(`imatrix.py` measures one): one table, of the types that need it and some that gain by it.
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ TYPES = (
     *("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s"),
     *("q4_1", "q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "iq3_m", "iq3_s"),
     "q2_k",
+)
+IMATRIX_TYPES = (
+    *("q4_k_m", "iq4_xs", "q3_k_m", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "q2_k", "q2_k_s"),
+    *("iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s"),
 )
 HEADS_TYPES = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k")
 WINDOW = 256  # the context that the model was trained with
@@ -78,10 +84,11 @@ def generate(model: GgmlModel, prompt: list[int], plan: Plan) -> tuple[list[int]
 
 
 class Judge:
-    """Scores files against the F32 one."""
+    """Scores files against the F32 one. imatrix: to quantize with."""
 
-    def __init__(self, texts: list[Path], folder: Path) -> None:
+    def __init__(self, texts: list[Path], folder: Path, imatrix: Path | None) -> None:
         self._folder = folder
+        self._imatrix = imatrix
         cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["cases"]
         self._cases = cases
         with ModelFile.open(self.file("f32")) as file:
@@ -93,11 +100,14 @@ class Judge:
             self._truth = log_probabilities(model, self._windows)
             model.close()
         self.n_tokens = sum(len(window) - 1 for window in self._windows)
+        self.n_prompts = len(cases)
 
     def file(self, type_name: str, heads_type: str | None = None) -> Path:
         path = self._folder / f"{type_name}-{heads_type}.gguf"
         if not path.exists():
             flags = [] if heads_type is None else ["--heads-type", heads_type]
+            if self._imatrix is not None:
+                flags += ["--imatrix", str(self._imatrix)]
             with contextlib.redirect_stdout(sys.stderr):  # where it names its output
                 failed = convert([str(CHECKPOINT), str(path), "--type", type_name, *flags])
             if failed:
@@ -178,12 +188,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT_FILE")
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--imatrix", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(args.texts, Path(folder))
+        judge = Judge(args.texts, Path(folder), args.imatrix)
+        print(f"{judge.n_tokens} tokens of text; {judge.n_prompts} prompts of {N_NEW} new tokens\n")
+        if args.imatrix is not None:
+            print(table("type", [judge.score(type_name) for type_name in IMATRIX_TYPES]))
+            return
         whole = [judge.score(type_name) for type_name in TYPES]
         heads = [judge.score("f16", type_name) for type_name in HEADS_TYPES]
-    print(f"{judge.n_tokens} tokens of text; {len(judge._cases)} prompts of {N_NEW} new tokens\n")
     print(table("type", whole) + "\n\n" + table("heads", heads))
     if args.plot is not None:
         plot(args.plot, whole, heads)

@@ -14,8 +14,11 @@ from damage import check_refusal
 from hf_checkpoint import CONFIG, Weights, random_weights, write_checkpoint
 from imatrix_files import random_importance, write_dat, write_gguf
 from numpy.typing import NDArray
+from orthrus_converters.encode import _to_float16
 from orthrus_converters.file_types import FILE_TYPES
 from orthrus_converters.tensor_names import _hf_name
+
+from orthrus_gguf.ggml.library import load_library
 
 #: Rows of 256 and 512, so that every type fits.
 WIDE: dict[str, Any] = {
@@ -32,6 +35,17 @@ WIDE: dict[str, Any] = {
 NEEDY = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")
 SLOWEST = ("iq1", "iq2_m", "iq2_s", "iq2_xs")
 USUAL = [name for name in FILE_TYPES if name not in ("f32", "f16", "bf16", *NEEDY)]
+
+
+def test_float16_is_numpys() -> None:
+    """Every bfloat16 that fits, and random bits: rounded to the nearest, ties to even."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << 16
+    random_bits = np.random.default_rng(4).integers(0, 1 << 32, 1 << 18, np.uint32)
+    values = np.concatenate([upper, random_bits]).view(np.float32)
+    values = values[np.abs(values) < 65520]  # not NaN either
+    expected = values.astype(np.float16)
+    found = _to_float16(load_library().api, values)
+    assert np.array_equal(found.view(np.uint16), expected.view(np.uint16))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import struct
 import sys
 from pathlib import Path
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
+from orthrus_gguf.gguf import cursor
 from orthrus_gguf.gguf.reader import GGUFFile
 from tests.gguf.builder import (
     BOOL,
@@ -100,6 +104,37 @@ def test_strings(tmp_path: Path) -> None:
         empty = file.metadata["no numbers"]
         assert isinstance(empty, np.ndarray)
         assert empty.shape == (0,)
+
+
+def test_strings_across_the_parts_that_are_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [chr(0x61 + i % 26) * (i * 7 % 23) + "é" * (i % 3) for i in range(200)]
+    content = build([array("texts", STRING, len(texts), b"".join(map(string, texts)))])
+    for part in range(1, 70):
+        monkeypatch.setattr(cursor, "PART", part)
+        with opened(tmp_path / "x.gguf", content) as file:
+            assert file.metadata["texts"] == texts
+
+
+def test_prefetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads of all the tensors named, of each 64 KiB at least once, and of nothing else."""
+    big = np.zeros((50, 1000), np.float32)
+    small = np.zeros(8, np.float32)
+    path = write_model(tmp_path / "x.gguf", tensors={"a": big, "b": small, "c": big})
+    with GGUFFile.open(path) as file:
+        read: Queue[NDArray[np.int64]] = Queue()
+        monkeypatch.setattr(file, "_bytes", SimpleNamespace(take=read.put))
+        file.prefetch(["a", "b"])
+        spots = read.get(timeout=10)
+        a, b = file.tensors["a"], file.tensors["b"]
+        assert set(spots) >= {a.offset, b.offset}
+        assert spots.max() < b.offset + b.n_bytes
+        assert np.diff(spots).max() <= 1 << 16
+        with pytest.raises(KeyError):
+            file.prefetch(["nothing"])
+    with pytest.raises(ValueError, match="is closed"):
+        file.prefetch(["a"])
 
 
 def test_same_as_the_gguf_package(tmp_path: Path) -> None:

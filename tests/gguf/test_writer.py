@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf import writer
 from orthrus_gguf.gguf.leftovers import remove_leftovers, temporary_path
 from orthrus_gguf.gguf.reader import GGUFFile
 from orthrus_gguf.gguf.writer import (
@@ -134,6 +135,49 @@ def test_data_is_on_the_disk_before_a_file_gets_its_name(
     monkeypatch.setattr(os, "replace", record_rename)
     write_files([plan(tmp_path / name) for name in ("a.gguf", "b.gguf")], ignore)
     assert events == ["sync", "sync", "rename", "rename", "sync"]
+
+
+def test_large_files_reach_the_disk_while_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One synchronization at a time, beside the writing; the last one is for the rest."""
+    monkeypatch.setattr(writer, "_SYNC_BYTES", 1)
+    running, most, calls = 0, 0, 0
+    sync = os.fsync
+
+    def count_sync(descriptor: int) -> None:
+        nonlocal running, most, calls
+        running, calls = running + 1, calls + 1
+        most = max(most, running)
+        sync(descriptor)
+        running -= 1
+
+    monkeypatch.setattr(os, "fsync", count_sync)
+    path = tmp_path / "m.gguf"
+    write_files([plan(path)], ignore)
+    assert (most, calls > 2) == (1, True)
+    monkeypatch.undo()
+    write_files([plan(tmp_path / "plain.gguf")], ignore)
+    assert path.read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+def test_a_disk_that_fails_while_it_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system reports such an error once: it must not get lost in the background."""
+    monkeypatch.setattr(writer, "_SYNC_BYTES", 1)
+    calls = 0
+
+    def sync(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OrthrusError, match="cannot be written: Input/output error"):
+        write_files([plan(tmp_path / "m.gguf")], ignore)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_temporary_name(tmp_path: Path) -> None:

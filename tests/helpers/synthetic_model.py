@@ -7,6 +7,7 @@ large to ship. What they generate is noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -82,6 +83,11 @@ def qwen3_0_6b(block_size: int | None = 32) -> ModelConfig:
     )
 
 
+def qwen3_1_7b(block_size: int | None = 32) -> ModelConfig:
+    """The shape of Qwen3-1.7B."""
+    return replace(qwen3_0_6b(block_size), n_embd=2048, n_ff=6144)
+
+
 def q4_k_m(n_layers: int) -> TypeRule:
     """llama-quantize's Q4_K_M for a tied model: Q4_K, and Q6_K where it counts."""
 
@@ -98,11 +104,26 @@ def q4_k_m(n_layers: int) -> TypeRule:
     return rule
 
 
-def write_model(api: Ggml, path: Path, config: ModelConfig, rule: TypeRule, seed: int = 0) -> None:
-    """Write a model of this shape to `path`, matrices by `rule`, norms in F32."""
+def write_model(
+    api: Ggml,
+    path: Path,
+    config: ModelConfig,
+    rule: TypeRule,
+    seed: int = 0,
+    *,
+    add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> None:
+    """Write a model of this shape to `path`, matrices by `rule`, norms in F32.
+
+    add_tokenizer: writes the keys of a vocabulary; by default one without real merges.
+    """
     arch = keys.ARCH_ORTHRUS if config.has_heads else keys.ARCH_QWEN3
     writer = gguf.GGUFWriter(path, arch)
     _write_metadata(writer, config)
+    if add_tokenizer is None:
+        _add_tokenizer(writer, config.n_vocab)
+    else:
+        add_tokenizer(writer)
     tensors = base_tensors(config)
     if config.has_heads:
         tensors |= diffusion_tensors(config)
@@ -177,20 +198,25 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     if config.block_size is not None and config.mask_token is not None:
         writer.add_uint32(keys.BLOCK_SIZE, config.block_size)
         writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, n_vocab: int) -> None:
+    """A byte-level vocabulary: letters that stand for bytes, then made-up words."""
+    letters = byte_letters()
+    tokens = letters + [f"word{i}" for i in range(len(letters), n_vocab)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(_tokens(config.n_vocab))
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.n_vocab)
+    writer.add_token_list(tokens[:n_vocab])
+    writer.add_token_types([gguf.TokenType.NORMAL] * n_vocab)
     writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(config.n_vocab - 2)
+    writer.add_eos_token_id(n_vocab - 2)
 
 
-def _tokens(count: int) -> list[str]:
-    """A byte-level vocabulary: 256 letters that stand for bytes, then made-up words."""
+def byte_letters() -> list[str]:
+    """GPT-2's 256 letters that stand for bytes: the printable ones, then the others."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = [256 + i for i in range(256 - len(printable))]
-    letters = [chr(code) for code in (*printable, *moved)]
-    return (letters + [f"word{i}" for i in range(len(letters), count)])[:count]
+    return [chr(code) for code in (*printable, *moved)]
 
 
 def uniform(qtype: gguf.GGMLQuantizationType) -> TypeRule:
