@@ -12,6 +12,7 @@ and what was given up is forgotten slowly, so that it is tried again when the te
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -42,6 +43,9 @@ MAX_LOOKUP = 32
 #: single-row passes.
 LOSS_SHARE, LOSS_CREDIT = 0.015, 2.0
 
+#: Weight of the newest cycle in what the host takes beside a pass.
+NEWEST_HOST = 0.1
+
 #: Going rate and tables of costs are computed anew after this many cycles.
 REFRESH = 8
 
@@ -51,7 +55,12 @@ RELAX = 0.995
 #: Where drafts cannot pay, cycles of plain decoding are counted, and learned from together after
 #: this many: on a small model a cycle takes a few hundred microseconds, and thinking about each
 #: would cost a tenth of that.
-IDLE = 32
+IDLE = 128
+
+#: A lookup must promise this much more than its time, since what it takes on the host counts too.
+#: None are made where even a perfect one would not bring the second factor: where a row among many
+#: costs nearly what it costs alone.
+LOOKUP_MARGIN, LOOKUP_WORTH = 1.1, 1.3
 
 
 @dataclass
@@ -85,7 +94,7 @@ class Controller:
 
     def __init__(self, costs: Costs, block_size: int | None, *, lookup: bool = True) -> None:
         """block_size: of the diffusion heads; None without heads."""
-        self.lookup = lookup
+        self._lookup_wanted = lookup
         self.phases: list[Phase] = []
         self._costs = costs
         self._block = block_size or 0
@@ -93,10 +102,19 @@ class Controller:
         self._acceptance = Acceptance(max(self._widest, 1))
         self._riding: Riding | None = None
         self._added = 0.0
-        self._lost = self._elapsed = 0.0
+        self._lost = self._elapsed = self._host = 0.0
         self._tables: _Tables | None = None
         self._age = 0
         self._idle_cycles, self._idle_seconds = 0, 0.0
+
+    @property
+    def lookup(self) -> bool:
+        """Whether looking up can pay here."""
+        if not self._lookup_wanted:
+            return False
+        verify = self._current(0).verify
+        best = max((rows * verify[1]) / verify[rows] for rows in range(2, len(verify)))
+        return best >= LOOKUP_WORTH
 
     def choose(self, offers: Sequence[Draft], room: int, context: int) -> Draft | int:
         tables = self._current(context)
@@ -111,7 +129,9 @@ class Controller:
         value = max(worth.plain + MARGIN - 1, worth.lead)
         for offer in offers:
             accept = self._acceptance.of_draft(offer, min(room, self._widest))
-            offered = max(n + 1 - rate * tables.verify[i + 1] for i, n in enumerate(sums(accept)))
+            charge = rate * (LOOKUP_MARGIN if offer.source is Source.LOOKUP else 1.0)
+            expected = sums(accept)[: self._most(tables) + 1]
+            offered = max(n + 1 - charge * tables.verify[i + 1] for i, n in enumerate(expected))
             # A refused draft is no loss where a block rides along on that guess.
             offered += max(worth.onward, (1 - accept[0]) * worth.gain[Guess.LAST] - worth.rider)
             if offered > value:
@@ -128,7 +148,8 @@ class Controller:
             return 0, ()
         rate = tables.going.rate
         accept = self._acceptance.of_draft(draft, min(room, self._widest))
-        worth = [n - rate * tables.verify[i + 1] for i, n in enumerate(sums(accept))]
+        expected = sums(accept)[: self._most(tables) + 1]
+        worth = [n - rate * tables.verify[i + 1] for i, n in enumerate(expected)]
         width = max(range(len(worth)), key=worth.__getitem__)
         self._added = 0.0
         if not self._block or self._overdrawn(tables):
@@ -142,16 +163,17 @@ class Controller:
 
     def observe(self, cycle: Cycle) -> None:
         tables = self._current(cycle.start)
-        seconds = sum(done.seconds for done in cycle.passes)
-        self._elapsed += seconds
-        self._record(tables.going, cycle, seconds)
+        self._elapsed += cycle.seconds
+        self._record(tables.going, cycle)
         if tables.idle and not cycle.drafts and len(cycle.passes) == 1:
+            (done,) = cycle.passes
+            self._host += NEWEST_HOST * (cycle.seconds - done.seconds - self._host)
             self._idle_cycles += 1
-            self._idle_seconds += seconds
+            self._idle_seconds += done.seconds
             if self._idle_cycles >= IDLE:
                 self._learn_idle(cycle.start)
             return
-        self._learn(cycle, tables, seconds)
+        self._learn(cycle, tables)
 
     def _learn_idle(self, context: int) -> None:
         """Learn from the cycles of plain decoding that were only counted."""
@@ -161,7 +183,7 @@ class Controller:
         self._acceptance.relax(RELAX**cycles)
         self._age = REFRESH
 
-    def _learn(self, cycle: Cycle, tables: _Tables, seconds: float) -> None:
+    def _learn(self, cycle: Cycle, tables: _Tables) -> None:
         self._acceptance.observe(cycle)
         for done in cycle.passes:
             self._costs.observe(done)
@@ -170,7 +192,8 @@ class Controller:
         elif self._riding is not None and cycle.guesses:
             self._riding.observe(cycle, self._added)
         if len(cycle.passes) > 1 or cycle.drafts or cycle.guesses:
-            self._lost += seconds - len(cycle.tokens) * tables.verify[1]
+            plain = tables.verify[1] + self._host
+            self._lost += cycle.seconds - len(cycle.tokens) * plain
         self._age += 1
 
     def _first_riding(self, context: int) -> Riding:
@@ -180,18 +203,24 @@ class Controller:
         more -= self._costs.seconds(rows, 0, context)
         return Riding(float(rows), 2.0, more)
 
-    def _record(self, going: Outlook, cycle: Cycle, seconds: float) -> None:
+    def _record(self, going: Outlook, cycle: Cycle) -> None:
         phase = self.phases[-1] if self.phases else None
         if phase is None or (phase.outlook is not going and phase.outlook.plan != going.plan):
             phase = Phase(going)
             self.phases.append(phase)
         phase.cycles += 1
         phase.tokens += len(cycle.tokens)
-        phase.seconds += seconds
+        phase.seconds += cycle.seconds
 
     def _credit(self, tables: _Tables) -> float:
         """Seconds that drafts may yet lose."""
         return LOSS_CREDIT * tables.verify[1] + LOSS_SHARE * self._elapsed - self._lost
+
+    def _most(self, tables: _Tables) -> int:
+        """The most draft tokens to verify: rows that turn out wasted may cost no more than the
+        credit, or a plain pass."""
+        alone = tables.verify[1]
+        return bisect_right(tables.verify, alone + max(self._credit(tables), alone)) - 2
 
     def _overdrawn(self, tables: _Tables) -> bool:
         return self._credit(tables) < 0
@@ -237,9 +266,10 @@ class Controller:
         """Costs and acceptance now → the going rate, and the worth of choices."""
         seconds, block = self._costs.seconds, self._block
         rows = range(1, self._widest + 2)
-        verify = np.array([0.0, *(seconds(count, 0, context) for count in rows)])
+        # More rows never cost less, whatever was measured.
+        verify = np.maximum.accumulate([0.0, *(seconds(count, 0, context) for count in rows)])
         if not block:
-            plain = Outlook(Plan(Strategy.AR, 0, lookup=self.lookup), 1 / verify[1])
+            plain = Outlook(Plan(Strategy.AR, 0, lookup=self._lookup_wanted), 1 / verify[1])
             return _Tables(verify.tolist(), plain, NO_HEADS, 0, context, idle=True)
         riding = self._riding = self._riding or self._first_riding(context)
         carried = {
@@ -258,7 +288,7 @@ class Controller:
             riding=riding.seconds,
         )
         going = outlook(
-            estimates, blocks=max(round(riding.blocks), 1), width=width, lookup=self.lookup
+            estimates, blocks=max(round(riding.blocks), 1), width=width, lookup=self._lookup_wanted
         )
         worth = values(estimates, going.rate)
         idle = max(worth.drafting, worth.lead) <= worth.plain + MARGIN - 1

@@ -118,7 +118,7 @@ def run_cycle(
 
     offers: drafts that are at hand. room: the most draft tokens of use.
     """
-    start, anchor = len(tokens) - 1, tokens[-1]
+    began, start, anchor = clock(), len(tokens) - 1, tokens[-1]
     passes: list[Pass] = []
 
     def forward(segments: list[Segment]) -> list[Logits]:
@@ -155,7 +155,16 @@ def run_cycle(
     ]
     left = remainder(draft, accepted, committed)
     drafts = tree.likeliest(path)
-    cycle = Cycle(start, drafts, accepted, tuple(committed), draft, tuple(passes), tuple(guesses))
+    cycle = Cycle(
+        start,
+        drafts,
+        accepted,
+        tuple(committed),
+        draft,
+        tuple(passes),
+        tuple(guesses),
+        clock() - began,
+    )
     return cycle, [offer for offer in (*carried, left) if offer is not None and len(offer)]
 
 

@@ -72,6 +72,7 @@ class Cycle:
     tokens: what was committed: the accepted drafts, then the AR view's own next token.
     draft: where the drafts came from, and the drafter's confidence; it may be longer than what was
         verified. passes: what it took. guesses: what the blocks of its verify pass bet on.
+    seconds: of the whole cycle, what the host did between passes included.
     """
 
     start: int
@@ -81,6 +82,7 @@ class Cycle:
     draft: Draft = NO_DRAFT
     passes: tuple[Pass, ...] = ()
     guesses: tuple[Hypothesis, ...] = ()
+    seconds: float = 0.0
 
     @property
     def source(self) -> Source | None:
@@ -91,8 +93,10 @@ class Cycle:
 class Policy(Protocol):
     """Decides what a cycle does. `room` is the largest number of draft tokens of use."""
 
-    #: Whether continuations of earlier occurrences are to be looked up.
-    lookup: bool
+    @property
+    def lookup(self) -> bool:
+        """Whether continuations of earlier occurrences are to be looked up."""
+        ...
 
     def choose(self, offers: Sequence[Draft], room: int, context: int) -> Draft | int:
         """A draft among those that cost nothing, NO_DRAFT, or the rows of a draft pass (>= 1)."""

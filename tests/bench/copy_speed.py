@@ -6,13 +6,16 @@ Makes FOLDER/checkpoint if it does not exist: N layers (470 MB each) in the shap
 Orthrus-Qwen3-8B with a tiny vocabulary, in bf16. Needs room for twice that. Every turn copies with
 `cp` and `sync FILE`, then converts to BF16 and to F16, which ends with the data on the disk too.
 Each is timed as a process; the conversions once more from inside, without Python's start and
-imports. The ratio to `cp` is taken turn by turn. Prints a markdown table.
+imports. The order changes from turn to turn, and the ratio to `cp` is taken turn by turn. Prints a
+markdown table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import statistics
 import struct
 import subprocess
@@ -82,7 +85,7 @@ def main() -> None:
     copy = ["sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", str(weights), str(output)]
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ("cp", *TYPES)}
     for turn in range(args.turns + 1):
-        for name, values in taken.items():
+        for name in random.sample(list(taken), len(taken)):
             inside = 0.0
             if name == "cp":
                 whole, _ = seconds(copy)
@@ -91,8 +94,9 @@ def main() -> None:
                 whole, printed = seconds([*convert, "--type", name])
                 inside = float(printed.split()[-1])
             output.unlink()
+            os.sync()  # a disk that is told of the deletion keeps others waiting
             if turn:  # the first turn brings the source into the page cache
-                values.append((whole, inside or whole))
+                taken[name].append((whole, inside or whole))
     gigabytes = weights.stat().st_size / 1e9
     print(f"{gigabytes:.2f} GB, {args.turns} turns\n")
     print("| | process, s | range | of cp's speed | without start-up |\n|---|--:|--:|--:|--:|")

@@ -46,7 +46,7 @@ def model(path: Path) -> Iterator[GgmlModel]:
         yield model
 
 
-def cache_of(model: GgmlModel, start: int, capacity: int = 1024) -> GgmlCache:
+def cache_of(model: GgmlModel, start: int, capacity: int = 4096) -> GgmlCache:
     cache = model.new_cache(capacity)
     model.forward([ar_segment(TOKENS[:start], 0, wanted=range(0))], cache)
     return cache

@@ -89,5 +89,10 @@ def _cycle(committed: Committed, seconds: float) -> Cycle:
         Pass(ar, block, context=committed.start, seconds=share) for ar, block in committed.passes
     )
     return Cycle(
-        committed.start, committed.drafts, committed.accepted, committed.tokens, passes=passes
+        committed.start,
+        committed.drafts,
+        committed.accepted,
+        committed.tokens,
+        passes=passes,
+        seconds=seconds,
     )
