@@ -154,6 +154,15 @@ class MachineCosts:
             self._corrected = RunningCosts(self._recall() or self._measure())
         return self._corrected
 
+    def prepare(self) -> None:
+        """Recall or measure now, not when it is first needed; say so if it takes a moment."""
+        if self._corrected is None:
+            curve = self._recall()
+            if curve is None:
+                self._say("measuring what passes cost on this machine (once)")
+                curve = self._measure()
+            self._corrected = RunningCosts(curve)
+
     @property
     def curve(self) -> CostCurve:
         return self._running.curve

@@ -145,6 +145,7 @@ def _plan(args: argparse.Namespace, model: Model, file: ModelFile) -> Plan | Con
     if name == options.AUTO:
         _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
         costs = MachineCosts(model, identity(file), say)
+        costs.prepare()
         return Controller(costs, model.config.block_size, lookup=args.lookup is not False)
     strategy = Strategy(name)
     if strategy is Strategy.AR:

@@ -78,15 +78,19 @@ def test_auto_is_the_default_and_remembers_what_it_measured(
     run: Run, model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    report: dict[str, Any] = json.loads(run(model, *PROMPT, "--json")[1])
+    _, out, err = run(model, *PROMPT, "--json")
+    report: dict[str, Any] = json.loads(out)
     assert report["settings"]["strategy"] == "auto"
+    assert "measuring what passes cost on this machine (once)" in err
     (path,) = (tmp_path / "orthrus-gguf").iterdir()
     written = path.stat().st_mtime_ns
     path.write_text("{")
     _, _, err = run(model, *PROMPT)
     assert err.count("ignored, measuring again") == 1
     assert path.stat().st_mtime_ns > written
-    assert "ignored" not in run(model, *PROMPT)[2]
+    _, _, err = run(model, *PROMPT)
+    assert "ignored" not in err
+    assert "measuring" not in err
 
 
 def test_explain_tells_what_was_decided(run: Run, model: str) -> None:
