@@ -32,12 +32,11 @@ from orthrus_gguf.outlook import (
     outlook,
     values,
 )
-from orthrus_gguf.policy import Cycle, Pass, Plan, Strategy, block_rows
+from orthrus_gguf.policy import MAX_LOOKUP, Cycle, Pass, Plan, Strategy, block_rows
 from orthrus_gguf.riders import Riding, by_worth
 
-#: Blocks that ride in one pass at most, and the largest number of draft tokens from a lookup.
+#: Blocks that ride in one pass at most.
 MAX_BLOCKS = 8
-MAX_LOOKUP = 32
 
 #: Time that drafts may lose against plain decoding: a share of all time, and at first as many
 #: single-row passes.
