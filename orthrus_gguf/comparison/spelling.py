@@ -157,7 +157,7 @@ def spread(spellings: Sequence[Spelling], widths: Sequence[int]) -> list[Spellin
 def entries(
     spellings: Sequence[Spelling], session: Session, controller: Callable[[bool], Policy]
 ) -> list[Entry]:
-    """What to compare on this session: plain decoding first, then each spelling once, in order.
+    """What to compare in this session: plain decoding first, then each spelling once, in order.
 
     controller: makes one, with look-ups or without. Raises OrthrusError for what the model cannot
     do.
