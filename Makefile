@@ -36,13 +36,13 @@ GPU_TYPE ?= Q4_K_M
 GPU := .cache/gpu
 gpu: export PYTHONPATH := kernels:converters:.
 gpu:
-	python -m orthrus_kernels.gpu_check
+	python -m orthrus_kernels.tools.gpu_check
 	mkdir -p $(GPU)
 	python -m orthrus_converters $(DEMO) $(GPU)/demo.gguf --type f16 --overwrite
 	for model in $(GPU_MODELS); do \
 	    test -f $(GPU)/$$model.gguf || python -m orthrus_gguf.cli.bench --synthetic $$model --type $(GPU_TYPE) --make-only $(GPU)/$$model.gguf; \
 	done
-	python -m orthrus_gguf.runtime.cuda.gpu_check --demo $(GPU)/demo.gguf --folder $(GPU) $(GPU_MODELS:%=$(GPU)/%.gguf)
+	python -m orthrus_gguf.bench.gpu_check --demo $(GPU)/demo.gguf --folder $(GPU) $(GPU_MODELS:%=$(GPU)/%.gguf)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -21,11 +21,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Sequence
 
-from orthrus_gguf.drafts import Draft, Source, Tree, draft_segment, read_draft, remainder
-from orthrus_gguf.lookup import LookupIndex
-from orthrus_gguf.policy import Cycle, FixedPolicy, Pass, Plan, Policy, Strategy, plan_for
+from orthrus_gguf.drafting.draft import Draft, Source, Tree, draft_segment, read_draft, remainder
+from orthrus_gguf.drafting.lookup import LookupIndex
+from orthrus_gguf.drafting.policy import Cycle, FixedPolicy, Pass, Plan, Policy, Strategy, plan_for
+from orthrus_gguf.runtime.protocol import Cache, Logits, Model, Segment, TreeCache, View, ar_segment
 from orthrus_gguf.sampling import Sampler
-from orthrus_gguf.segments import Cache, Logits, Model, Segment, TreeCache, View, ar_segment
 
 __all__ = [
     "PROMPT_BATCH",

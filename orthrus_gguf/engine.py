@@ -11,11 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from orthrus_gguf.decode import PROMPT_BATCH, Cycle, Plan, Policy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.runtime.protocol import Model, TreeCache
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import Model, TreeCache
-from orthrus_gguf.statistics import Statistics, Timings, count
-from orthrus_gguf.stop import StopStrings
-from orthrus_gguf.tokenizer import StreamDecoder, Tokenizer
+from orthrus_gguf.stats import Statistics, Timings, count
+from orthrus_gguf.text.stop import StopStrings
+from orthrus_gguf.text.tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True)

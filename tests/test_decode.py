@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import BLOCK, MASK, VOCAB, ToyModel, ar_logits, greedy_continuation, one_hot
 
-from orthrus_gguf.controller import Controller
+from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.decode import Cycle, Plan, Policy, Strategy, decode, plan_for, prefill
-from orthrus_gguf.drafts import Source
+from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.drafting.policy import Pass
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.policy import Pass
+from orthrus_gguf.runtime.protocol import View
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import View
 
 GREEDY = SamplingSettings(temperature=0)
 

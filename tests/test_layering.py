@@ -112,7 +112,7 @@ ANYTHING = {"cli"}
 CONVERTER_USERS = {"orthrus_gguf.cli.bench_synthetic"}
 
 #: Tools on top of the decode loop that live with the runtime they check.
-CHECKS = {"orthrus_gguf.runtime.cuda.gpu_check", "orthrus_gguf.runtime.cuda.gpu_figures"}
+CHECKS = {"orthrus_gguf.bench.gpu_check", "orthrus_gguf.bench.gpu_figures"}
 
 #: The only package that may use the kernels, or torch at the top of its modules.
 KERNEL_USER = "orthrus_gguf.runtime.cuda."
@@ -121,7 +121,7 @@ KERNEL_USER = "orthrus_gguf.runtime.cuda."
 HEAVY = {
     "torch": {"orthrus_gguf.runtime", "orthrus_gguf.runtime.reference"},
     "triton": set(),
-    "matplotlib": {"orthrus_gguf.comparison.plots"},
+    "matplotlib": {"orthrus_gguf.bench.comparison.plots"},
 }
 
 

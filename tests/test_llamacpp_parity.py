@@ -12,10 +12,10 @@ import xllamacpp
 
 from orthrus_gguf.decode import Strategy, plan_for
 from orthrus_gguf.engine import Request, Session
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.reference import ReferenceModel
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 N = 64
 MORE_PROMPTS = (

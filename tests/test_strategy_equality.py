@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from orthrus_gguf.controller import Controller
+from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.decode import Plan, Policy, Strategy
+from orthrus_gguf.drafting.policy import Pass
 from orthrus_gguf.engine import Request, Result, Session
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.policy import Pass
-from orthrus_gguf.runtime import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 AR = Plan(Strategy.AR, 0)
 

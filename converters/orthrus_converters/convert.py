@@ -21,10 +21,10 @@ from orthrus_converters.sources import FolderSource
 from orthrus_converters.tensor_names import has_heads, match_weights
 from orthrus_converters.type_plan import TypeChoice, plan_types
 from orthrus_converters.vocabulary import Vocabulary
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 CONFIG = "config.json"
 

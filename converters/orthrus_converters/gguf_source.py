@@ -12,11 +12,11 @@ import gguf
 import numpy as np
 
 from orthrus_converters.source_tensor import SourceTensor
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, Value
-from orthrus_gguf.model_file import ADAPTER, ModelFile
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ADAPTER, ModelFile
 
 _Type = gguf.GGUFValueType
 

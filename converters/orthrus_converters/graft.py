@@ -34,10 +34,10 @@ from orthrus_converters.source_tensor import SourceTensor, read_chunks
 from orthrus_converters.sources import FileSource, FolderSource, resolve
 from orthrus_converters.tensor_names import has_heads, match_weights
 from orthrus_converters.type_plan import TypeChoice, plan_types
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 _CHUNK = 1 << 22  # elements hashed at a time
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from orthrus_converters.hf_rope import read_rope
 from orthrus_converters.json_file import JsonFile, describe
-from orthrus_gguf.config import (
+from orthrus_gguf.model.config import (
     BLOCK_SIZES,
     MAX_CONTEXT,
     MAX_HEAD_DIM,

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from orthrus_converters.json_file import JsonFile, describe
-from orthrus_gguf.config import MAX_CONTEXT, Rope
+from orthrus_gguf.model.config import MAX_CONTEXT, Rope
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _YARN = {

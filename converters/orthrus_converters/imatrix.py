@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import MAGIC, GGUFFile
-from orthrus_gguf.tensors import TOKEN_EMBD, is_diffusion_tensor
+from orthrus_gguf.model.tensors import TOKEN_EMBD, is_diffusion_tensor
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _MAX_BYTES = 1 << 32  # of a .dat; those of the largest models have some hundred megabytes

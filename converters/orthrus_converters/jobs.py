@@ -11,7 +11,7 @@ from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
 from orthrus_converters.type_plan import Fallback, TypeChoice, TypePlan
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
+from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
 
 _Type = gguf.GGMLQuantizationType
 

@@ -18,9 +18,9 @@ from orthrus_converters.file_types import FileType
 from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_converters.vocabulary import DEFAULT_TEMPLATE, Vocabulary
-from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.model.config import ModelConfig, Rope
 
 #: Files beside config.json that the general metadata comes from.
 CARD = "README.md"

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_converters.source_tensor import SourceTensor, opened, read_rows, to_float32
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.ggml.quantize import needs_importance, quantize
-from orthrus_gguf.tensors import OUTPUT, TOKEN_EMBD
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD
 
 #: What must be equal. The trained context may differ: it changes no arithmetic.
 _IDENTITY = ("n_layers", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "rms_eps")

@@ -31,7 +31,7 @@ from orthrus_converters.source_tensor import SourceTensor
 from orthrus_converters.type_plan import plan_types
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 
 def plan_gguf(request: Request, path: Path, imatrix: Imatrix | None) -> Plan:

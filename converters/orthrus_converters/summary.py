@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orthrus_converters.encode import Job
 from orthrus_converters.plan import Plan
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 
 def summary(plan: Plan, sizes: Sequence[int], verb: str = " wrote") -> str:

@@ -22,11 +22,11 @@ from orthrus_converters.source_tensor import SourceTensor
 from orthrus_converters.synthetic_qblocks import KINDS, RandomWeights
 from orthrus_converters.synthetic_vocabulary import synthetic_vocabulary
 from orthrus_converters.type_plan import TypeChoice, is_matrix, plan_types
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor, write_files
-from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 
 MAX_SEED = 2**32 - 1
 

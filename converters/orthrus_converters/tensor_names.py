@@ -8,9 +8,9 @@ import numpy as np
 
 from orthrus_converters.checkpoint import Checkpoint
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor, read_chunks
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 
 _GLOBAL = {
     "token_embd.weight": "model.embed_tokens.weight",

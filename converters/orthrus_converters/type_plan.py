@@ -12,9 +12,9 @@ import gguf
 from orthrus_converters.file_types import TENSOR_TYPES, FileType
 from orthrus_converters.mix import Mix
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
 
 _Type = gguf.GGMLQuantizationType
 Kind = gguf.GGMLQuantizationType

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
-from orthrus_gguf.benchmark import (
+from orthrus_gguf.bench.benchmark import (
     BenchmarkSettings,
     Measurement,
     peak_memory,
@@ -28,9 +28,9 @@ from orthrus_gguf.cli import (
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.machine import machine
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime import load_model
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.this_machine import machine
 
 DESCRIPTION = """\
 Measure prompt speed (pp), generation speed (tg) and the time of passes of several rows, in the AR

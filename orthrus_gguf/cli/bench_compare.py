@@ -13,23 +13,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from orthrus_gguf.calibration import MachineCosts
-from orthrus_gguf.chat import ChatTemplate
+from orthrus_gguf.auto.calibration import MachineCosts
+from orthrus_gguf.auto.controller import Controller
+from orthrus_gguf.bench.comparison import plots, prompts, report, spelling
+from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, run_command
-from orthrus_gguf.comparison import plots, prompts, report, spelling
-from orthrus_gguf.comparison.runner import Turn, run_turns, warm_up
-from orthrus_gguf.controller import Controller
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.machine import machine
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime import load_model
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.segments import Model
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.chat import ChatTemplate
+from orthrus_gguf.text.tokenizer import load_tokenizer
+from orthrus_gguf.this_machine import machine
 
 DESCRIPTION = (
     """\

@@ -6,13 +6,13 @@ import argparse
 import json
 from collections.abc import Callable, Collection, Sequence
 
+from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES, Shares
+from orthrus_gguf.bench.prediction.passes import Activations
+from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
+from orthrus_gguf.bench.prediction.table import Selection, as_json, markdown
 from orthrus_gguf.cli import options
 from orthrus_gguf.command import Parser, base_parser, run_command
-from orthrus_gguf.prediction.cards import CARDS, DEFAULT_SHARES, Shares
-from orthrus_gguf.prediction.passes import Activations
-from orthrus_gguf.prediction.shapes import FILE_TYPES
-from orthrus_gguf.prediction.table import Selection, as_json, markdown
-from orthrus_gguf.qwen3_shapes import BLOCK_SIZE, QWEN3_SHAPES
+from orthrus_gguf.model.shapes import BLOCK_SIZE, QWEN3_SHAPES
 
 DESCRIPTION = """\
 Predict the time of passes and steps from what they read, multiply and launch. Arithmetic, nothing

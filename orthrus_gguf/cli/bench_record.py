@@ -9,21 +9,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from orthrus_gguf.chat import ChatTemplate
+from orthrus_gguf.bench.comparison.prompts import BUILTIN, Prompt, encode, read_texts
+from orthrus_gguf.bench.simulation.record import default_sizes, record_text
+from orthrus_gguf.bench.simulation.recording import Origin, Recording, Text
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
-from orthrus_gguf.comparison.prompts import BUILTIN, Prompt, encode, read_texts
 from orthrus_gguf.decode import Strategy, plan_for
 from orthrus_gguf.engine import Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import check_target
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime import load_model
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import load_model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.simulation.record import default_sizes, record_text
-from orthrus_gguf.simulation.recording import Origin, Recording, Text
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.chat import ChatTemplate
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 DESCRIPTION = """\
 Continue prompts greedily, and record what blocks at every position of the texts draft. With a

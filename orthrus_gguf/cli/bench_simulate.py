@@ -11,27 +11,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from orthrus_gguf.calibration import MachineCosts, read_curve
+from orthrus_gguf.auto.calibration import MachineCosts, read_curve
+from orthrus_gguf.auto.costs import Costs
+from orthrus_gguf.bench.comparison import spelling
+from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES
+from orthrus_gguf.bench.prediction.passes import Activations, PredictedCurve
+from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
+from orthrus_gguf.bench.prediction.table import Selection, assumptions
+from orthrus_gguf.bench.simulation import synthetic
+from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
+from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
+from orthrus_gguf.bench.simulation.recording import Recording, load
+from orthrus_gguf.bench.simulation.report import Simulation, as_json, markdown
+from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, run_command
-from orthrus_gguf.comparison import spelling
-from orthrus_gguf.costs import Costs
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.machine import machine
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.prediction.cards import CARDS, DEFAULT_SHARES
-from orthrus_gguf.prediction.passes import Activations, PredictedCurve
-from orthrus_gguf.prediction.shapes import FILE_TYPES
-from orthrus_gguf.prediction.table import Selection, assumptions
-from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
-from orthrus_gguf.runtime import RuntimeSettings, load_model
-from orthrus_gguf.simulation import synthetic
-from orthrus_gguf.simulation.acceptance_tables import TABLES
-from orthrus_gguf.simulation.hardware import CardCosts, CurveCosts, FlatCosts
-from orthrus_gguf.simulation.recording import Recording, load
-from orthrus_gguf.simulation.report import Simulation, as_json, markdown
-from orthrus_gguf.simulation.strategies import Simulator, default_strategies
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.runtime.load import RuntimeSettings, load_model
+from orthrus_gguf.this_machine import machine
 
 DESCRIPTION = """\
 Replay recorded drafts, or drafts made up to have a published acceptance, against a cost curve, with

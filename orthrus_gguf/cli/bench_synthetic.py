@@ -15,7 +15,7 @@ from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import check_target
-from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
 
 DEFAULT_TYPE = "Q4_K_M"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from orthrus_gguf.chat import Message
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.loaded import Loaded, say
 from orthrus_gguf.cli.report import statistics_block
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.text.chat import Message
 
 HELP = "Ctrl-C stops an answer, Ctrl-D leaves, /clear forgets the conversation"
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TextIO
 
-from orthrus_gguf.drafts import Source
+from orthrus_gguf.drafting.draft import Source
 from orthrus_gguf.engine import Generation, Origin, Result, origins
 
 #: SGR codes; plain text keeps the terminal's own colour.

@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from orthrus_gguf.calibration import MachineCosts
-from orthrus_gguf.chat import ChatTemplate, Message
+from orthrus_gguf.auto.calibration import MachineCosts
+from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.cli import options
-from orthrus_gguf.controller import Controller
 from orthrus_gguf.decode import Plan, Strategy, plan_for
 from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime import load_model
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.segments import Model
-from orthrus_gguf.tokenizer import Tokenizer, load_tokenizer
+from orthrus_gguf.text.chat import ChatTemplate, Message
+from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 
 #: Flags that shape drafts, beside --draft-width.
 DRAFT_FLAGS = ("--draft-blocks", "--draft-cut", "--draft-tail", "--draft-tree")

@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from orthrus_gguf.decode import PROMPT_BATCH, Strategy
+from orthrus_gguf.drafting.policy import FUSED_BLOCKS
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
-from orthrus_gguf.policy import FUSED_BLOCKS
-from orthrus_gguf.runtime import RuntimeName, RuntimeSettings
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings
 from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
 
 #: Value of --strategy that leaves the choice to the controller.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orthrus_gguf.controller import Controller
+from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.decode import Plan, Policy
 from orthrus_gguf.engine import Request, Result
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from orthrus_gguf.chat import Message
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
@@ -17,6 +16,7 @@ from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.report import explain, result_json, statistics_block
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.text.chat import Message
 
 DESCRIPTION = """\
 Generate text with an Orthrus (or plain Qwen3) GGUF model.

@@ -6,7 +6,8 @@ cache is exact. Buffers are an upper bound: at most a quarter above what passes 
 
 from __future__ import annotations
 
-from orthrus_gguf.cache_layout import (
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.ggml.cache_layout import (
     BATCH_ROWS,
     COLUMNS,
     CacheLayout,
@@ -15,7 +16,6 @@ from orthrus_gguf.cache_layout import (
     columns_for,
     spare_rows,
 )
-from orthrus_gguf.config import ModelConfig
 
 _PADDING = 1024  # what aligning a graph's tensors costs
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from orthrus_gguf.cache_layout import cache_layout
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.inspection import memory
 from orthrus_gguf.inspection.summary import Summary, Tally, summarize
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.cache_layout import cache_layout
 
 #: Contexts whose memory is shown, besides what the model was trained for.
 CONTEXTS = (4096, 32768)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from orthrus_gguf.gguf.reader import TensorInfo
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 
 @dataclass(frozen=True)

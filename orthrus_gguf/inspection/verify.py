@@ -14,7 +14,7 @@ import gguf
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.inspection.scales import bad_qblocks, is_known
 from orthrus_gguf.inspection.stream import pieces
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 #: Hashing is the slowest step at 1 to 2 GB/s per thread; four keep up with the fastest disks.
 MAX_THREADS = 4

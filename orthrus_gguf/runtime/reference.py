@@ -16,10 +16,10 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
-from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.segments import (
+from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import (
     Logits,
     Segment,
     View,

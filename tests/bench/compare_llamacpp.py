@@ -21,7 +21,7 @@ import numpy as np
 import xllamacpp
 
 from orthrus_gguf.decode import Plan, Strategy, decode, prefill
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 

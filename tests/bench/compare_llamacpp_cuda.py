@@ -23,11 +23,11 @@ import numpy as np
 
 from orthrus_gguf.decode import Plan, Strategy, prefill
 from orthrus_gguf.engine import DeviceModel
-from orthrus_gguf.machine import machine
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.protocol import Model, ar_segment
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.segments import Model, ar_segment
+from orthrus_gguf.this_machine import machine
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 GREEDY = SamplingSettings(temperature=0)

@@ -24,10 +24,10 @@ from orthrus_converters.imatrix import read_imatrix
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import View, ar_segment
 from orthrus_gguf.runtime.reference import ReferenceModel
-from orthrus_gguf.segments import View, ar_segment
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 _ATTENTION = {f"attn_{name}": name for name in ("q", "k", "v", "output")}

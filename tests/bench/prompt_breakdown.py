@@ -24,12 +24,12 @@ from unittest import mock
 import numpy as np
 import xllamacpp
 
-from orthrus_gguf.cache_layout import BATCH_ROWS, CacheLayout
 from orthrus_gguf.decode import prefill
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.library import Library, load_library
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml import graph, model
+from orthrus_gguf.runtime.ggml.cache_layout import BATCH_ROWS, CacheLayout
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 
 FLASH = xllamacpp.llama_flash_attn_type

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from orthrus_converters.cli import main as convert
 
 from orthrus_gguf.decode import Plan, Strategy, decode, prefill
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import ar_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import ar_segment
-from orthrus_gguf.tensors import is_diffusion_tensor
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "models/tiny-orthrus-stdlib"

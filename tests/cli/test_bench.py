@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from toy_model import ToyModel
 
-from orthrus_gguf.benchmark import BenchmarkSettings, Measurement, run_benchmark
+from orthrus_gguf.bench.benchmark import BenchmarkSettings, Measurement, run_benchmark
 from orthrus_gguf.cli.bench import main
 from orthrus_gguf.errors import OrthrusError
 

@@ -11,8 +11,8 @@ import pytest
 
 from orthrus_gguf.cli.bench import main
 from orthrus_gguf.cli.run import main as run_main
-from orthrus_gguf.runtime import load_model
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.protocol import View
 
 PROMPTS = {"code": ["def read(self, size=-1):\n", "class Queue:\n"], "chat": ["import os\n"]}
 TASK = ("-t", "1", "-n", "12")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
+from orthrus_gguf.bench.prediction.cards import CARDS, IDEAL
+from orthrus_gguf.bench.prediction.passes import Activations, PredictedCurve
 from orthrus_gguf.cli.bench import main
-from orthrus_gguf.prediction.cards import CARDS, IDEAL
-from orthrus_gguf.prediction.passes import Activations, PredictedCurve
-from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
 
 
 def test_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orthrus_gguf.bench.simulation.recording import load
 from orthrus_gguf.cli.bench import main
-from orthrus_gguf.simulation.recording import load
 
 FEW = ["--strategies", "two-pass,fused@x2,auto+no-lookup,auto"]
 

@@ -14,7 +14,7 @@ import pytest
 from orthrus_gguf.cli.bench import main
 from orthrus_gguf.cli.run import main as run
 from orthrus_gguf.gguf.reader import GGUFFile
-from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
 
 FLAGS = ("-t", "1", "-p", "4", "-n", "2", "--rows", "2", "-r", "1")
 

@@ -17,10 +17,10 @@ import pytest
 
 from orthrus_gguf.cli.drafts_view import has_colours, paint, painted, summary, text_origins
 from orthrus_gguf.cli.run import main
-from orthrus_gguf.drafts import Draft, Source
+from orthrus_gguf.drafting.draft import Draft, Source
+from orthrus_gguf.drafting.policy import Cycle
 from orthrus_gguf.engine import Origin, Result
-from orthrus_gguf.policy import Cycle
-from orthrus_gguf.statistics import Timings, count
+from orthrus_gguf.stats import Timings, count
 
 ESCAPES = re.compile("\x1b\\[[0-9;]*m")
 FLAGS = ("--temp", "0", "-n", "40", "-t", "1", "--show-drafts")

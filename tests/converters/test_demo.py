@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.ggml.quantize import quantize
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 
 F32, F16, BF16, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0"))
 

@@ -17,7 +17,7 @@ from imatrix_files import random_importance, write_gguf
 from orthrus_converters import graft
 from orthrus_converters.cli import main
 
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 
 WIDE: dict[str, Any] = {
     **CONFIG,

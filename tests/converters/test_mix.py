@@ -19,9 +19,9 @@ from orthrus_converters.source_tensor import SourceTensor
 from orthrus_converters.type_plan import TypeChoice, parse_override, plan_types
 from synthetic_model import model_shape
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 
 KINDS = gguf.GGMLQuantizationType
 PARTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from orthrus_converters.cli import main
 
 from orthrus_gguf.gguf.reader import GGUFFile
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 
 #: Four layers and rows of 256 and 512, so that every type fits.
 WIDE: dict[str, Any] = {

@@ -21,11 +21,11 @@ from tokenizers import models, pre_tokenizers
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.fields import Fields
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.qwen3_shapes import QWEN3_SHAPES
-from orthrus_gguf.runtime import RuntimeName, RuntimeSettings, load_model
-from orthrus_gguf.segments import ar_segment, diffusion_segment
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 Type = gguf.GGMLQuantizationType
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from hf_checkpoint import CONFIG, Weights, random_weights, write_checkpoint, write_json
 
-from orthrus_gguf.config import ModelConfig, Rope
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.file import ModelFile
 
 
 def changed(**changes: Any) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import sentencepiece
 from hf_checkpoint import ADDED, CONFIG, tokenizer, write_checkpoint, write_json
 from tokenizers import Tokenizer
 
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 PADS = [f"[PAD{index}]" for index in range(262, 270)]

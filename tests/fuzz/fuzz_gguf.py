@@ -18,8 +18,8 @@ from pathlib import Path
 import atheris  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
 with atheris.instrument_imports(include=["orthrus_gguf"]):
-    import orthrus_gguf.vocab.bpe
-    import orthrus_gguf.vocab.spm  # noqa: F401 - else imported later, without instrumentation
+    import orthrus_gguf.text.vocab.bpe
+    import orthrus_gguf.text.vocab.spm  # noqa: F401 - else imported later, without instrumentation
     from tests.fuzz.target import check
 
 from tests.fuzz.document import parse

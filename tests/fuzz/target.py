@@ -13,8 +13,8 @@ from orthrus_gguf.inspection import text
 from orthrus_gguf.inspection.diff import diff_metadata, diff_tensors
 from orthrus_gguf.inspection.report import inspect, report_json
 from orthrus_gguf.inspection.verify import overall, verify
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 PROMPT = "abc d\n<|endoftext|> é▁</s>"
 MAX_MESSAGE = 1000  # characters, without the path

@@ -10,10 +10,10 @@ import pytest
 from gguf import quants
 from synthetic_model import SLOW_TYPES, model_shape, q4_k_m, qwen3_0_6b, uniform, write_model
 
-from orthrus_gguf.config import Rope
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.tensors import base_tensors
+from orthrus_gguf.model.config import Rope
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.tensors import base_tensors
 
 API = load_library().api
 TYPES = gguf.GGMLQuantizationType

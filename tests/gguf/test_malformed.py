@@ -12,7 +12,7 @@ import pytest
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from tests.gguf.builder import (
     ARRAY,
     BOOL,

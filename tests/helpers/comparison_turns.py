@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from orthrus_gguf.comparison.prompts import Prompt
-from orthrus_gguf.comparison.runner import Turn
+from orthrus_gguf.bench.comparison.prompts import Prompt
+from orthrus_gguf.bench.comparison.runner import Turn
 from orthrus_gguf.decode import Cycle
-from orthrus_gguf.drafts import Draft, Source
+from orthrus_gguf.drafting.draft import Draft, Source
+from orthrus_gguf.drafting.policy import Pass
 from orthrus_gguf.engine import Result
-from orthrus_gguf.policy import Pass
-from orthrus_gguf.statistics import Timings, count
+from orthrus_gguf.stats import Timings, count
 
 
 def cycle(accepted: int, drafts: int, *passes: Pass, source: Source = Source.BLOCK) -> Cycle:

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from orthrus_gguf.decode import prefill
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.policy import Plan, Strategy
+from orthrus_gguf.drafting.policy import Plan, Strategy
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.decoding import decode_on_device
 from orthrus_gguf.runtime.cuda.kernels import STAND_INS, TRITON, Kernels
 from orthrus_gguf.runtime.cuda.model import CudaModel
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import ar_segment, diffusion_segment
 
 PROMPT = [5, 9, 2]
 SAMPLED = SamplingSettings(temperature=0.9, seed=11, top_k=4)

@@ -7,18 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import orthrus_kernels.reference_matmul
-from orthrus_kernels.quant_tensor import QuantTensor
+import orthrus_kernels.products.plain
+from orthrus_kernels.packing.quant_tensor import QuantTensor
 from torch import Tensor
 
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.model import CudaModel
 
 
 @contextmanager
 def remembered_weights() -> Iterator[None]:
     """Stand-ins dequantize a matrix at its first use only, which makes them ten times faster."""
-    dequantize = orthrus_kernels.reference_matmul.dequantize
+    dequantize = orthrus_kernels.products.plain.dequantize
     known: dict[int, tuple[QuantTensor, Tensor]] = {}
 
     def remembered(weight: QuantTensor) -> Tensor:
@@ -26,11 +26,11 @@ def remembered_weights() -> Iterator[None]:
             known[id(weight)] = weight, dequantize(weight).double()
         return known[id(weight)][1]
 
-    orthrus_kernels.reference_matmul.dequantize = remembered
+    orthrus_kernels.products.plain.dequantize = remembered
     try:
         yield
     finally:
-        orthrus_kernels.reference_matmul.dequantize = dequantize
+        orthrus_kernels.products.plain.dequantize = dequantize
 
 
 @contextmanager

@@ -18,13 +18,13 @@ import gguf
 import numpy as np
 from synthetic_model import TypeRule, model_shape, uniform, write_model
 
-from orthrus_gguf.cache_layout import CACHE_TYPES
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel
-from orthrus_gguf.segments import ar_segment, diffusion_segment
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 
 Rng = np.random.Generator
 TYPES = gguf.GGMLQuantizationType

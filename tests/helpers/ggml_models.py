@@ -10,10 +10,10 @@ from typing import Any
 import gguf
 from synthetic_model import model_shape, uniform, write_model
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.model import GgmlModel
 
 TYPES = gguf.GGMLQuantizationType
 

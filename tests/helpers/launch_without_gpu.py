@@ -12,13 +12,13 @@ from typing import Any
 import torch
 import triton
 from gguf import GGMLQuantizationType as T
-from orthrus_kernels.activation_rows import new_int8_rows
-from orthrus_kernels.activations import interleave
-from orthrus_kernels.dispatch import Tile
-from orthrus_kernels.matmul import gate_up, head_argmax, matmul
-from orthrus_kernels.matmul_dequantize import dequantize
-from orthrus_kernels.packing import pack
-from orthrus_kernels.quant_tensor import Layout
+from orthrus_kernels.elementwise.activation_rows import new_int8_rows
+from orthrus_kernels.elementwise.activations import interleave
+from orthrus_kernels.packing.pack import pack
+from orthrus_kernels.packing.quant_tensor import Layout
+from orthrus_kernels.products.dequantize import dequantize
+from orthrus_kernels.products.dispatch import Tile
+from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
 from quant_rows import random_rows
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction

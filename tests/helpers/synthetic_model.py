@@ -15,11 +15,11 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
-from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 
 _TYPES = gguf.GGMLQuantizationType
 

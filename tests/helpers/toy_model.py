@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from orthrus_gguf.config import ModelConfig, Rope
-from orthrus_gguf.segments import Logits, Segment, View, check_path, check_segments, path_to
+from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.runtime.protocol import Logits, Segment, View, check_path, check_segments, path_to
 
 VOCAB, MASK, BLOCK = 64, 63, 8
 
@@ -95,7 +95,7 @@ class ToyCache:
 
 
 class ToyModel:
-    """Implements `orthrus_gguf.segments.Model`; counts its passes in `forwards`."""
+    """Implements `orthrus_gguf.runtime.protocol.Model`; counts its passes in `forwards`."""
 
     def __init__(
         self,

@@ -8,13 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from orthrus_kernels import reference_sample
-from orthrus_kernels.accept import accept, new_log, write_drafts
-from orthrus_kernels.rows import BAD_LOGITS, CYCLES, EMITTED, LIMIT, POSITION, STATUS, STOPPED
+from orthrus_kernels.elementwise.rows import (
+    BAD_LOGITS,
+    CYCLES,
+    EMITTED,
+    LIMIT,
+    POSITION,
+    STATUS,
+    STOPPED,
+)
+from orthrus_kernels.sampling import plain as reference_sample
+from orthrus_kernels.sampling.accept import accept, new_log, write_drafts
 from torch import Tensor
 
 from orthrus_gguf.decode import verify
-from orthrus_gguf.drafts import Tree
+from orthrus_gguf.drafting.draft import Tree
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 RING, LOG = 8, 4

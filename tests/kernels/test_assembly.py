@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from orthrus_kernels import matmul_weights as a16
-from orthrus_kernels import matmul_weights_a8 as a8
-from orthrus_kernels.quant_tensor import IQ4_VALUES
+from orthrus_kernels.packing.quant_tensor import IQ4_VALUES
+from orthrus_kernels.products import weights as a16
+from orthrus_kernels.products import weights_a8 as a8
 
 WORD = 0xFFFFFFFF
 RANDOM = np.random.default_rng(0)

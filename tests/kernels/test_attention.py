@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from orthrus_kernels import reference_attention
-from orthrus_kernels.activation_rows import Int8Rows, new_int8_rows
-from orthrus_kernels.activations import deinterleave, interleave
-from orthrus_kernels.attention import CHUNK, LANES, attention, new_attention_scratch
-from orthrus_kernels.kv_cache import KvPlanes, new_planes
+from orthrus_kernels.attention import plain as reference_attention
+from orthrus_kernels.attention.attention import CHUNK, LANES, attention, new_attention_scratch
+from orthrus_kernels.attention.kv_cache import KvPlanes, new_planes
+from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_int8_rows
+from orthrus_kernels.elementwise.activations import deinterleave, interleave
 from torch import Tensor
 
 PERIOD = CHUNK * LANES

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from gguf import GGMLQuantizationType as T
-from orthrus_kernels.dispatch import (
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout
+from orthrus_kernels.products.dispatch import (
     Route,
     Tile,
     choose,
@@ -20,7 +21,6 @@ from orthrus_kernels.dispatch import (
     table_name,
     tile_key,
 )
-from orthrus_kernels.quant_tensor import PLAIN_TYPES, TRAITS, Layout
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 SHAPES = [(6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288), (151936, 4096), (100, 288)]

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from orthrus_kernels import gpu_check
-from orthrus_kernels.gpu_check import STAGES, Stage
-from orthrus_kernels.gpu_check_report import Check, Figure, Item, Machine
+from orthrus_kernels.tools import gpu_check
+from orthrus_kernels.tools.gpu_check import STAGES, Stage
+from orthrus_kernels.tools.gpu_check_report import Check, Figure, Item, Machine
 
 
 def test_every_stage_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

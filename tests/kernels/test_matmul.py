@@ -8,15 +8,15 @@ import math
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
-from orthrus_kernels import reference
-from orthrus_kernels.activation_rows import Int8Rows, new_int8_rows
-from orthrus_kernels.activations import deinterleave, interleave
-from orthrus_kernels.dispatch import INT8_TYPES, Tile
-from orthrus_kernels.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
-from orthrus_kernels.matmul_dequantize import dequantize, prompt_matmul
-from orthrus_kernels.ops import quantize_rows
-from orthrus_kernels.packing import interleave_rows, pack
-from orthrus_kernels.quant_tensor import PLAIN_TYPES, TRAITS, Layout
+from orthrus_kernels import plain as reference
+from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_int8_rows
+from orthrus_kernels.elementwise.activations import deinterleave, interleave
+from orthrus_kernels.elementwise.ops import quantize_rows
+from orthrus_kernels.packing.pack import interleave_rows, pack
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout
+from orthrus_kernels.products.dequantize import dequantize, prompt_matmul
+from orthrus_kernels.products.dispatch import INT8_TYPES, Tile
+from orthrus_kernels.products.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
 from quant_rows import dequantized, nmse, random_rows
 from torch import Tensor
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orthrus_kernels.budget_table import (
+from orthrus_kernels.tools.budget_table import (
     MATRIX,
     Budget,
     check,
@@ -22,7 +22,7 @@ from orthrus_kernels.budget_table import (
     markdown,
     violations,
 )
-from orthrus_kernels.offline import (
+from orthrus_kernels.tools.offline import (
     CAPABILITIES,
     Resources,
     compile_kernel,
@@ -32,7 +32,7 @@ from orthrus_kernels.offline import (
     report_module,
 )
 
-MODULE = "orthrus_kernels.matmul_cases"
+MODULE = "orthrus_kernels.products.cases"
 
 Report = dict[str, dict[int, Resources]]
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import orthrus_kernels
 import pytest
-from orthrus_kernels import attention
-from orthrus_kernels.budget_table import load_budgets, violations
-from orthrus_kernels.offline import CAPABILITIES, Resources, report_module
+from orthrus_kernels.attention import attention
+from orthrus_kernels.tools.budget_table import load_budgets, violations
+from orthrus_kernels.tools.offline import CAPABILITIES, Resources, report_module
 
-MODULE = "orthrus_kernels.ops_cases"
+MODULE = "orthrus_kernels.elementwise.cases"
 
 Report = dict[str, dict[int, Resources]]
 
@@ -69,7 +69,8 @@ def test_arguments_that_vary_do_not_specialize() -> None:
     the compiler's own description of the kernel, in a process without the interpreter.
     """
     code = """
-from orthrus_kernels import attention, ops
+from orthrus_kernels.attention import attention
+from orthrus_kernels.elementwise import ops
 for kernel in (attention._parts, attention._combine, ops._residual_norm, ops._finish_qkv):
     print(kernel.fn.__name__, *(p.name for p in kernel.params if p.do_not_specialize))
 """
@@ -100,5 +101,5 @@ def test_constants_agree() -> None:
 def test_no_atomics() -> None:
     """Sums are ordered everywhere."""
     folder = Path(orthrus_kernels.__file__).parent
-    for path in folder.glob("*.py"):
+    for path in folder.rglob("*.py"):
         assert not re.search(r"\batomic_\w+\(", path.read_text(encoding="utf-8")), path.name

@@ -9,15 +9,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from orthrus_kernels import ops, reference_ops
-from orthrus_kernels.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
-from orthrus_kernels.activations import deinterleave, interleave
-from orthrus_kernels.embedding import QBLOCK_BYTES, embed, iq4_codebook
-from orthrus_kernels.kv_cache import KvPlanes, dequantize_planes, new_planes
-from orthrus_kernels.rows import AR, DIFFUSION, UNUSED, Rows, new_rows, plan_rows
+from orthrus_kernels.attention.kv_cache import KvPlanes, dequantize_planes, new_planes
+from orthrus_kernels.elementwise import ops
+from orthrus_kernels.elementwise import plain as reference_ops
+from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
+from orthrus_kernels.elementwise.activations import deinterleave, interleave
+from orthrus_kernels.elementwise.embedding import QBLOCK_BYTES, embed, iq4_codebook
+from orthrus_kernels.elementwise.rows import AR, DIFFUSION, UNUSED, Rows, new_rows, plan_rows
 from torch import Tensor
 
-from orthrus_gguf.config import Rope
+from orthrus_gguf.model.config import Rope
 from orthrus_gguf.runtime.reference import rope_frequencies
 
 NAN = float("nan")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
-from orthrus_kernels.activations import deinterleave, interleave
-from orthrus_kernels.packing import interleave_rows, pack, unpack
-from orthrus_kernels.packing_planes import fill_planes, new_planes
-from orthrus_kernels.packing_words import to_words
-from orthrus_kernels.quant_tensor import PLAIN_TYPES, TRAITS, Layout, row_bytes
+from orthrus_kernels.elementwise.activations import deinterleave, interleave
+from orthrus_kernels.packing.pack import interleave_rows, pack, unpack
+from orthrus_kernels.packing.planes import fill_planes, new_planes
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout, row_bytes
+from orthrus_kernels.packing.words import to_words
 from quant_rows import dequantized, random_rows
 
 ALL_TYPES = (*TRAITS, *PLAIN_TYPES)
@@ -57,7 +57,7 @@ def test_k_tail_of_whole_qblocks(kind: T, layout: Layout) -> None:
 def test_chunks_meet_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = random_rows(T.Q6_K, 200, 512)
     whole = pack(raw, T.Q6_K, 512)
-    monkeypatch.setattr("orthrus_kernels.packing._chunk_weights", lambda device: 64 * 512)
+    monkeypatch.setattr("orthrus_kernels.packing.pack._chunk_weights", lambda device: 64 * 512)
     pieces = pack(raw, T.Q6_K, 512)
     assert all(torch.equal(whole.planes[name], pieces.planes[name]) for name in whole.planes)
     assert torch.equal(unpack(pieces), raw)

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from orthrus_kernels.activation_rows import new_f16_rows
-from orthrus_kernels.activations import deinterleave
-from orthrus_kernels.attention import attention, new_attention_scratch
-from orthrus_kernels.embedding import embed, iq4_codebook
-from orthrus_kernels.kv_cache import KvPlanes, new_planes
-from orthrus_kernels.ops import finish_qkv, residual_norm, silu_multiply
-from orthrus_kernels.rows import AR, DIFFUSION, Rows, new_rows, plan_rows
+from orthrus_kernels.attention.attention import attention, new_attention_scratch
+from orthrus_kernels.attention.kv_cache import KvPlanes, new_planes
+from orthrus_kernels.elementwise.activation_rows import new_f16_rows
+from orthrus_kernels.elementwise.activations import deinterleave
+from orthrus_kernels.elementwise.embedding import embed, iq4_codebook
+from orthrus_kernels.elementwise.ops import finish_qkv, residual_norm, silu_multiply
+from orthrus_kernels.elementwise.rows import AR, DIFFUSION, Rows, new_rows, plan_rows
 from torch import Tensor
 
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import View, ar_segment, diffusion_segment
 from orthrus_gguf.runtime.reference import Layer, ReferenceModel
-from orthrus_gguf.segments import View, ar_segment, diffusion_segment
 
 CAPACITY, BUCKET = 64, 12
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from orthrus_kernels import reference_sample
-from orthrus_kernels import sample as device
-from orthrus_kernels.sample import (
+from orthrus_kernels.sampling import plain as reference_sample
+from orthrus_kernels.sampling import sample as device
+from orthrus_kernels.sampling.sample import (
     MAX_TOP_K,
     SampleScratch,
     new_sample_scratch,

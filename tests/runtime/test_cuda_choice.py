@@ -10,9 +10,9 @@ import pytest
 
 from orthrus_gguf import runtime
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime import RuntimeName, RuntimeSettings, load_model, resolve
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda import presence
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model, resolve
 
 AUTO = RuntimeSettings()
 CUDA = RuntimeSettings(RuntimeName.CUDA)

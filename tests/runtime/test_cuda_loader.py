@@ -14,15 +14,15 @@ pytest.importorskip("triton")
 import torch
 from cuda_models import stand_in
 from gguf.quants import dequantize
-from orthrus_kernels.reference_matmul import dequantize as unpacked
+from orthrus_kernels.products.plain import dequantize as unpacked
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.loader import load_weights, reading_order
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.staging import StagedReader
 from orthrus_gguf.runtime.cuda.weight_plan import Join, plan_weights
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 DemoFile = Callable[..., Path]
 CPU = torch.device("cpu")

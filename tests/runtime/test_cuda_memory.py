@@ -16,13 +16,13 @@ import torch
 from cuda_models import stand_in
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
-from orthrus_kernels.packing import pack
-from orthrus_kernels.quant_tensor import PLAIN_TYPES, TRAITS
+from orthrus_kernels.packing.pack import pack
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS
 from synthetic_model import model_shape, qwen3_0_6b
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.memory_plan import (
     GIB,
@@ -111,7 +111,7 @@ def test_heads_and_file_sizes(demo_file: DemoFile) -> None:
 
 
 def qwen_plan(context: int, type_k: str = "f16", type_v: str = "f16") -> tuple[MemoryPlan, Any]:
-    from orthrus_gguf.tensors import base_tensors, diffusion_tensors
+    from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 
     config = qwen3_0_6b()
     shapes = base_tensors(config) | diffusion_tensors(config)

@@ -20,13 +20,13 @@ from synthetic_model import model_shape, write_model
 from orthrus_gguf.decode import Plan, Strategy, decode, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda import fused_pass
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.passes import cut
+from orthrus_gguf.runtime.protocol import Cache, Model, Segment, ar_segment, diffusion_segment
 from orthrus_gguf.runtime.reference import ReferenceModel
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import Cache, Model, Segment, ar_segment, diffusion_segment
 
 MASK = 4095
 DemoFile = Callable[..., Path]

@@ -14,13 +14,13 @@ import torch
 from cuda_models import stand_in
 
 import orthrus_gguf.engine
-from orthrus_gguf.controller import Controller
+from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.decode import decode
+from orthrus_gguf.drafting.policy import Pass, Plan, Policy, Strategy
 from orthrus_gguf.engine import Request, Result, Session
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.policy import Pass, Plan, Policy, Strategy
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.tokenizer import load_tokenizer
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 AR = Plan(Strategy.AR, 0)
 ON_DEVICE = [Plan(Strategy.TWO_PASS, 5), Plan(Strategy.FUSED, 5, 2), "auto"]

@@ -21,16 +21,16 @@ import torch
 from cuda_models import stand_in
 
 from orthrus_gguf.decode import decode, prefill
+from orthrus_gguf.drafting.policy import Cycle, Plan, Strategy
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.policy import Cycle, Plan, Strategy
 from orthrus_gguf.runtime.cuda import steps
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.decoding import decode_on_device
 from orthrus_gguf.runtime.cuda.fused import fused_shape
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.stepper import SLOTS, Stepper, stepper_of
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
 GREEDY = SamplingSettings(temperature=0)

@@ -10,11 +10,11 @@ import weakref
 import pytest
 from synthetic_model import model_shape, qwen3_0_6b
 
-from orthrus_gguf.cache_layout import cache_layout
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
-from orthrus_gguf.segments import Cache
+from orthrus_gguf.runtime.ggml.cache_layout import cache_layout
+from orthrus_gguf.runtime.protocol import Cache
 
 
 def small_cache(capacity: int = 10, k: str = "f16", v: str = "f16") -> GgmlCache:

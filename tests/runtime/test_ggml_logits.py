@@ -13,12 +13,12 @@ from ggml_models import TYPES, loaded, small_file
 from numpy_qwen3 import NumpyQwen3
 from synthetic_model import model_shape
 
-from orthrus_gguf.config import Rope
 from orthrus_gguf.decode import Plan, Strategy, decode, prefill
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel
+from orthrus_gguf.model.config import Rope
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
 GREEDY = Sampler(SamplingSettings(temperature=0))

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from orthrus_gguf.runtime.ggml.machine import (
+from orthrus_gguf.runtime.ggml.threads import thread_count
+from orthrus_gguf.runtime.limits import (
     cpu_quota,
     darwin_cores,
     linux_cores,
     memory_bytes,
     usable_cores,
 )
-from orthrus_gguf.runtime.ggml.threads import thread_count
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

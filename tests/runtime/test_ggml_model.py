@@ -12,9 +12,9 @@ from ggml_models import TYPES, loaded, small_file
 from synthetic_model import model_shape
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel
-from orthrus_gguf.segments import Cache, Model, ar_segment, diffusion_segment
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import Cache, Model, ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
 

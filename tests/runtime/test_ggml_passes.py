@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from orthrus_gguf.cache_layout import COLUMNS, columns_for
+from orthrus_gguf.runtime.ggml.cache_layout import COLUMNS, columns_for
 from orthrus_gguf.runtime.ggml.inputs import InputArrays, wanted_rows
 from orthrus_gguf.runtime.ggml.passes import Piece, cut
-from orthrus_gguf.segments import Segment, View, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Segment, View, ar_segment, diffusion_segment
 
 
 @st.composite

@@ -14,10 +14,11 @@ import pytest
 from ggml_models import TYPES, loaded, small_file
 from synthetic_model import model_shape
 
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel, graph_pool
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml import graph_pool
 from orthrus_gguf.runtime.ggml.graph import OTHER_TENSORS, TENSORS_PER_LAYER, Shape, build_graph
-from orthrus_gguf.segments import ar_segment, diffusion_segment
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
 

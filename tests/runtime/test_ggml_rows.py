@@ -16,14 +16,14 @@ import pytest
 from numpy.typing import NDArray
 from synthetic_model import model_shape, uniform, write_model
 
-from orthrus_gguf.cache_layout import CACHE_TYPES, CacheLayout
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml import selftest
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES, CacheLayout
+from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.ggml.weights import MULTIPLIABLE
-from orthrus_gguf.segments import Segment, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Segment, ar_segment, diffusion_segment
 
 Array = NDArray[np.float32]
 MakeModel = Callable[..., GgmlModel]

@@ -18,14 +18,14 @@ import xllamacpp
 from numpy.typing import NDArray
 from synthetic_model import TypeRule, model_shape, q4_k_m, uniform, write_model
 
-from orthrus_gguf.config import ModelConfig, Rope
 from orthrus_gguf.ggml import selftest
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.library import Library, load_library
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml import GgmlModel
+from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml import model as model_module
-from orthrus_gguf.segments import ar_segment, diffusion_segment
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 
 TYPES = gguf.GGMLQuantizationType
 PROMPT: list[int] = np.random.default_rng(5).integers(0, 300, 90).tolist()

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_gguf.config import Rope
 from orthrus_gguf.decode import Cycle, Plan, Strategy, decode, plan_for, prefill
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.config import Rope
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.runtime.reference import ReferenceModel, rope_frequencies
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.segments import ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
 GREEDY = Sampler(SamplingSettings(temperature=0))

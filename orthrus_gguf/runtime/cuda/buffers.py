@@ -8,20 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from orthrus_kernels.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
-from orthrus_kernels.attention import AttentionScratch, new_attention_scratch
-from orthrus_kernels.dispatch import MAX_ROWS
-from orthrus_kernels.embedding import iq4_codebook
-from orthrus_kernels.kv_cache import KvPlanes, new_planes
-from orthrus_kernels.matmul import Activations
-from orthrus_kernels.quant_tensor import Layout
-from orthrus_kernels.rows import Rows, new_rows
-from orthrus_kernels.sample import SampleScratch, new_sample_scratch
+from orthrus_kernels.attention.attention import AttentionScratch, new_attention_scratch
+from orthrus_kernels.attention.kv_cache import KvPlanes, new_planes
+from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
+from orthrus_kernels.elementwise.embedding import iq4_codebook
+from orthrus_kernels.elementwise.rows import Rows, new_rows
+from orthrus_kernels.packing.quant_tensor import Layout
+from orthrus_kernels.products.dispatch import MAX_ROWS
+from orthrus_kernels.products.matmul import Activations
+from orthrus_kernels.sampling.sample import SampleScratch, new_sample_scratch
 from torch import Tensor
 
-from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 
 @dataclass(frozen=True)

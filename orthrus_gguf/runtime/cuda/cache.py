@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from orthrus_kernels.kv_cache import FORMATS, QBLOCK, KvPlanes, new_planes
+from orthrus_kernels.attention.kv_cache import FORMATS, QBLOCK, KvPlanes, new_planes
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from orthrus_gguf.runtime.cuda.stepper import Stepper

@@ -10,7 +10,7 @@ import time
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 
-from orthrus_gguf.policy import Cycle, Pass, Plan, SteadyPolicy, Strategy
+from orthrus_gguf.drafting.policy import Cycle, Pass, Plan, SteadyPolicy, Strategy
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.stepper import Committed, stepper_of

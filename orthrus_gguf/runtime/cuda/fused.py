@@ -13,11 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from orthrus_kernels.rows import AR, DIFFUSION, POSITION, SEGMENT_SIZE, UNUSED
-from orthrus_kernels.sample import SamplingParameters
+from orthrus_kernels.elementwise.rows import AR, DIFFUSION, POSITION, SEGMENT_SIZE, UNUSED
+from orthrus_kernels.sampling.sample import SamplingParameters
 from torch import Tensor
 
-from orthrus_gguf.policy import WORTH_OF_LAST
+from orthrus_gguf.drafting.policy import WORTH_OF_LAST
 from orthrus_gguf.runtime.cuda.buffers import some_rows
 from orthrus_gguf.runtime.cuda.fused_pass import check_rows
 from orthrus_gguf.runtime.cuda.steps import Decoding, bucket, commit, draw_from_logits

@@ -11,18 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from orthrus_kernels.activation_rows import Int8Rows
-from orthrus_kernels.dispatch import Use
-from orthrus_kernels.matmul import Activations
-from orthrus_kernels.rows import Rows
+from orthrus_kernels.elementwise.activation_rows import Int8Rows
+from orthrus_kernels.elementwise.rows import Rows
+from orthrus_kernels.products.dispatch import Use
+from orthrus_kernels.products.matmul import Activations
 from torch import Tensor
 
-from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.buffers import Buffers, pick_rows, row_range, some_rows
 from orthrus_gguf.runtime.cuda.cache import CudaCache
-from orthrus_gguf.runtime.cuda.machine import Machine
+from orthrus_gguf.runtime.cuda.device import Machine
 from orthrus_gguf.runtime.cuda.weights import Layer, Product, Weights
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from orthrus_gguf.runtime.cuda.machine import Machine
+from orthrus_gguf.runtime.cuda.device import Machine
 
 log = logging.getLogger(__name__)
 

@@ -6,17 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from orthrus_kernels import (
-    accept,
-    attention,
-    embedding,
-    matmul,
-    matmul_dequantize,
-    ops,
-    reference,
-    rows,
-    sample,
-)
+from orthrus_kernels import plain as reference
+from orthrus_kernels.attention import attention
+from orthrus_kernels.elementwise import embedding, ops, rows
+from orthrus_kernels.products import dequantize as matmul_dequantize
+from orthrus_kernels.products import matmul
+from orthrus_kernels.sampling import accept, sample
 
 Launch = Callable[..., Any]
 

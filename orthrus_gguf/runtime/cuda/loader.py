@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
-from orthrus_kernels.packing import interleave_rows, pack, stack_rows
-from orthrus_kernels.quant_tensor import QuantTensor, row_bytes
+from orthrus_kernels.packing.pack import interleave_rows, pack, stack_rows
+from orthrus_kernels.packing.quant_tensor import QuantTensor, row_bytes
 from torch import Tensor
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.tensors import TOKEN_EMBD
 from orthrus_gguf.runtime.cuda.staging import StagedReader
 from orthrus_gguf.runtime.cuda.weight_plan import (
     SUFFIX,
@@ -27,8 +28,7 @@ from orthrus_gguf.runtime.cuda.weight_plan import (
     WeightPlan,
 )
 from orthrus_gguf.runtime.cuda.weights import Embedding, Layer, Product, Weights
-from orthrus_gguf.segments import View
-from orthrus_gguf.tensors import TOKEN_EMBD
+from orthrus_gguf.runtime.protocol import View
 
 log = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orthrus_kernels.attention import LANES
-from orthrus_kernels.kv_cache import QBLOCK, halves
-from orthrus_kernels.quant_tensor import STEP, Layout, row_bytes
-from orthrus_kernels.sample import EXTRACT_TILE, MAX_TOP_K, SORTED_TILE
+from orthrus_kernels.attention.attention import LANES
+from orthrus_kernels.attention.kv_cache import QBLOCK, halves
+from orthrus_kernels.packing.quant_tensor import STEP, Layout, row_bytes
+from orthrus_kernels.sampling.sample import EXTRACT_TILE, MAX_TOP_K, SORTED_TILE
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import is_diffusion_tensor
 from orthrus_gguf.runtime.cuda.buffers import normed_layouts, pass_rows
 from orthrus_gguf.runtime.cuda.weight_plan import MatrixPlan, WeightPlan
-from orthrus_gguf.segments import View
-from orthrus_gguf.tensors import is_diffusion_tensor
+from orthrus_gguf.runtime.protocol import View
 
 GIB = 2**30
 

@@ -7,15 +7,15 @@ from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
-from orthrus_kernels.kv_cache import HEAD_DIMS
-from orthrus_kernels.matmul import Activations
-from orthrus_kernels.rows import STATE_SIZE
+from orthrus_kernels.attention.kv_cache import HEAD_DIMS
+from orthrus_kernels.elementwise.rows import STATE_SIZE
+from orthrus_kernels.products.matmul import Activations
 from torch import Tensor
 
-from orthrus_gguf.config import ModelConfig
+from orthrus_gguf.drafting.policy import Cycle, Plan, Policy, SteadyPolicy
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.policy import Cycle, Plan, Policy, SteadyPolicy
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.buffers import (
     new_buffers,
     pass_rows,
@@ -24,10 +24,10 @@ from orthrus_gguf.runtime.cuda.buffers import (
     some_rows,
 )
 from orthrus_gguf.runtime.cuda.cache import CudaCache, check_cache_types
+from orthrus_gguf.runtime.cuda.device import Machine, find_machine
 from orthrus_gguf.runtime.cuda.fused_pass import PassRunner, check_rows
 from orthrus_gguf.runtime.cuda.kernels import Kernels
 from orthrus_gguf.runtime.cuda.loader import Progress, load_weights
-from orthrus_gguf.runtime.cuda.machine import Machine, find_machine
 from orthrus_gguf.runtime.cuda.memory_plan import MemoryPlan, check_memory, plan_memory
 from orthrus_gguf.runtime.cuda.passes import (
     Piece,
@@ -39,9 +39,9 @@ from orthrus_gguf.runtime.cuda.passes import (
 )
 from orthrus_gguf.runtime.cuda.prompt_pass import finish_prompt, prompt_rows_of, run_prompt
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
+from orthrus_gguf.runtime.protocol import Logits, Segment, View, check_segments
 from orthrus_gguf.runtime.reference import rope_frequencies
 from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.segments import Logits, Segment, View, check_segments
 
 #: AR rows of one prompt pass. Longer prompts are cut.
 PROMPT_ROWS = 512

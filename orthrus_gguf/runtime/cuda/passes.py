@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from orthrus_kernels.dispatch import MAX_ROWS
-from orthrus_kernels.rows import AR, DIFFUSION, SEGMENT_SIZE
+from orthrus_kernels.elementwise.rows import AR, DIFFUSION, SEGMENT_SIZE
+from orthrus_kernels.products.dispatch import MAX_ROWS
 
-from orthrus_gguf.segments import Segment, View
+from orthrus_gguf.runtime.protocol import Segment, View
 
 _VIEWS = {View.AR: AR, View.DIFFUSION: DIFFUSION}
 
@@ -61,7 +61,7 @@ def cut(segments: Sequence[Segment], prompt_rows: int, pass_rows: int) -> list[l
 
 
 def segment_table(pieces: Sequence[Piece], length: int) -> NDArray[np.int32]:
-    """The device's table of a pass (`orthrus_kernels.rows`): i32 [pieces, SEGMENT_SIZE].
+    """The device's table of a pass (`orthrus_kernels.elementwise.rows`): i32 [pieces, SEGMENT_SIZE].
 
     length: rows that the cache holds, which the positions count from.
     """

@@ -1,24 +1,24 @@
 """A pass of many AR rows: weights to fp16 once, then dense products by the vendor's library.
 
-Its sums differ in their last bits from those of fused passes (`orthrus_kernels.matmul_dequantize`),
+Its sums differ in their last bits from those of fused passes (`orthrus_kernels.products.dequantize`),
 which is fine for prompts: they are processed alike whatever the strategy.
 """
 
 from __future__ import annotations
 
 import torch
-from orthrus_kernels.activation_rows import new_f16_rows
-from orthrus_kernels.activations import deinterleave
-from orthrus_kernels.packing import PAIR_ROWS
-from orthrus_kernels.quant_tensor import PLAIN_TYPES, Layout, QuantTensor
-from orthrus_kernels.rows import Rows, new_rows
+from orthrus_kernels.elementwise.activation_rows import new_f16_rows
+from orthrus_kernels.elementwise.activations import deinterleave
+from orthrus_kernels.elementwise.rows import Rows, new_rows
+from orthrus_kernels.packing.pack import PAIR_ROWS
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, Layout, QuantTensor
 from torch import Tensor
 
 from orthrus_gguf.runtime.cuda.buffers import pass_rows, row_range
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.fused_pass import PassRunner
 from orthrus_gguf.runtime.cuda.weights import Layer, Product
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 
 def run_prompt(runner: PassRunner, rows: Rows, cache: CudaCache) -> tuple[Tensor, Tensor | None]:

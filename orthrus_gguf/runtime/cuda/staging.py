@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthrus_gguf.model_file import ModelFile
+from orthrus_gguf.model.file import ModelFile
 
 SLOTS = 4
 SLOT_BYTES = 32 << 20

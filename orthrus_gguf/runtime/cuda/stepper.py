@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from orthrus_kernels.rows import BAD_LOGITS, STOPPED
-from orthrus_kernels.sample import SamplingParameters, sampling_parameters
+from orthrus_kernels.elementwise.rows import BAD_LOGITS, STOPPED
+from orthrus_kernels.sampling.sample import SamplingParameters, sampling_parameters
 from torch import Tensor
 
+from orthrus_gguf.drafting.policy import FUSED_BLOCKS, Plan, Strategy
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.policy import FUSED_BLOCKS, Plan, Strategy
 from orthrus_gguf.runtime.cuda import steps
 from orthrus_gguf.runtime.cuda.buffers import pass_rows
 from orthrus_gguf.runtime.cuda.cache import CudaCache

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from orthrus_kernels.accept import new_log
-from orthrus_kernels.dispatch import Use
-from orthrus_kernels.matmul import Activations
-from orthrus_kernels.rows import (
+from orthrus_kernels.elementwise.rows import (
     AR,
     DIFFUSION,
     EMITTED,
@@ -25,7 +22,10 @@ from orthrus_kernels.rows import (
     STATUS,
     Rows,
 )
-from orthrus_kernels.sample import SamplingParameters
+from orthrus_kernels.products.dispatch import Use
+from orthrus_kernels.products.matmul import Activations
+from orthrus_kernels.sampling.accept import new_log
+from orthrus_kernels.sampling.sample import SamplingParameters
 from torch import Tensor
 
 from orthrus_gguf.runtime.cuda.buffers import pass_rows, some_rows
@@ -53,7 +53,7 @@ def bucket(rows: int) -> int:
 class Decoding:
     """Device tensors of one decoding on one cache; all i32.
 
-    state, log: see `orthrus_kernels.rows` and `accept`. The log has a single entry: it is copied
+    state, log: see `orthrus_kernels.elementwise.rows` and `accept`. The log has a single entry: it is copied
     into the record. ring: required by `accept`, not read. stop: padded with NONE.
     draft_table, verify_table: segment tables [1, SEGMENT_SIZE].
     record: status, position, width, accepted, count, drafts [W], tokens [W + 1]; W = `most`.

@@ -1,7 +1,7 @@
 """Which packed matrices a model becomes: decided from the file's tensor table alone.
 
 Matrices that read the same rows are joined where their types allow it, so that one launch computes
-them: q, k and v; gate and up (`orthrus_kernels.packing`). They also share one kind of activations:
+them: q, k and v; gate and up (`orthrus_kernels.packing.pack`). They also share one kind of activations:
 int8 only where all of them want it, since rows exist in one form at a time.
 """
 
@@ -13,15 +13,22 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from gguf import GGMLQuantizationType
-from orthrus_kernels.dispatch import layout_for, split_for
-from orthrus_kernels.embedding import QBLOCK_BYTES
-from orthrus_kernels.packing import PAIR_ROWS
-from orthrus_kernels.quant_tensor import PANEL_ROWS, PLAIN_TYPES, STEP, TRAITS, Layout, row_bytes
+from orthrus_kernels.elementwise.embedding import QBLOCK_BYTES
+from orthrus_kernels.packing.pack import PAIR_ROWS
+from orthrus_kernels.packing.quant_tensor import (
+    PANEL_ROWS,
+    PLAIN_TYPES,
+    STEP,
+    TRAITS,
+    Layout,
+    row_bytes,
+)
+from orthrus_kernels.products.dispatch import layout_for, split_for
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.gguf.reader import TensorInfo
-from orthrus_gguf.segments import View
-from orthrus_gguf.tensors import OUTPUT, TOKEN_EMBD
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD
+from orthrus_gguf.runtime.protocol import View
 
 _T = GGMLQuantizationType
 

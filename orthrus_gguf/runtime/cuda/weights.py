@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from orthrus_kernels.quant_tensor import Layout, QuantTensor
+from orthrus_kernels.packing.quant_tensor import Layout, QuantTensor
 from torch import Tensor
 
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 
 @dataclass(frozen=True)

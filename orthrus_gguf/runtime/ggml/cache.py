@@ -12,13 +12,13 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from orthrus_gguf.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.tensors import ALIGNMENT, Tensors, array_at
-from orthrus_gguf.runtime.ggml.machine import memory_bytes
+from orthrus_gguf.runtime.ggml.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.runtime.ggml.trees import TreeLayout, tree_layout
-from orthrus_gguf.segments import check_path
+from orthrus_gguf.runtime.limits import memory_bytes
+from orthrus_gguf.runtime.protocol import check_path
 
 _serials = itertools.count()
 

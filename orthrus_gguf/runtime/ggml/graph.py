@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import gguf
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.ggml.binding import ROPE_NEOX, Ggml
 from orthrus_gguf.ggml.tensors import multiply_rows
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.ggml.attention import CachedAttention
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.weights import AttentionWeights, LayerWeights, Weights
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 _F16 = int(gguf.GGMLQuantizationType.F16)
 _I32 = int(gguf.GGMLQuantizationType.I32)

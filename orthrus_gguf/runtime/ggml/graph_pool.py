@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orthrus_gguf.config import ModelConfig
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.tensors import array_at
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.graph import Graph, Shape, build_graph
 from orthrus_gguf.runtime.ggml.inputs import InputArrays
 from orthrus_gguf.runtime.ggml.weights import Weights
-from orthrus_gguf.segments import Logits
+from orthrus_gguf.runtime.protocol import Logits
 
 #: Graphs kept at most; each takes some 0.5 kB per operation.
 MAX_GRAPHS = 48

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.runtime.ggml.passes import Piece
 from orthrus_gguf.runtime.ggml.trees import TreeLayout
-from orthrus_gguf.segments import View
+from orthrus_gguf.runtime.protocol import View
 
 _HIDDEN = np.float16(-np.inf)
 

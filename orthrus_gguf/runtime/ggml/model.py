@@ -9,7 +9,12 @@ from contextlib import ExitStack
 
 import numpy as np
 
-from orthrus_gguf.cache_layout import (
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.ggml.binding import STATUS_SUCCESS
+from orthrus_gguf.ggml.library import Library, load_library
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
+from orthrus_gguf.runtime.ggml.cache_layout import (
     BATCH_ROWS,
     CacheLayout,
     ar_rows,
@@ -17,18 +22,13 @@ from orthrus_gguf.cache_layout import (
     columns_for,
     spare_rows,
 )
-from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.ggml.binding import STATUS_SUCCESS
-from orthrus_gguf.ggml.library import Library, load_library
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.graph import Shape
 from orthrus_gguf.runtime.ggml.graph_pool import GraphPool
 from orthrus_gguf.runtime.ggml.passes import Piece, cut
 from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
 from orthrus_gguf.runtime.ggml.trees import TreeLayout, padded_stores, tree_layout
 from orthrus_gguf.runtime.ggml.weights import Weights
-from orthrus_gguf.segments import Logits, Segment, View, check_segments
+from orthrus_gguf.runtime.protocol import Logits, Segment, View, check_segments
 
 
 class GgmlModel:

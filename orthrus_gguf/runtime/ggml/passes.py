@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthrus_gguf.segments import Segment, View
+from orthrus_gguf.runtime.protocol import Segment, View
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import THREADPOOL_PARAMS_BYTES, Ggml
-from orthrus_gguf.runtime.ggml.machine import usable_cores
+from orthrus_gguf.runtime.limits import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

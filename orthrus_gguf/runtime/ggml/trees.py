@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthrus_gguf.cache_layout import COLUMNS
-from orthrus_gguf.segments import depths, path_to
+from orthrus_gguf.runtime.ggml.cache_layout import COLUMNS
+from orthrus_gguf.runtime.protocol import depths, path_to
 
 #: Stores of a graph come in multiples of this, so that trees of different forms can share one.
 STORES = 32

@@ -14,8 +14,8 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml import selftest
 from orthrus_gguf.ggml.library import Library
 from orthrus_gguf.ggml.tensors import ALIGNMENT, Tensors, aligned_bytes
-from orthrus_gguf.model_file import ModelFile
-from orthrus_gguf.segments import View
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import View
 
 _F32 = gguf.GGMLQuantizationType.F32
 

@@ -1,0 +1,346 @@
+"""Attention of all rows of a pass in one launch: causal AR rows and diffusion blocks together.
+
+What a row sees is data, not code. Row r sees the first `visible[r]` positions of the cache, then
+rows `block_first[r] .. block_stop[r]-1` of the pass's own key/value scratch. An AR row at position
+p has its key in the cache already and sees p + 1 of them; a diffusion row sees the context of its
+block and the block itself. An unused row sees nothing and gets zeros. Lengths thus live on the
+device, and one CUDA graph serves them all.
+
+The rows x query heads of one kv head are packed into tiles of `tile` rows, so that keys are read
+once for all of them. The cache is cut into chunks of CHUNK positions, dealt in turn to LANES
+programs; each keeps one running softmax over its chunks, in ascending order. `_combine` then merges
+the lanes in order, and the block last. Both constants are part of the arithmetic: which lane sums
+which key depends on absolute positions only, so a row's bits depend neither on the other rows, nor
+on how many there are, nor on the capacity of the cache. (Only AR rows need that. A diffusion row
+may depend on where its block lies in the scratch.)
+
+Why lanes rather than one part per chunk: parts cost LANES * rows * heads * (d + 2) floats of
+scratch, and of traffic, whatever the context (18 MB for 64 rows of Qwen3-8B). One part per 512
+positions would take 0.5 GB at a context of 256k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orthrus_kernels.attention.kv_cache import FORMATS, KvPlanes, halves, load_halves
+from orthrus_kernels.elementwise.activation_rows import (
+    Int8Rows,
+    row_pointers,
+    row_strides,
+    store_columns,
+)
+
+CHUNK = 256
+LANES = 16
+KEYS = 32
+STAGES = 2
+"""Keys per step of the inner loop; divides CHUNK."""
+
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class AttentionScratch:
+    """Running softmaxes between the two kernels, for up to `rows` rows at a time.
+
+    sums f32 [LANES + 1, kv heads, packed rows, head_dim]: softmax numerators.
+    stats f32 [LANES + 1, kv heads, packed rows, 2]: running maximum (log2 units), denominator.
+    """
+
+    sums: Tensor
+    stats: Tensor
+    rows: int
+
+
+def new_attention_scratch(
+    rows: int, n_head: int, n_head_kv: int, head_dim: int, device: torch.device | str
+) -> AttentionScratch:
+    """Scratch for windows of `rows` rows; longer passes are cut into windows of that size."""
+    packed = triton.cdiv(rows * (n_head // n_head_kv), 64) * 64
+    shape = (LANES + 1, n_head_kv, packed)
+    sums = torch.empty(*shape, head_dim, device=device)
+    return AttentionScratch(sums, torch.empty(*shape, 2, device=device), rows)
+
+
+def attention_tile(head_dim: int) -> tuple[int, int]:
+    """Packed rows per tile, and warps: fixed, so that every pass runs the same compiled kernel.
+
+    Smaller tiles for single rows would be a different program (their warps split the keys), so
+    their bits could differ from those of a verify pass.
+    """
+    return (64, 4) if head_dim <= 128 else (32, 4)
+
+
+def attention(
+    q: Tensor,
+    keys: KvPlanes,
+    values: KvPlanes,
+    block_keys: KvPlanes,
+    block_values: KvPlanes,
+    visible: Tensor,
+    block_first: Tensor,
+    block_stop: Tensor,
+    scratch: AttentionScratch,
+    out: Tensor | Int8Rows,
+) -> None:
+    """Softmax attention of every row, scaled by 1 / sqrt(head_dim).
+
+    q: f16 [rows, n_head, head_dim], normed and rotated.
+    keys, values: the layer's cache; rows of this pass are already written.
+    block_keys, block_values: the pass's scratch, f16 planes by row, filled for diffusion rows.
+    visible, block_first, block_stop: i32 [rows], see the module; `rows` may exceed the rows in use.
+    out: f16 rows of n_head * head_dim columns, or int8 rows (head_dim a multiple of 32).
+    """
+    rows, n_head, head_dim = q.shape
+    group = n_head // keys.heads
+    tile, warps = attention_tile(head_dim)
+    low, high = halves(head_dim)
+    packed = scratch.sums.shape[2]
+    for first in range(0, rows, scratch.rows):
+        count = min(scratch.rows, rows - first)
+        _parts[(keys.heads, triton.cdiv(count * group, tile), LANES + 1)](
+            q[first:],
+            keys.values,
+            keys.scales,
+            values.values,
+            values.scales,
+            block_keys.values,
+            block_values.values,
+            visible[first:],
+            block_first[first:],
+            block_stop[first:],
+            scratch.sums,
+            scratch.stats,
+            count,
+            keys.capacity,
+            block_keys.capacity,
+            packed,
+            LOG2_E / head_dim**0.5,
+            HEADS=keys.heads,
+            GROUP=group,
+            LOW=low,
+            HIGH=high,
+            TILE=tile,
+            KEYS=KEYS,
+            CHUNK=CHUNK,
+            LANES=LANES,
+            K_FORMAT=FORMATS[keys.type_name],
+            V_FORMAT=FORMATS[values.type_name],
+            num_warps=warps,
+            num_stages=STAGES,
+            enable_fp_fusion=False,
+        )
+        _combine[(n_head, count)](
+            scratch.sums,
+            scratch.stats,
+            visible[first:],
+            block_first[first:],
+            block_stop[first:],
+            *row_pointers(out, first),
+            packed,
+            *row_strides(out),
+            HEADS=keys.heads,
+            GROUP=group,
+            D=head_dim,
+            WIDTH=triton.next_power_of_2(head_dim),
+            CHUNK=CHUNK,
+            LANES=LANES,
+            INT8=isinstance(out, Int8Rows),
+            num_warps=1,
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit
+def _step(
+    q_low,
+    q_high,
+    k_low,
+    k_high,
+    v_low,
+    v_high,
+    seen,
+    scale,
+    top,
+    total,
+    sum_low,
+    sum_high,
+):
+    """One tile of keys into a running softmax; `seen` [rows, keys] says which keys count."""
+    score = tl.dot(q_high, tl.trans(k_high), tl.dot(q_low, tl.trans(k_low))) * scale
+    score = tl.where(seen, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, 1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(score - new_top[:, None])
+    total = total * shrink + tl.sum(p, 1)
+    p = p.to(tl.float16)
+    sum_low = tl.dot(p, v_low, sum_low * shrink[:, None])
+    sum_high = tl.dot(p, v_high, sum_high * shrink[:, None])
+    return new_top, total, sum_low, sum_high
+
+
+# Not specialized on what varies between passes: they must all run one and the same compiled kernel.
+@triton.jit(do_not_specialize=["rows", "capacity", "block_capacity", "packed"])
+def _parts(
+    q,
+    k_values,
+    k_scales,
+    v_values,
+    v_scales,
+    block_k,
+    block_v,
+    visible,
+    block_first,
+    block_stop,
+    sums,
+    stats,
+    rows,
+    capacity,
+    block_capacity,
+    packed,
+    scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    TILE: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    V_FORMAT: tl.constexpr,
+):
+    """Program (kv head, row tile, lane): one lane's softmax; lane LANES is the block's."""
+    head = tl.program_id(0)
+    lane = tl.program_id(2)
+    r = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    row = r // GROUP
+    used = row < rows
+    sees = tl.load(visible + row, mask=used, other=0)
+    first = tl.load(block_first + row, mask=used, other=0)
+    stop = tl.load(block_stop + row, mask=used, other=0)
+
+    # The part of the cache that this program reads: all that any row of the tile may see.
+    period: tl.constexpr = LANES * CHUNK
+    end = tl.max(sees, 0)
+    own = end % period - lane * CHUNK
+    last = tl.minimum(tl.maximum(own, 0), CHUNK)
+    tiles = (end // period) * (CHUNK // KEYS) + tl.cdiv(last, KEYS)
+    block_begin = tl.min(tl.where(stop > first, first, 1 << 30), 0)
+    block_end = tl.max(tl.where(stop > first, stop, 0), 0)
+    is_block = lane == LANES
+    tiles = tl.where(is_block, 0, tiles)
+    if tl.where(is_block, block_end, tiles) == 0:
+        return
+
+    D: tl.constexpr = LOW + HIGH
+    low = tl.arange(0, LOW)[None, :]
+    high = LOW + tl.arange(0, HIGH)[None, :]
+    n = tl.arange(0, KEYS)
+    at_q = q + (row * (HEADS * GROUP) + head * GROUP + r % GROUP).to(tl.int64)[:, None] * D
+    q_low = tl.load(at_q + low, mask=used[:, None], other=0.0)
+    q_high = tl.load(at_q + high, mask=used[:, None], other=0.0)
+    # Finite, so that a row without keys gives 0 / 0 nowhere: exp2(-inf - top) is 0.
+    top = tl.full((TILE,), -1e30, tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    sum_low = tl.zeros((TILE, LOW), tl.float32)
+    sum_high = tl.zeros((TILE, HIGH), tl.float32)
+
+    for t in range(tiles):
+        at = (t // (CHUNK // KEYS)) * period + lane * CHUNK + (t % (CHUNK // KEYS)) * KEYS
+        base = head.to(tl.int64) * capacity + at
+        there = at + n < end
+        k_low, k_high = load_halves(k_values, k_scales, base, there, KEYS, LOW, HIGH, K_FORMAT)
+        v_low, v_high = load_halves(v_values, v_scales, base, there, KEYS, LOW, HIGH, V_FORMAT)
+        seen = (at + n)[None, :] < sees[:, None]
+        top, total, sum_low, sum_high = _step(
+            q_low, q_high, k_low, k_high, v_low, v_high, seen, scale, top, total, sum_low, sum_high
+        )
+    for at in range(block_begin, tl.where(is_block, block_end, 0), KEYS):
+        base = head.to(tl.int64) * block_capacity + at
+        there = at + n < block_end
+        k_low, k_high = load_halves(block_k, block_k, base, there, KEYS, LOW, HIGH, 0)
+        v_low, v_high = load_halves(block_v, block_v, base, there, KEYS, LOW, HIGH, 0)
+        j = (at + n)[None, :]
+        seen = (j >= first[:, None]) & (j < stop[:, None])
+        top, total, sum_low, sum_high = _step(
+            q_low, q_high, k_low, k_high, v_low, v_high, seen, scale, top, total, sum_low, sum_high
+        )
+
+    o = (lane * HEADS + head).to(tl.int64) * packed + r
+    at_sum = sums + o[:, None] * D
+    tl.store(at_sum + low, sum_low, mask=used[:, None])
+    tl.store(at_sum + high, sum_high, mask=used[:, None])
+    tl.store(stats + o * 2, top, mask=used)
+    tl.store(stats + o * 2 + 1, total, mask=used)
+
+
+@triton.jit(do_not_specialize=["packed"])
+def _combine(
+    sums,
+    stats,
+    visible,
+    block_first,
+    block_stop,
+    out,
+    scales,
+    group_sums,
+    packed,
+    row_stride,
+    group_stride,
+    scale_row_stride,
+    scale_group_stride,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """Program (query head, row): merge the lanes that the row uses, in order, the block last."""
+    query_head = tl.program_id(0)
+    row = tl.program_id(1)
+    head = query_head // GROUP
+    r = row * GROUP + query_head % GROUP
+    d = tl.arange(0, WIDTH)
+    lanes = tl.minimum(tl.cdiv(tl.load(visible + row), CHUNK), LANES)
+    has_block = tl.load(block_stop + row) > tl.load(block_first + row)
+    top = -1e30
+    total = 0.0
+    acc = tl.zeros((WIDTH,), tl.float32)
+    for i in range(lanes + has_block.to(tl.int32)):
+        lane = tl.where(i < lanes, i, LANES)
+        o = (lane * HEADS + head).to(tl.int64) * packed + r
+        part_top = tl.load(stats + o * 2)
+        part_total = tl.load(stats + o * 2 + 1)
+        part = tl.load(sums + o * D + d, mask=d < D, other=0.0)
+        new_top = tl.maximum(top, part_top)
+        old = tl.exp2(top - new_top)
+        new = tl.exp2(part_top - new_top)
+        acc = acc * old + part * new
+        total = total * old + part_total * new
+        top = new_top
+    result = tl.where(total > 0.0, tl.div_rn(acc, tl.where(total > 0.0, total, 1.0)), 0.0)
+    first = query_head * D
+    store_columns(
+        result,
+        out,
+        scales,
+        group_sums,
+        row,
+        first,
+        first + D,
+        row_stride,
+        group_stride,
+        scale_row_stride,
+        scale_group_stride,
+        WIDTH,
+        INT8,
+    )

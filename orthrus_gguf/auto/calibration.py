@@ -1,0 +1,259 @@
+"""Measures what passes cost on this machine, and remembers it on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from orthrus_gguf import __version__
+from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
+from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.runtime.protocol import Model, Segment, ar_segment, diffusion_segment
+from orthrus_gguf.this_machine import machine
+
+#: Rows of the passes that are timed, as far as time allows.
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+#: Context of the curve, and the longer one that tells what context costs.
+NEAR, FAR = 64, 1088
+
+#: Rows of each view in the draft pass and the mixed pass.
+VIEW_ROWS = 8
+
+#: Seconds that measuring may take. Passes that would not fit are not run.
+BUDGET = 0.8
+
+#: A curve that does not even fit after this many measurements will have to do.
+MEASUREMENTS = 3
+
+Clock = Callable[[], float]
+
+
+def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_counter) -> CostCurve:
+    """Time passes of this model, a few hundred milliseconds in all.
+
+    Contents do not matter, so the cache is only declared to hold rows. A model whose single row
+    takes more than a quarter of the budget gets a curve that is assumed to be proportional.
+    """
+    timer = _Timer(model, budget, clock)
+    single = timer.seconds(1, 0)
+    if single > budget / 4:
+        return proportional(single)
+    rows, seconds = [1], [single]
+    for count in ROWS[1:]:
+        # A pass costs at most what its rows cost one by one, and each is run twice.
+        if not timer.affords(2 * seconds[-1] * count / rows[-1]) or not timer.fits(count):
+            break
+        rows.append(count)
+        seconds.append(timer.seconds(count, 0))
+    block, draft, mixed = min(VIEW_ROWS, model.config.block_size or 0), 0.0, 0.0
+    curve = CostCurve(tuple(rows), tuple(seconds), NEAR, (0.0, 0.0))
+    if block and timer.affords(6 * curve.at(block, 0, NEAR)):
+        draft, mixed = timer.seconds(0, block), timer.seconds(block, block)
+    else:
+        block = 0
+    return CostCurve(
+        tuple(rows), tuple(seconds), NEAR, timer.per_token(rows, seconds), block, draft, mixed
+    )
+
+
+class _Timer:
+    """Runs passes on a scratch cache against a budget of time."""
+
+    def __init__(self, model: Model, budget: float, clock: Clock) -> None:
+        self._model, self._clock = model, clock
+        self._capacity = min(FAR + ROWS[-1], model.config.n_ctx_train)
+        self._cache = model.new_cache(self._capacity)
+        self._near = min(NEAR, self._capacity // 2)
+        self._end = clock() + budget
+        self._move(self._near)
+
+    def affords(self, seconds: float) -> bool:
+        return self._clock() + seconds < self._end
+
+    def fits(self, rows: int) -> bool:
+        return bool(self._cache.length + rows <= self._capacity)
+
+    def seconds(self, ar_rows: int, diffusion_rows: int) -> float:
+        """The fastest of two to five runs, as many as a twentieth of a second holds."""
+        start, segments = self._cache.length, self._segments(ar_rows, diffusion_rows)
+        best, began, runs = math.inf, self._clock(), 0
+        while runs < 2 or (runs < 5 and self._clock() - began < 0.05):
+            before = self._clock()
+            self._model.forward(segments, self._cache)
+            best = min(best, self._clock() - before)
+            self._cache.truncate(start)
+            runs += 1
+        return best
+
+    def per_token(self, rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
+        """Seconds per token of context, in passes of the fewest and of the most rows."""
+        far = min(FAR, self._capacity - rows[-1])
+        if far <= 2 * self._near or not self.affords(4 * (seconds[0] + seconds[-1])):
+            return 0.0, 0.0
+        self._move(far)
+        slopes = [
+            max((self.seconds(count, 0) - time_near) / (far - self._near), 0.0)
+            for count, time_near in ((rows[0], seconds[0]), (rows[-1], seconds[-1]))
+        ]
+        return slopes[0], slopes[1]
+
+    def _move(self, context: int) -> None:
+        self._cache.append(context - self._cache.length)
+
+    def _segments(self, ar_rows: int, diffusion_rows: int) -> list[Segment]:
+        start, mask = self._cache.length, self._model.config.mask_token
+        segments = [ar_segment([0] * ar_rows, start)] if ar_rows else []
+        if diffusion_rows and mask is not None:
+            segments.append(diffusion_segment(0, mask, diffusion_rows, start))
+        return segments
+
+
+class MachineCosts:
+    """What passes of one model cost on this machine: `Costs` for the controller.
+
+    The curve comes from disk when it is first needed; if it is not there, it is measured and put
+    there. When it stops fitting the passes that run, it is measured again.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        identity: str,
+        say: Callable[[str], None],
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        """identity: tells model files apart. say: receives a line when a remembered curve is
+        damaged or from elsewhere, and ignored; or cannot be written.
+        """
+        self._model, self._say = model, say
+        self._key = {
+            **machine(),
+            "cores": str(os.cpu_count()),
+            "runtime": model.description,
+            "model": identity,
+            "version": __version__,
+        }
+        self._path = _path(folder or cache_folder(), self._key)
+        self._measurements = 0
+        self._corrected: RunningCosts | None = None
+
+    @property
+    def _running(self) -> RunningCosts:
+        if self._corrected is None:
+            self._corrected = RunningCosts(self._recall() or self._measure())
+        return self._corrected
+
+    def prepare(self) -> None:
+        """Recall or measure now, not when it is first needed; say so if it takes a moment."""
+        if self._corrected is None:
+            curve = self._recall()
+            if curve is None:
+                self._say("measuring what passes cost on this machine (once)")
+                curve = self._measure()
+            self._corrected = RunningCosts(curve)
+
+    @property
+    def curve(self) -> CostCurve:
+        return self._running.curve
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        return self._running.seconds(ar_rows, diffusion_rows, context)
+
+    def observe(self, done: Pass) -> None:
+        self._running.observe(done)
+        if not self._running.fits and self._measurements < MEASUREMENTS:
+            self._corrected = RunningCosts(self._measure())
+
+    def _recall(self) -> CostCurve | None:
+        try:
+            return read_curve(self._path, self._key)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            self._say(f"{self._path}: ignored, measuring again ({error})")
+            return None
+
+    def _measure(self) -> CostCurve:
+        self._measurements += 1
+        curve = measure(self._model)
+        try:
+            _write(self._path, self._key, curve)
+        except OSError as error:
+            self._say(f"{self._path}: costs of passes cannot be remembered: {error.strerror}")
+        return curve
+
+
+def cache_folder() -> Path:
+    """Where programs of this user keep what can be made again."""
+    if "XDG_CACHE_HOME" in os.environ:
+        return Path(os.environ["XDG_CACHE_HOME"]) / "orthrus-gguf"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "orthrus-gguf"
+    return Path.home() / ".cache" / "orthrus-gguf"
+
+
+def _path(folder: Path, key: dict[str, str]) -> Path:
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return folder / f"costs-{digest[:16]}.json"
+
+
+def read_curve(path: Path, key: dict[str, str] | None = None) -> CostCurve:
+    """A remembered curve. key: of the only machine and model that it may be from.
+
+    Raises OSError, or ValueError unless the file holds a plausible curve for this key.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or (key is not None and data.get("key") != key):
+        raise ValueError("it belongs to another machine, model or version")
+    return _curve(data.get("curve"))
+
+
+def _curve(data: Any) -> CostCurve:
+    names = [field.name for field in fields(CostCurve)]
+    if not isinstance(data, dict) or sorted(data) != sorted(names):
+        raise ValueError("its fields are not those of a cost curve")
+    rows, seconds, per_token = data["rows"], data["seconds"], data["per_token"]
+    plain = [data["context"], data["draft_rows"], data["draft"], data["mixed"]]
+    lists = all(isinstance(values, list) for values in (rows, seconds, per_token))
+    if not lists or not all(_number(value) for value in [*rows, *seconds, *per_token, *plain]):
+        raise ValueError("its values are not numbers")
+    ascending = all(a < b for a, b in itertools.pairwise(rows))
+    counts = [*rows, data["context"], data["draft_rows"]]
+    if not (
+        len(rows) == len(seconds) > 0
+        and len(per_token) == 2
+        and ascending
+        and all(isinstance(value, int) for value in counts)
+        and min(*rows, *seconds) > 0
+    ):
+        raise ValueError("its values are not a cost curve")
+    return CostCurve(
+        tuple(rows), tuple(seconds), data["context"], (per_token[0], per_token[1]), *plain[1:]
+    )
+
+
+def _number(value: Any) -> bool:
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and value >= 0
+    )
+
+
+def _write(path: Path, key: dict[str, str], curve: CostCurve) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(f".{os.getpid()}.tmp")
+    beside.write_text(json.dumps({"key": key, "curve": asdict(curve)}, indent=1) + "\n", "utf-8")
+    beside.replace(path)

@@ -1,0 +1,122 @@
+"""What a pass costs: t(rows, context) of one model on one machine with one set of settings."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from orthrus_gguf.drafting.policy import Pass
+
+#: Weight of the newest pass in the running correction.
+NEWEST = 0.05
+
+#: The curve no longer fits when its corrections for small and for large passes differ by this
+#: factor. A common factor (the machine is busy, the context has grown) changes no decision.
+MISFIT = 1.4
+
+
+class Costs(Protocol):
+    """Seconds of a pass, for the controller."""
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float: ...
+
+    def observe(self, done: Pass) -> None: ...
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Measured passes, straight lines between them.
+
+    rows, seconds: AR passes at context `context`, rows ascending. draft: seconds of a pass of
+    `draft_rows` diffusion rows there; mixed: of one with `draft_rows` rows of both views each.
+    per_token: seconds that each token of context adds, in a pass of the fewest and of the most
+    rows of `rows`.
+    """
+
+    rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    context: int
+    per_token: tuple[float, float]
+    draft_rows: int = 0
+    draft: float = 0.0
+    mixed: float = 0.0
+
+    def at(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        """Seconds of a pass."""
+        rows = ar_rows + diffusion_rows
+        seconds = self._line(rows) * self._factor(ar_rows, diffusion_rows)
+        low, high = self.per_token
+        first, last = self.rows[0], self.rows[-1]
+        share = (rows - first) / (last - first) if last > first else 0.0
+        slope = max(low + (high - low) * share, 0.0)
+        return max(seconds + slope * (context - self.context), 0.1 * seconds)
+
+    def _line(self, rows: int) -> float:
+        """Interpolated; beyond the last point no row is free, however flat the curve was before."""
+        proportional = self.seconds[-1] * rows / self.rows[-1]
+        if len(self.rows) == 1:
+            return proportional
+        i = min(max(bisect_left(self.rows, rows), 1), len(self.rows) - 1)
+        r0, r1, s0, s1 = self.rows[i - 1], self.rows[i], self.seconds[i - 1], self.seconds[i]
+        line = s0 + (s1 - s0) * (rows - r0) / (r1 - r0)
+        return line if rows <= self.rows[-1] else max(line, proportional)
+
+    def _factor(self, ar_rows: int, diffusion_rows: int) -> float:
+        """What diffusion rows cost beside as many AR rows."""
+        if not diffusion_rows or not self.draft_rows:
+            return 1.0
+        if not ar_rows:
+            return self.draft / self._line(self.draft_rows)
+        return self.mixed / self._line(2 * self.draft_rows)
+
+
+class RunningCosts:
+    """A cost curve, corrected by the passes that really run."""
+
+    def __init__(self, curve: CostCurve) -> None:
+        self.curve = curve
+        self._small = self._large = 1.0
+        self._counts = [0, 0]
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        large = ar_rows + diffusion_rows > 1
+        scale = self._large if large else self._small
+        return scale * self.curve.at(ar_rows, diffusion_rows, context)
+
+    def observe(self, done: Pass) -> None:
+        """Move the correction of passes of one row, or of more, towards what this one took."""
+        expected = self.curve.at(done.ar_rows, done.diffusion_rows, done.context)
+        ratio = done.seconds / expected if expected > 0 else 1.0
+        large = done.ar_rows + done.diffusion_rows > 1
+        scale = self._large if large else self._small
+        # One pass that was held up (another program, a page fault) must not change the plan.
+        ratio = min(max(ratio, scale / 2), scale * 2)
+        scale += NEWEST * (ratio - scale)
+        if large:
+            self._large = scale
+        else:
+            self._small = scale
+        self._counts[large] += 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether the curve still has the right shape. Only known once both kinds have run."""
+        if min(self._counts) < 1 / NEWEST:
+            return True
+        return max(self._small, self._large) < MISFIT * min(self._small, self._large)
+
+
+def proportional(seconds: float) -> CostCurve:
+    """A curve for passes too slow to be timed beforehand: every row costs what the first does.
+
+    Large models on a CPU come near it, and it errs on the side of plain decoding.
+    """
+    return CostCurve((1,), (seconds,), 0, (0.0, 0.0))
+
+
+def table(costs: Costs, most: int, context: int, *, draft: bool) -> list[float]:
+    """Seconds of passes of 0 .. most rows of one view."""
+    rows: Sequence[int] = range(1, most + 1)
+    return [0.0, *(costs.seconds(0 if draft else n, n if draft else 0, context) for n in rows)]

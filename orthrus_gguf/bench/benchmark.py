@@ -1,0 +1,135 @@
+"""Timing of passes, prompts and generations on one loaded model, and what machine it was.
+
+Figures are medians over repetitions, after one repetition that does not count. Nothing is compared
+here: ratios belong to runs on the same machine, and who reads them decides.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from orthrus_gguf.decode import Plan, Strategy, decode, prefill
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.runtime.protocol import Model, ar_segment, diffusion_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+
+GREEDY = SamplingSettings(temperature=0)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One test: `rows` tokens or rows per repetition, and the seconds of each repetition."""
+
+    test: str
+    rows: int
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Half the distance from the fastest to the slowest repetition, relative to the median."""
+        return (max(self.seconds) - min(self.seconds)) / 2 / self.median
+
+    @property
+    def per_second(self) -> float:
+        return self.rows / self.median
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """prompt, generate: tokens of the two speed tests (0 leaves one out). rows: row counts of the
+    pass-time tests. depth: rows already in the cache. batch: prompt rows per pass.
+    """
+
+    prompt: int
+    generate: int
+    rows: tuple[int, ...]
+    depth: int
+    repetitions: int
+    batch: int
+
+    @property
+    def context(self) -> int:
+        return self.depth + max(self.prompt, self.generate, *self.rows, 1) + 1
+
+
+def run_benchmark(model: Model, settings: BenchmarkSettings) -> Iterator[Measurement]:
+    """Run the tests, yielding each result as it is there.
+
+    Raises OrthrusError when the tests need more context than the model has.
+    """
+    if settings.context > model.config.n_ctx_train:
+        raise OrthrusError(
+            f"these tests need {settings.context} tokens of context, {model.config.name} has"
+            f" {model.config.n_ctx_train}; lower -d, -p, -n or --rows"
+        )
+    cache: Any = model.new_cache(settings.context)
+    tokens = _tokens(model, settings.context)
+    depth = settings.depth
+
+    def rewind() -> None:
+        cache.truncate(min(depth, cache.length))
+        if cache.length < depth:
+            prefill(model, cache, tokens[:depth], batch=settings.batch)
+
+    def timed(test: str, rows: int, run: Callable[[], object]) -> Measurement:
+        seconds = []
+        for _ in range(settings.repetitions + 1):
+            rewind()
+            start = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - start)
+        return Measurement(test, rows, tuple(seconds[1:]))
+
+    if settings.prompt:
+        prompt = tokens[: depth + settings.prompt]
+        yield timed(
+            f"pp{settings.prompt}",
+            settings.prompt,
+            lambda: prefill(model, cache, prompt, batch=settings.batch),
+        )
+    if settings.generate:
+        yield timed(
+            f"tg{settings.generate}",
+            settings.generate,
+            lambda: _generate(model, cache, tokens[: depth + 1], settings.generate),
+        )
+    passes = {f"ar {n}": ar_segment(tokens[depth : depth + n], depth) for n in settings.rows}
+    if (mask := model.config.mask_token) is not None:
+        for n in settings.rows:
+            passes[f"diffusion {n}"] = diffusion_segment(tokens[depth], mask, n, depth)
+    for test, segment in passes.items():
+        yield timed(test, len(segment), partial(model.forward, [segment], cache))
+
+
+def _generate(model: Model, cache: Any, tokens: list[int], n: int) -> None:
+    sampler = Sampler(GREEDY)
+    for _ in decode(model, cache, sampler, list(tokens), Plan(Strategy.AR, 0), n):
+        pass
+
+
+def _tokens(model: Model, n: int) -> list[int]:
+    """Arbitrary but reproducible ids."""
+    ids = np.random.default_rng(0).integers(0, model.config.n_vocab, n)
+    return [int(i) for i in ids]
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system won't say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,105 @@
+"""What a pass of a model has to read, multiply and launch, by the shape and the file type."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import gguf
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, base_tensors, diffusion_tensors
+
+_Type = gguf.GGMLQuantizationType
+Kind = gguf.GGMLQuantizationType
+
+#: Bits per weight as the kernels hold them (`orthrus_kernels/quant_tensor.py`): codes, one 32-bit
+#: word of scales per 64 weights, and for K-quants one of (d, dmin) per 256.
+PACKED_BITS = {_Type.Q4_K: 4.625, _Type.Q6_K: 6.625, _Type.Q8_0: 8.5}
+
+#: File type → usual type of its matrices. These have predictions.
+FILE_TYPES = {"q4_k_m": _Type.Q4_K, "q6_k": _Type.Q6_K, "q8_0": _Type.Q8_0}
+
+#: Kernels per layer: residual + norm, QKV, reduce + norm + rotation + cache, attention, its
+#: combination, output, residual + norm, gate + up + SiLU, down.
+LAUNCHES_PER_LAYER = 9
+#: Each view has its own QKV and output weights; everything else takes all rows at once.
+LAUNCHES_PER_LAYER_BOTH = LAUNCHES_PER_LAYER + 2
+#: Rows of the pass, embedding, last norm, head, choice of tokens, acceptance.
+LAUNCHES_PER_PASS = 6
+
+CACHE_BYTES = 2  # per element: f16
+
+
+@dataclass(frozen=True)
+class PassWeights:
+    """Weights by type that a pass multiplies: each view's attention, and what both share (MLP and
+    head)."""
+
+    ar: Mapping[Kind, int]
+    diffusion: Mapping[Kind, int]
+    shared: Mapping[Kind, int]
+
+
+def pass_weights(config: ModelConfig, file_type: str) -> PassWeights:
+    """The weights of a model with heads in one of FILE_TYPES. Raises OrthrusError for others."""
+    if file_type not in FILE_TYPES:
+        raise OrthrusError(f"{file_type}: no prediction; choose from {', '.join(FILE_TYPES)}")
+    ar: Counter[Kind] = Counter()
+    diffusion: Counter[Kind] = Counter()
+    shared: Counter[Kind] = Counter()
+    tensors = base_tensors(config) | diffusion_tensors(config)
+    head = TOKEN_EMBD if config.tied else OUTPUT
+    for name, shape in tensors.items():
+        is_lookup = name == TOKEN_EMBD and not config.tied  # one row per token is next to nothing
+        if len(shape) < 2 or is_lookup:
+            continue
+        kind = tensor_type(name, config, file_type)
+        part = "head" if name == head else name.split(".")[2]
+        if part.endswith("_diff"):
+            diffusion[kind] += math.prod(shape)
+        elif part.startswith("attn"):
+            ar[kind] += math.prod(shape)
+        else:
+            shared[kind] += math.prod(shape)
+    return PassWeights(ar, diffusion, shared)
+
+
+def tensor_type(name: str, config: ModelConfig, file_type: str) -> Kind:
+    """llama-quantize's type for a matrix. The converters know all mixes, but the runtime package
+    does without them; a test compares the two."""
+    usual = FILE_TYPES[file_type]
+    if file_type != "q4_k_m":
+        return usual
+    if name == OUTPUT or (name == TOKEN_EMBD and config.tied):
+        return _Type.Q6_K
+    parts = name.split(".")
+    if parts[0] != "blk" or parts[2] not in ("attn_v", "ffn_down"):
+        return usual
+    layer, n, eighth = int(parts[1]), config.n_layers, config.n_layers // 8
+    more = layer < eighth or layer >= 7 * n // 8 or (layer - eighth) % 3 == 2
+    return _Type.Q6_K if more else usual
+
+
+def packed_bytes(weights: Mapping[Kind, int]) -> float:
+    """Bytes of these weights on the device."""
+    return sum(count * PACKED_BITS[kind] / 8 for kind, count in weights.items())
+
+
+def flops_per_row(weights: Mapping[Kind, int]) -> int:
+    """Operations that one row costs: a product and a sum per weight."""
+    return 2 * sum(weights.values())
+
+
+def cache_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes of keys and values that one position of the context adds, in f16."""
+    return 2 * config.n_layers * config.n_head_kv * config.head_dim * CACHE_BYTES
+
+
+def launches(config: ModelConfig, *, both_views: bool) -> int:
+    """Kernels of a pass."""
+    per_layer = LAUNCHES_PER_LAYER_BOTH if both_views else LAUNCHES_PER_LAYER
+    return config.n_layers * per_layer + LAUNCHES_PER_PASS

@@ -1,0 +1,54 @@
+"""What passes cost on the hardware that is simulated."""
+
+from __future__ import annotations
+
+from orthrus_gguf.auto.costs import CostCurve
+from orthrus_gguf.bench.prediction.passes import PredictedCurve
+from orthrus_gguf.drafting.policy import Pass
+
+#: Seconds of every pass on hardware where rows are free. Only ratios matter there.
+FLAT = 1e-3
+
+
+class FlatCosts:
+    """Rows are free, so tokens per second are tokens per forward."""
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        return FLAT
+
+    def observe(self, done: Pass) -> None:
+        """What is simulated does not change."""
+
+
+class CurveCosts:
+    """A measured curve, taken as the truth. before: tokens that come before the recorded text."""
+
+    def __init__(self, curve: CostCurve, before: int) -> None:
+        self._curve, self._before = curve, before
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        return self._curve.at(ar_rows, diffusion_rows, context + self._before)
+
+    def observe(self, done: Pass) -> None:
+        """What is simulated does not change."""
+
+
+class CardCosts:
+    """A predicted curve. before: tokens that come before the recorded text."""
+
+    #: Predictions barely move within so many tokens of context.
+    _STEP = 64
+
+    def __init__(self, curve: PredictedCurve, before: int) -> None:
+        self._curve, self._before = curve, before
+        self._known: dict[tuple[int, int, int], float] = {}
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        key = (ar_rows, diffusion_rows, (context + self._before) // self._STEP)
+        if key not in self._known:
+            middle = key[2] * self._STEP + self._STEP // 2
+            self._known[key] = self._curve.milliseconds(ar_rows, diffusion_rows, middle) / 1e3
+        return self._known[key]
+
+    def observe(self, done: Pass) -> None:
+        """What is simulated does not change."""

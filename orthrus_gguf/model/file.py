@@ -1,0 +1,243 @@
+"""ModelFile: one model as the runtimes see it, in one GGUF file or in a base and its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.fields import Fields, describe
+from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
+from orthrus_gguf.model.config import ModelConfig, architecture
+from orthrus_gguf.model.tensors import (
+    OUTPUT,
+    TOKEN_EMBD,
+    base_tensors,
+    check_tensors,
+    diffusion_tensors,
+    is_diffusion_tensor,
+)
+
+ADAPTER = gguf.GGUFType.ADAPTER
+
+#: What must be equal for heads to have been trained on a base.
+_IDENTITY = ("n_layers", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "rms_eps")
+
+
+class ModelFile:
+    """An open model, checked as a whole. Use as a context manager, or close it.
+
+    config: shapes and constants.
+    metadata: of the base file, with the diffusion keys of the heads file where there is one.
+    tensors: of all files, in file order. Offsets are within the tensor's own file: use data().
+    paths: the base file and, where there is one, the heads file.
+    """
+
+    def __init__(self, base: GGUFFile, heads: GGUFFile | None) -> None:
+        self._files = (base,) if heads is None else (base, heads)
+        self.paths: tuple[Path, ...] = tuple(file.path for file in self._files)
+        metadata = dict(base.metadata)
+        if heads is None:
+            self.config = _single_config(base)
+        else:
+            self.config = _pair_config(base, heads)
+            metadata |= {key: heads.metadata[key] for key in (keys.BLOCK_SIZE, keys.MASK_TOKEN_ID)}
+        self.metadata: Mapping[str, Value] = MappingProxyType(metadata)
+        self._owner = {name: file for file in self._files for name in file.tensors}
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: file.tensors[name] for name, file in self._owner.items()}
+        )
+
+    @classmethod
+    def open(cls, path: str | Path, heads: str | Path | None = None) -> ModelFile:
+        """Open a model: one GGUF file, or a Qwen3 base and the heads that belong to it.
+
+        A `qwen3` file without heads gives a model without the diffusion view. Raises OrthrusError
+        if a file cannot be read, is no supported model, or if the two do not belong together.
+        """
+        with ExitStack() as stack:
+            base_file = stack.enter_context(GGUFFile.open(path))
+            heads_file = None if heads is None else stack.enter_context(GGUFFile.open(heads))
+            model = cls(base_file, heads_file)
+            stack.pop_all()
+        return model
+
+    def data(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of tensor `name`, shape (n_bytes,): a read-only view of the mapped file.
+
+        Views stay valid after close(). Raises KeyError if there is no such tensor.
+        """
+        return self._owner[name].data(name)
+
+    def prefetch(self, *, heads: bool) -> None:
+        """Bring the tensors into memory, in the background, so that the first pass need not wait.
+
+        heads: those of the diffusion view too. For what is in the system's cache this sets up the
+        mapping only; what is not is read from the disk.
+        """
+        for file in self._files:
+            file.prefetch([name for name in file.tensors if heads or not is_diffusion_tensor(name)])
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> ModelFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _single_config(file: GGUFFile) -> ModelConfig:
+    """The config of a file that is used on its own, after all checks."""
+    _check_base(file)
+    arch = file.metadata.get(gguf.Keys.General.ARCHITECTURE)
+    twins = any(map(is_diffusion_tensor, file.tensors))
+    if twins and arch == keys.ARCH_QWEN3:
+        raise OrthrusError(
+            f"{file.path}: holds diffusion tensors, but its general.architecture is 'qwen3', "
+            "expected 'orthrus'; convert the model again with orthrus-convert"
+        )
+    config = _base_config(file, has_heads=arch == keys.ARCH_ORTHRUS)
+    expected = base_tensors(config)
+    if config.has_heads:
+        if not twins:
+            raise OrthrusError(
+                f"{file.path}: is an Orthrus model, but holds no diffusion tensors such as "
+                "blk.0.attn_q_diff.weight; convert the model again with orthrus-convert"
+            )
+        expected |= diffusion_tensors(config)
+    check_tensors(file.path, file.tensors, expected)
+    return config
+
+
+def _pair_config(base: GGUFFile, heads: GGUFFile) -> ModelConfig:
+    """The config of a base and its heads, each checked by itself and against the other."""
+    _check_base(base)
+    if any(map(is_diffusion_tensor, base.tensors)):
+        raise OrthrusError(
+            f"{base.path}: already holds diffusion heads; leave out the heads file {heads.path}"
+        )
+    config = _base_config(base, has_heads=False)
+    check_tensors(base.path, base.tensors, base_tensors(config))
+    _check_heads(heads)
+    # Constants that the heads share with their base, for files that do not repeat them.
+    shared: dict[str, Value] = {
+        keys.model_key(gguf.Keys.LLM.CONTEXT_LENGTH, keys.ARCH_ORTHRUS): config.n_ctx_train,
+        keys.model_key(gguf.Keys.LLM.FEED_FORWARD_LENGTH, keys.ARCH_ORTHRUS): config.n_ff,
+        keys.model_key(gguf.Keys.Attention.LAYERNORM_RMS_EPS, keys.ARCH_ORTHRUS): config.rms_eps,
+    }
+    theirs = ModelConfig.from_metadata(
+        shared | dict(heads.metadata),
+        path=heads.path,
+        n_vocab=config.n_vocab,
+        tied=config.tied,
+        has_heads=True,
+    )
+    differences = _differences(config, theirs)
+    if differences:
+        raise OrthrusError(
+            f"{heads.path}: these heads do not belong to {base.path}: {differences}; "
+            "use the heads and the base of the same model"
+        )
+    check_tensors(heads.path, heads.tensors, diffusion_tensors(config))
+    for name in heads.tensors:
+        if name in base.tensors:
+            raise OrthrusError(
+                f"{heads.path}: tensor {name!r} is also in {base.path}, heads must not replace it; "
+                "make the heads file again with orthrus-convert --split"
+            )
+    return replace(config, block_size=theirs.block_size, mask_token=theirs.mask_token)
+
+
+def _differences(base: ModelConfig, heads: ModelConfig) -> str:
+    """What keeps the heads from belonging to the base, in words; empty if nothing does."""
+    pairs = [(name, getattr(base, name), getattr(heads, name)) for name in _IDENTITY]
+    pairs += [
+        (f"rope {name}", value, getattr(heads.rope, name))
+        for name, value in asdict(base.rope).items()
+    ]
+    return ", ".join(
+        f"{name} is {theirs}, the base has {ours}" for name, ours, theirs in pairs if ours != theirs
+    )
+
+
+def _check_base(file: GGUFFile) -> None:
+    """Refuse what is not one whole model, before asking for the keys of one."""
+    _check_whole(file)
+    fields = Fields(file.metadata, file.path)
+    if fields.text(gguf.Keys.General.TYPE, "model") != ADAPTER:
+        architecture(fields)
+        return
+    kind = fields.text(gguf.Keys.Adapter.TYPE, "unknown")
+    if kind == keys.ADAPTER_HEADS:
+        raise OrthrusError(
+            f"{file.path}: holds only diffusion heads; "
+            f"open their base model, with --heads {file.path}"
+        )
+    raise fields.error(
+        gguf.Keys.General.TYPE,
+        f"expected a model, found an adapter of type {describe(kind)}",
+        "name the model's own file",
+    )
+
+
+def _check_heads(file: GGUFFile) -> None:
+    """Refuse what is not a heads file."""
+    _check_whole(file)
+    fields = Fields(file.metadata, file.path)
+    for key, expected in (
+        (gguf.Keys.General.TYPE, ADAPTER),
+        (gguf.Keys.Adapter.TYPE, keys.ADAPTER_HEADS),
+        (gguf.Keys.General.ARCHITECTURE, keys.ARCH_ORTHRUS),
+    ):
+        found = fields.text(key, "model" if key == gguf.Keys.General.TYPE else None)
+        if found != expected:
+            raise fields.error(
+                key,
+                f"is not a heads file: expected {expected!r}, found {describe(found)}",
+                "make heads with orthrus-convert --split",
+            )
+
+
+def _check_whole(file: GGUFFile) -> None:
+    """Refuse one part of a model that was split for download."""
+    fields = Fields(file.metadata, file.path)
+    parts = fields.integer(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 0, 1 << 16, 1)
+    if parts > 1:
+        raise fields.error(
+            gguf.Keys.Split.LLM_KV_SPLIT_COUNT,
+            f"is one part of a model split into {parts} files",
+            "merge them first: llama-gguf-split --merge FIRST-PART.gguf OUT.gguf",
+        )
+
+
+def _base_config(file: GGUFFile, *, has_heads: bool) -> ModelConfig:
+    """The config of a file that holds the AR model."""
+    if TOKEN_EMBD not in file.tensors:
+        raise OrthrusError(
+            f"{file.path}: tensor {TOKEN_EMBD} is missing; the file holds no whole model: "
+            "download or convert it again"
+        )
+    return ModelConfig.from_metadata(
+        file.metadata,
+        path=file.path,
+        n_vocab=file.tensors[TOKEN_EMBD].shape[0],
+        tied=OUTPUT not in file.tensors,
+        has_heads=has_heads,
+    )

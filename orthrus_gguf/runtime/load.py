@@ -1,0 +1,143 @@
+"""Runtimes: implementations of the `Model` protocol of `orthrus_gguf.runtime.protocol`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cuda.presence import (
+    INSTALL,
+    extra_installed,
+    gpu_visible,
+    why_unusable,
+)
+from orthrus_gguf.runtime.protocol import Model
+
+#: Called with the bytes read so far and in all.
+Progress = Callable[[int, int], None]
+
+
+class RuntimeName(Enum):
+    """Values of `--runtime`. AUTO takes the fastest one that this machine has."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+    REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class RuntimeSettings:
+    """How to run a model; None means the runtime's own default.
+
+    threads: CPU threads. cache_type_k, cache_type_v: number format of the key/value cache.
+    device: of the cuda runtime, `cuda` or `cuda:N`. context: tokens of the cache that will be asked
+    for, so that a runtime can tell before loading whether it fits.
+    """
+
+    name: RuntimeName = RuntimeName.AUTO
+    threads: int | None = None
+    cache_type_k: str | None = None
+    cache_type_v: str | None = None
+    device: str | None = None
+    context: int | None = None
+
+
+def load_model(
+    file: ModelFile,
+    settings: RuntimeSettings,
+    *,
+    on_progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Model:
+    """Load `file` on the runtime that `settings` name. Imports only what that runtime needs.
+
+    on_progress: called while weights are read, by runtimes that copy them.
+    say: receives one line when AUTO leaves a GPU unused; default: stderr.
+    Raises OrthrusError when the runtime is not installed, cannot take a setting, or cannot run
+    the model.
+    """
+    settings = resolve(settings, say or _to_stderr)
+    if settings.device is not None and settings.name is not RuntimeName.CUDA:
+        raise OrthrusError(
+            f"--device {settings.device}: only --runtime cuda has devices, not "
+            f"{settings.name.value}"
+        )
+    if settings.name is RuntimeName.REFERENCE:
+        return _load_reference(file, settings)
+    if settings.name is RuntimeName.CUDA:
+        return _load_cuda(file, settings, on_progress)
+    from orthrus_gguf.runtime.ggml.model import GgmlModel
+
+    return GgmlModel.load(
+        file,
+        threads=settings.threads,
+        cache_type_k=settings.cache_type_k or "f16",
+        cache_type_v=settings.cache_type_v or "f16",
+    )
+
+
+def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSettings:
+    """The settings with AUTO replaced: cuda where a GPU can be used or a device is named, else cpu.
+
+    A GPU that stays unused is worth a line to `say`; machines without one hear nothing.
+    """
+    if settings.name is not RuntimeName.AUTO:
+        return settings
+    if settings.device is not None:
+        return replace(settings, name=RuntimeName.CUDA)
+    if not gpu_visible():
+        return replace(settings, name=RuntimeName.CPU)
+    if not extra_installed():
+        say(
+            "this machine has an NVIDIA GPU, but the packages to use it are missing: "
+            f"{INSTALL} (running on the CPU)"
+        )
+        return replace(settings, name=RuntimeName.CPU)
+    reason = why_unusable()
+    if reason is not None:
+        say(f"running on the CPU, since the GPU cannot be used: {reason}")
+        return replace(settings, name=RuntimeName.CPU)
+    return replace(settings, name=RuntimeName.CUDA)
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _load_cuda(file: ModelFile, settings: RuntimeSettings, on_progress: Progress | None) -> Model:
+    reason = why_unusable(settings.device)
+    if reason is not None:
+        raise OrthrusError(f"--runtime cuda cannot run here: {reason}")
+    from orthrus_gguf.runtime.cuda.model import CudaModel
+
+    return CudaModel.load(
+        file,
+        device=settings.device,
+        context=settings.context,
+        cache_type_k=settings.cache_type_k or "f16",
+        cache_type_v=settings.cache_type_v or "f16",
+        on_progress=on_progress,
+    )
+
+
+def _load_reference(file: ModelFile, settings: RuntimeSettings) -> Model:
+    if importlib.util.find_spec("torch") is None:
+        raise OrthrusError(
+            "--runtime reference needs PyTorch: pip install 'orthrus-gguf[reference]'"
+        )
+    for flag, value in (("-ctk", settings.cache_type_k), ("-ctv", settings.cache_type_v)):
+        if value not in (None, "f32"):
+            raise OrthrusError(f"{flag} {value}: the reference runtime keeps its cache in f32 only")
+    import torch
+
+    from orthrus_gguf.runtime.reference import ReferenceModel
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return ReferenceModel(file)

@@ -1,0 +1,150 @@
+"""Chat templates: messages to the prompt text that a model was trained on.
+
+A template is a program that comes with the file, so from a stranger. It runs in Jinja's sandbox, in
+a process of its own that the kernel limits (`chat_worker.py`). Limits inside the process were not
+enough: one step of a template (`'a' * 10**10`, or printing a list that holds itself 2**40 times)
+runs in C code that no line budget and no signal handler interrupts. A process ends whatever it does
+and costs about 20 ms more than importing Jinja here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.fields import describe
+from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.text.tokenizer import Tokenizer
+
+Keys = gguf.Keys.Tokenizer
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What rendering may cost: seconds of processor time and of waiting, bytes, characters.
+
+    macOS does not enforce limits on memory; there only time and output are bounded.
+    """
+
+    cpu_seconds: int = 5
+    wall_seconds: int = 30
+    memory: int = 1 << 30
+    output: int = 16_000_000
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. role: `system`, `user`, `assistant`, or whatever else the template knows."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A Jinja template and the variables that it gets from the vocabulary."""
+
+    source: str
+    bos_token: str
+    eos_token: str
+    limits: Limits = Limits()
+
+    @classmethod
+    def from_metadata(
+        cls, metadata: Mapping[str, Value], tokenizer: Tokenizer
+    ) -> ChatTemplate | None:
+        """The default template of a file; None for a completion model, which has no template.
+
+        Raises OrthrusError when the file names templates but none of them is the default.
+        """
+        source = metadata.get(Keys.CHAT_TEMPLATE)
+        if source is None:
+            names = metadata.get(Keys.CHAT_TEMPLATES)
+            if names is None:
+                return None
+            known = ", ".join(names) if isinstance(names, list) else describe(names)
+            raise _error(f"{Keys.CHAT_TEMPLATE} is missing, the file only names others ({known})")
+        if not isinstance(source, str):
+            raise _error(
+                f"metadata key {Keys.CHAT_TEMPLATE}: expected a string, found {describe(source)}"
+            )
+        return cls(source, _text(tokenizer, tokenizer.bos), _text(tokenizer, tokenizer.eos))
+
+    @property
+    def supports_thinking(self) -> bool:
+        """Whether the template looks at Qwen3's switch `enable_thinking`."""
+        return re.search(r"\benable_thinking\b", self.source) is not None
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The prompt text. Encode it with special tokens; it may begin with the BOS token.
+
+        add_generation_prompt: end where the assistant's answer begins. thinking: Qwen3's switch;
+        None leaves it to the template. tools: JSON schemas of functions that the model may call.
+        Raises OrthrusError for errors of the template, its own complaints, and exceeded limits.
+        """
+        variables: dict[str, Any] = {
+            "messages": [asdict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None if tools is None else list(tools),
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+        }
+        if thinking is not None:
+            variables["enable_thinking"] = thinking
+        return _run_worker({"source": self.source, "variables": variables}, self.limits)
+
+
+def _run_worker(job: dict[str, Any], limits: Limits) -> str:
+    """Render in a process of its own; its answer is one JSON object."""
+    worker = Path(__file__).with_name("chat_worker.py")
+    request = {**job, "limits": asdict(limits), "path": sys.path}
+    try:
+        done = subprocess.run(
+            # Isolated: no start-up file, variable or module of the current folder gets in.
+            [sys.executable, "-I", str(worker)],
+            input=json.dumps(request).encode(),
+            capture_output=True,
+            timeout=limits.wall_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _error(f"did not finish within {limits.wall_seconds} s") from None
+    except OSError as error:
+        raise _error(f"cannot start {sys.executable}: {error.strerror}") from error
+    if done.returncode == -signal.SIGXCPU:
+        raise _error(f"did not finish within {limits.cpu_seconds} s of processor time")
+    if done.returncode != 0:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise _error(f"the process that renders it ended with status {done.returncode} ({last})")
+    answer: dict[str, str] = json.loads(done.stdout)
+    if "error" in answer:
+        raise _error(answer["error"])
+    return answer["text"]
+
+
+def _error(problem: str) -> OrthrusError:
+    """One line, and no control characters: the template may have written part of it."""
+    visible = "".join(char if char.isprintable() else " " for char in problem)
+    problem = " ".join(visible.split())
+    return OrthrusError(f"chat template: {problem}; --raw sends the prompt without a template")
+
+
+def _text(tokenizer: Tokenizer, id: int | None) -> str:
+    return "" if id is None else tokenizer.token_bytes(id).decode(errors="replace")

@@ -1,0 +1,168 @@
+"""Byte-level BPE vocabularies (`tokenizer.ggml.model` = `gpt2`), applied by `tokenizers`."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.fields import Fields
+from orthrus_gguf.text.vocab.vocabulary import (
+    Defaults,
+    Keys,
+    Vocabulary,
+    read_strings,
+    read_vocabulary,
+)
+
+Merges = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How a named pre-tokenizer cuts text into words, and what else its name implies.
+
+    nfc: text is normalized first. ignore_merges: a word that is a token needs no merges.
+    add_bos: prompts begin with BOS where the file does not say.
+    """
+
+    regex: str
+    nfc: bool = False
+    ignore_merges: bool = False
+    add_bos: bool = False
+
+
+#: The values of `tokenizer.ggml.pre` that we support; each is tested against llama.cpp. (llama.cpp
+#: itself never normalizes: on text that is not NFC we follow Qwen's own tokenizer.json.)
+PRE_TOKENIZERS = {
+    "qwen2": PreTokenizer(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        nfc=True,
+    ),
+    "llama-bpe": PreTokenizer(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ignore_merges=True,
+        add_bos=True,
+    ),
+    "gpt-2": PreTokenizer(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ),
+}
+
+
+def _byte_characters() -> dict[int, int]:
+    """Code point to byte: GPT-2's alphabet, in which every byte is a printable character."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: byte for byte in shown} | {256 + i: byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_CHARACTERS = _byte_characters()
+
+
+class BPE:
+    """A `Codec`; see `orthrus_gguf.text.vocab.vocabulary`."""
+
+    space_prefix = False
+
+    def __init__(self, index: dict[str, int], merges: Merges, pre: PreTokenizer) -> None:
+        model = models.BPE(index, merges, ignore_merges=pre.ignore_merges)
+        self._tokenizer = tokenizers.Tokenizer(model)
+        if pre.nfc:
+            self._tokenizer.normalizer = normalizers.NFC()
+        self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(tokenizers.Regex(pre.regex), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def token_bytes(self, text: str) -> bytes:
+        try:
+            return text.translate(_BYTE_CHARACTERS).encode("latin-1")
+        except UnicodeEncodeError:
+            return text.encode()  # not in the alphabet: the text itself, as `tokenizers` decodes it
+
+
+def load(fields: Fields, n_vocab: int) -> tuple[Vocabulary, BPE]:
+    """Read, check and build. Raises OrthrusError that names the file and the key at fault."""
+    name = fields.text(Keys.PRE)
+    if name not in PRE_TOKENIZERS:
+        raise fields.error(
+            Keys.PRE,
+            f"expected one of {', '.join(PRE_TOKENIZERS)}, found {name!r:.80}",
+            "this pre-tokenizer is not supported",
+        )
+    pre = PRE_TOKENIZERS[name]
+    vocabulary = read_vocabulary(fields, n_vocab, Defaults(add_bos=pre.add_bos))
+    # `tokenizers` would silently drop the bytes that have no token.
+    missing = [byte for char, byte in _BYTE_CHARACTERS.items() if chr(char) not in vocabulary.index]
+    if missing:
+        raise fields.error(
+            Keys.LIST, f"expected a token for each of the 256 bytes, found none for {missing[0]}"
+        )
+    with _collector_paused():
+        return vocabulary, _codec(fields, vocabulary.index, pre)
+
+
+def _codec(fields: Fields, index: dict[str, int], pre: PreTokenizer) -> BPE:
+    merges = _read_merges(fields)
+    try:
+        return BPE(index, merges, pre)
+    except Exception as error:  # the library raises nothing narrower
+        raise _refusal(fields, merges, index, error) from error
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection: 150,000 pairs, gone at the end, would set it off hundreds of times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read_merges(fields: Fields) -> Merges:
+    """Pairs of tokens, best first, none twice; `tokenizers` will see whether the tokens exist."""
+    lines = read_strings(fields, Keys.MERGES)
+    if len(set(lines)) != len(lines):
+        twice = Counter(lines).most_common(1)[0][0]
+        raise fields.error(Keys.MERGES, f"merge {twice!r:.80} occurs twice")
+    # Whole columns at once: a look at each merge would double the loading time.
+    merges: list[Any] = list(map(tuple, map(str.split, lines, repeat(" "))))
+    if set(map(len, merges)) - {2}:
+        at = next(i for i, merge in enumerate(merges) if len(merge) != 2)
+        raise fields.error(
+            Keys.MERGES, f"merge {at}: expected two tokens and a space, found {lines[at]!r:.80}"
+        )
+    return merges
+
+
+def _refusal(
+    fields: Fields, merges: Merges, index: dict[str, int], error: Exception
+) -> OrthrusError:
+    """What to say when `tokenizers` refuses merges: the one at fault, where we can tell."""
+    for at, (left, right) in enumerate(merges):
+        if left + right not in index:
+            found = f"{left} {right}"
+            return fields.error(
+                Keys.MERGES, f"merge {at} ({found!r:.80}) makes a token that {Keys.LIST} lacks"
+            )
+    return fields.error(Keys.MERGES, f"tokenizers refuses them: {str(error)!r:.200}")

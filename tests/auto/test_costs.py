@@ -1,0 +1,209 @@
+"""Cost curves: interpolation, correction by what runs, measuring, and remembering on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_model import ToyCache, ToyModel
+
+from orthrus_gguf.auto.calibration import MachineCosts, measure
+from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
+from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.runtime.protocol import Logits, Segment
+
+CURVE = CostCurve(
+    rows=(1, 2, 8),
+    seconds=(1.0, 1.2, 3.0),
+    context=64,
+    per_token=(0.001, 0.008),
+    draft_rows=4,
+    draft=2.0,
+    mixed=3.6,
+)
+
+
+class TimedModel(ToyModel):
+    """A model whose passes take as long as a function says, on a clock of its own."""
+
+    def __init__(self, seconds: Callable[[int, int, int], float], **toy: Any) -> None:
+        super().__init__(**toy)
+        self.now = 0.0
+        self._seconds = seconds
+
+    def clock(self) -> float:
+        return self.now
+
+    def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
+        ar = sum(len(s) for s in segments if s.view.value == "ar")
+        self.now += self._seconds(ar, sum(map(len, segments)) - ar, cache.length)
+        return super().forward(segments, cache)
+
+
+def linear(ar_rows: int, diffusion_rows: int, context: int) -> float:
+    return 0.004 + 0.001 * ar_rows + 0.002 * diffusion_rows + 1e-6 * context * ar_rows
+
+
+def test_lines_between_points_and_beyond() -> None:
+    at = [CURVE.at(rows, 0, 64) for rows in (1, 2, 5, 8)]
+    assert at == pytest.approx([1.0, 1.2, 2.1, 3.0])
+    assert CURVE.at(12, 0, 64) == pytest.approx(3.0 * 12 / 8), "unmeasured rows are never free"
+    steep = CostCurve((1, 2, 4), (1.0, 1.0, 3.0), 64, (0.0, 0.0))
+    assert steep.at(8, 0, 64) == pytest.approx(7.0), "nor cheaper than the last measured ones"
+
+
+def test_context_costs_more_in_larger_passes() -> None:
+    assert CURVE.at(1, 0, 164) == pytest.approx(1.1)
+    assert CURVE.at(8, 0, 164) == pytest.approx(3.8)
+
+
+def test_rows_of_the_other_view_cost_what_was_measured() -> None:
+    assert CURVE.at(0, 4, 64) == pytest.approx(2.0)
+    assert CURVE.at(4, 4, 64) == pytest.approx(3.6)
+    assert CURVE.at(0, 8, 64) == pytest.approx(3.0 * 2.0 / 1.8)
+
+
+def test_slow_models_are_taken_as_proportional() -> None:
+    assert proportional(0.5).at(7, 3, 1000) == pytest.approx(5.0)
+
+
+def test_measuring_finds_the_curve() -> None:
+    model = TimedModel(linear)
+    curve = measure(model, clock=model.clock)
+    assert model.now < 1.0, "a few hundred milliseconds"
+    for rows in (1, 3, 16):
+        assert curve.at(rows, 0, 64) == pytest.approx(linear(rows, 0, 64), rel=0.02)
+    assert curve.at(0, 8, 64) == pytest.approx(linear(0, 8, 64), rel=0.02)
+    assert curve.at(8, 8, 64) == pytest.approx(linear(8, 8, 64), rel=0.02)
+    assert curve.at(1, 0, 120) == pytest.approx(linear(1, 0, 120), rel=0.02)
+
+
+@pytest.mark.parametrize("single", [0.05, 0.15, 0.3])
+def test_measuring_keeps_to_its_time(single: float) -> None:
+    model = TimedModel(lambda ar, diffusion, _: single * (ar + diffusion))
+    curve = measure(model, clock=model.clock)
+    assert model.now <= 0.8 + 2 * single
+    assert curve.at(16, 0, 64) == pytest.approx(16 * single, rel=0.01)
+
+
+def test_plain_models_have_no_draft_passes() -> None:
+    model = TimedModel(linear, heads=False)
+    assert measure(model, clock=model.clock).draft_rows == 0
+
+
+def test_a_busy_machine_changes_all_costs_alike() -> None:
+    costs = RunningCosts(CURVE)
+    for _ in range(200):
+        for rows in (1, 8):
+            costs.observe(Pass(rows, 0, 64, 2 * CURVE.at(rows, 0, 64)))
+    assert costs.seconds(1, 0, 64) == pytest.approx(2.0, rel=0.01)
+    assert costs.seconds(8, 0, 64) == pytest.approx(6.0, rel=0.01)
+    assert costs.fits
+
+
+def test_one_pass_that_was_held_up_changes_little() -> None:
+    costs = RunningCosts(CURVE)
+    costs.observe(Pass(1, 0, 64, 1000.0))
+    assert costs.seconds(1, 0, 64) < 1.06
+
+
+def test_another_shape_no_longer_fits() -> None:
+    costs = RunningCosts(CURVE)
+    for _ in range(60):
+        costs.observe(Pass(1, 0, 64, 1.0))
+        costs.observe(Pass(8, 0, 64, 6.0))
+    assert not costs.fits
+
+
+class TestRemembering:
+    @pytest.fixture
+    def timings(self) -> list[int]:
+        return []
+
+    @pytest.fixture
+    def costs(self, tmp_path: Path, timings: list[int]) -> Callable[..., MachineCosts]:
+        class Counting(ToyModel):
+            def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
+                timings.append(1)
+                return super().forward(segments, cache)
+
+        def make(identity: str = "model", notes: list[str] | None = None) -> MachineCosts:
+            said = notes if notes is not None else []
+            return MachineCosts(Counting(), identity, said.append, folder=tmp_path / "costs")
+
+        return make
+
+    def test_measured_once(self, costs: Callable[..., MachineCosts], timings: list[int]) -> None:
+        first = costs()
+        assert not timings, "nothing is measured before it is needed"
+        first.seconds(1, 0, 64)
+        runs = len(timings)
+        assert runs > 0
+        assert costs().curve == first.curve
+        assert len(timings) == runs
+        costs("another model").seconds(1, 0, 64)
+        assert len(timings) > runs
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda text: text[: len(text) // 2],
+            lambda text: "[1, 2]",
+            lambda text: text.replace('"model": "model"', '"model": "stranger"'),
+            lambda text: json.dumps({**json.loads(text), "curve": {"rows": [1]}}),
+            lambda text: _with(text, seconds=["fast"]),
+            lambda text: _with(text, seconds=[float("nan")] * 7),
+            lambda text: _with(text, rows=[3, 2, 1]),
+            lambda text: _with(text, rows=[], seconds=[]),
+            lambda text: _with(text, per_token=[0.0]),
+            lambda text: _with(text, draft=-1.0),
+            lambda text: "\x00" * 100,
+        ],
+    )
+    def test_damaged_or_foreign_files_are_ignored_with_a_note(
+        self,
+        costs: Callable[..., MachineCosts],
+        tmp_path: Path,
+        timings: list[int],
+        damage: Callable[[str], str],
+    ) -> None:
+        costs().seconds(1, 0, 64)
+        (path,) = (tmp_path / "costs").iterdir()
+        path.write_text(damage(path.read_text()))
+        runs = len(timings)
+        notes: list[str] = []
+        costs("model", notes).seconds(1, 0, 64)
+        assert len(timings) > runs
+        assert len(notes) == 1
+        assert str(path) in notes[0]
+        assert "ignored, measuring again" in notes[0]
+        notes.clear()
+        costs("model", notes).seconds(1, 0, 64)
+        assert not notes, "the file has been repaired"
+
+    def test_a_folder_that_cannot_be_written_is_noted(self, tmp_path: Path) -> None:
+        (tmp_path / "costs").write_text("not a folder")
+        notes: list[str] = []
+        costs = MachineCosts(ToyModel(), "model", notes.append, folder=tmp_path / "costs")
+        assert costs.seconds(1, 0, 64) > 0
+        assert "cannot be remembered" in notes[-1]
+
+    def test_measured_again_when_it_stops_fitting(
+        self, costs: Callable[..., MachineCosts], timings: list[int]
+    ) -> None:
+        made = costs()
+        single, wide = made.seconds(1, 0, 64), made.seconds(8, 0, 64)
+        runs = len(timings)
+        for _ in range(60):
+            made.observe(Pass(1, 0, 64, single))
+            made.observe(Pass(8, 0, 64, 3 * wide))
+        assert len(timings) > runs
+
+
+def _with(text: str, **values: Any) -> str:
+    data = json.loads(text)
+    data["curve"].update(values)
+    return json.dumps(data)

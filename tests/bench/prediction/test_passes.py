@@ -1,0 +1,194 @@
+"""The model of a pass against the figures that were worked out by hand: kernels/LOG.md's tables and
+the roofline that the kernels were designed by."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import gguf
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_gguf.bench.prediction import passes
+from orthrus_gguf.bench.prediction.cards import CARDS, IDEAL
+from orthrus_gguf.bench.prediction.passes import (
+    Activations,
+    PredictedCurve,
+    fused_step,
+    two_pass_step,
+)
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
+
+KERNELS = Path(__file__).resolve().parent.parent.parent / "kernels"
+Type = gguf.GGMLQuantizationType
+CONFIG = QWEN3_SHAPES["qwen3-8b"]
+N_WEIGHTS = 7_568_000_000  # of 8B's matrices, without the embedding
+
+
+def curve(
+    card: str, activations: Activations = Activations.AUTO, file_type: str = "q4_k_m"
+) -> PredictedCurve:
+    return PredictedCurve(CARDS[card], CONFIG, file_type, activations, IDEAL)
+
+
+@pytest.mark.parametrize(
+    ("card", "memory", "fp16_32", "fp16_64", "int8_32", "int8_64"),
+    [("rtx-3090", 5.09, 6.82, 13.6, 1.71, 3.41), ("h200", 0.99, 0.49, 0.98, None, None)],
+)
+def test_roofline(
+    card: str,
+    memory: float,
+    fp16_32: float,
+    fp16_64: float,
+    int8_32: float | None,
+    int8_64: float | None,
+) -> None:
+    """Roofline of Qwen3-8B Q4_K_M: milliseconds of memory, fp16 MMA and int8 MMA."""
+    assert curve(card).parts(1, 0, 512).weights == pytest.approx(memory, rel=0.02)
+    for tile, fp16, int8 in ((32, fp16_32, int8_32), (64, fp16_64, int8_64)):
+        limits = curve(card, Activations.FP16).limits(Type.Q4_K, N_WEIGHTS, tile)
+        assert 1e3 * limits.mma == pytest.approx(fp16, rel=0.02)
+        if int8 is not None:
+            limits = curve(card, Activations.INT8).limits(Type.Q4_K, N_WEIGHTS, tile)
+            assert 1e3 * limits.mma == pytest.approx(int8, rel=0.02)
+
+
+def test_where_fp16_stops_being_free() -> None:
+    """About 24 rows at fp16 on an RTX 3090 (LOG.md)."""
+    limits = curve("rtx-3090", Activations.FP16).limits(Type.Q4_K, N_WEIGHTS, 32)
+    whole = curve("rtx-3090", Activations.FP16).parts(1, 0, 512).weights
+    assert whole / (1e3 * limits.mma) * 32 == pytest.approx(24, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("card", "activations", "tile", "milliseconds"),
+    [
+        ("rtx-3090", Activations.FP16, 32, 1.6),
+        ("rtx-3090", Activations.INT8, 32, 3.7),
+        ("rtx-3090", Activations.INT8, 64, 5.8),
+        ("h200", Activations.FP16, 32, 0.8),
+    ],
+)
+def test_issue_slots(card: str, activations: Activations, tile: int, milliseconds: float) -> None:
+    """LOG.md, "What the model now predicts"."""
+    limits = curve(card, activations).limits(Type.Q4_K, N_WEIGHTS, tile)
+    assert 1e3 * limits.issue == pytest.approx(milliseconds, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("card", "activations", "low", "high"),
+    [
+        ("rtx-3090", Activations.FP16, 6.8, 7.5),
+        ("rtx-3090", Activations.INT8, 5.0, 6.5),
+        ("h200", Activations.FP16, 0.97, 1.4),
+    ],
+)
+def test_passes_of_32_rows(card: str, activations: Activations, low: float, high: float) -> None:
+    """LOG.md's expectation of the products; here at the card's full rates."""
+    assert low < curve(card, activations).parts(32, 0, 512).weights < high
+
+
+def testattention_step() -> None:
+    """LOG.md: about 2,050 cycles of MMA per 32 keys on an RTX 3090, 2,450 of memory for 16 KiB."""
+    card = CARDS["rtx-3090"]
+    mma = PredictedCurve(card, CONFIG, "q4_k_m").attention_step()
+    assert mma == pytest.approx(2050, rel=0.01)
+    assert (16 << 10) / (card.memory / card.sms / card.clock) == pytest.approx(2450, rel=0.01)
+
+
+def test_attention_at_4k() -> None:
+    """LOG.md: 18 us a layer for reading the cache at 4k on an RTX 3090."""
+    kv = 4096 * 147_456 / 36 / CARDS["rtx-3090"].memory
+    assert kv == pytest.approx(18e-6, rel=0.02)
+    per_layer = curve("rtx-3090").parts(1, 0, 4096).attention / 36 * 1e-3
+    assert kv < per_layer < 2 * kv
+
+
+def test_instruction_counts_are_those_of_the_compiled_kernels() -> None:
+    """kernels/RESOURCES.md: registers · shared memory · instructions, a column per architecture."""
+    text = (KERNELS / "RESOURCES.md").read_text()
+    columns = re.search(r"^\| kernel \|(.*)\|$", text, re.M)
+    assert columns is not None
+    architectures = [cell.strip() for cell in columns[1].split("|")]
+    tables = {
+        ("a16", "sm_86"): passes.FP16_SM86,
+        ("a16", "sm_90"): passes.FP16_SM90,
+        ("a8", "sm_86"): passes.INT8_SM86,
+    }
+    checked = set()
+    for name, form, rows, cells in re.findall(
+        r"^\| matmul (\w+) (a16|a8) (\d+) rows \|(.*)\|$", text, re.M
+    ):
+        kind = gguf.GGMLQuantizationType[name]
+        for architecture, cell in zip(architectures, cells.split("|"), strict=True):
+            table = tables.get((form, architecture), {})
+            if kind in table and cell.strip():
+                count = float(cell.split("·")[2])
+                expected = table[kind][passes.TILES.index(int(rows))]
+                assert expected == pytest.approx(count, rel=0.03), (name, form, rows, architecture)
+                checked.add((kind, form, architecture))
+    assert len(checked) == sum(map(len, tables.values()))
+
+
+def test_plain_decoding_lands_where_others_do() -> None:
+    """With the default shares: between stock llama.cpp (111-115 tok/s, 2024-2026, RTX 3090) and
+    perfection, at 66-78 % of peak bandwidth like the fastest 4-bit runtimes."""
+    expected = PredictedCurve(CARDS["rtx-3090"], CONFIG, "q4_k_m")
+    step = expected.milliseconds(1, 0, 512)
+    assert 0.66 < 4.67e9 / (step * 1e-3) / CARDS["rtx-3090"].memory < 0.78
+    assert 115 < 1e3 / step < 936e9 / 4.67e9
+
+
+def test_by_hand() -> None:
+    """RTX 3090, Q8_0, fp16, one AR row, no context: 8.5 bits per weight and 330 launches."""
+    parts = curve("rtx-3090", Activations.FP16, "q8_0").parts(1, 0, 0)
+    assert parts.weights == pytest.approx(N_WEIGHTS * 8.5 / 8 / 936e9 * 1e3, rel=1e-3)
+    assert parts.attention == 0
+    assert parts.launches == pytest.approx(330 * 1.5e-3)
+    assert parts.total == parts.weights + parts.attention + parts.launches
+
+
+def test_views_have_weights_of_their_own() -> None:
+    """A fused pass reads both views' attention and the rest once: 0.6 of two passes on an H200,
+    where rows are free. A diffusion pass is a little cheaper, its values being Q4_K throughout."""
+    expected = curve("h200")
+    draft, verify = (expected.parts(*rows, 0) for rows in ((0, 16), (16, 0)))
+    assert 0.98 * verify.weights < draft.weights < verify.weights
+    fused = expected.parts(16, 16, 0).weights
+    assert fused / (draft.weights + verify.weights) == pytest.approx(0.60, abs=0.01)
+    assert two_pass_step(expected, 16, 0) == pytest.approx(draft.total + verify.total)
+    assert fused_step(expected, 16, 0) == expected.milliseconds(16, 16, 0)
+
+
+def test_activations() -> None:
+    """AUTO: int8 on GeForce, where 64 rows gain from it; fp16 on an H200, where they would lose."""
+    for card, pays in (("rtx-3090", True), ("rtx-4090", True), ("h200", False)):
+        auto, fp16, int8 = (curve(card, a).milliseconds(64, 0, 0) for a in Activations)
+        assert auto == (int8 if pays else fp16)
+        assert (int8 < fp16) is pays
+
+
+@given(
+    st.sampled_from([*CARDS]),
+    st.sampled_from(["q4_k_m", "q6_k", "q8_0"]),
+    st.integers(1, 200),
+    st.integers(0, 200),
+    st.integers(0, 100_000),
+)
+def test_more_never_costs_less(
+    card: str, file_type: str, ar: int, diffusion: int, context: int
+) -> None:
+    expected = curve(card, Activations.AUTO, file_type)
+    here = expected.milliseconds(ar, diffusion, context)
+    assert here > 0
+    assert expected.milliseconds(ar + 64, diffusion, context) >= here
+    assert expected.milliseconds(ar, diffusion + 64, context) >= here
+    assert expected.milliseconds(ar, diffusion, context + 8192) >= here
+
+
+@pytest.mark.parametrize("pass_", [(0, 0, 5), (-1, 2, 5), (1, 0, -1)])
+def test_impossible_passes(pass_: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="nothing to run"):
+        curve("h200").milliseconds(*pass_)

@@ -1,0 +1,102 @@
+"""Recordings on disk, and those that are made up from published acceptance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
+from orthrus_gguf.bench.simulation.hardware import FlatCosts
+from orthrus_gguf.bench.simulation.recording import Recording, load
+from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
+from orthrus_gguf.bench.simulation.strategies import run
+from orthrus_gguf.bench.simulation.synthetic import MIXED, synthesize
+from orthrus_gguf.decode import Plan, Strategy
+from orthrus_gguf.drafting.policy import prior_acceptance
+from orthrus_gguf.errors import OrthrusError
+
+
+@pytest.fixture(scope="module")
+def made() -> Recording:
+    return synthesize("qwen3-8b", TABLES["qwen3-8b"], 3)
+
+
+def test_they_survive_the_disk(made: Recording, tmp_path: Path) -> None:
+    path = tmp_path / "made.npz"
+    made.save(path)
+    again = load(path)
+    assert again.origin == made.origin
+    assert not again.origin.real
+    assert again.block_size == made.block_size == 32
+    assert len(again.texts) == len(made.texts)
+    for a, b in zip(again.texts, made.texts, strict=True):
+        assert (a.domain, a.prompt, a.output) == (b.domain, b.prompt, b.output)
+        assert a.blocks.keys() == b.blocks.keys()
+        assert all(np.array_equal(a.blocks[rows], b.blocks[rows]) for rows in a.blocks)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"no archive",
+        lambda data: data[:1000],
+        lambda data: data[: len(data) // 2] + bytes(len(data) // 2),
+    ],
+)
+def test_damaged_files_are_one_line(made: Recording, tmp_path: Path, damage: object) -> None:
+    path = tmp_path / "made.npz"
+    made.save(path)
+    assert callable(damage)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(OrthrusError, match=r"made\.npz: not a recording"):
+        load(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.npz"
+    np.savez(path, header=np.array('{"format": "orthrus-recording", "version": 99}'))
+    with pytest.raises(OrthrusError, match="version 99, expected 1"):
+        load(path)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    for name, message in (("array.npy", "not a recording"), ("none.npz", "no such file")):
+        with pytest.raises(OrthrusError, match=message):
+            load(tmp_path / name)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_acceptance_is_as_published(seed: int) -> None:
+    """Two passes at full width, through the decode loop; ends of texts cost a little."""
+    for name, table in TABLES.items():
+        recording = synthesize(name, table, seed)
+        domains = recording.domains()
+        assert {*domains} - {MIXED} == {*table.tokens_per_cycle}
+        for domain, published in table.tokens_per_cycle.items():
+            clock = VirtualClock()
+            model = ReplayModel(FlatCosts(), clock, 32)
+            plan = Plan(Strategy.TWO_PASS, 31)
+            outcome = run(model, clock, domain, domains[domain], "two-pass", plan)
+            assert outcome.statistics.tokens_per_cycle == pytest.approx(published, rel=0.06)
+
+
+def test_confidence_means_what_policies_take_it_for(made: Recording) -> None:
+    """Of the first rows with like confidence, the share that `prior_acceptance` says is right."""
+    sure, right = [], []
+    for text in made.texts:
+        first = text.blocks[32][:, 0]
+        sure.append(first[:, 1])
+        right.append(first[:, 0] == np.array(text.output[1:]))
+    confidence, correct = np.concatenate(sure), np.concatenate(right)
+    for low in (0.05, 0.3, 0.6, 0.85):
+        chosen = (confidence >= low) & (confidence < low + 0.1)
+        assert chosen.sum() > 200
+        assert correct[chosen].mean() == pytest.approx(prior_acceptance(low + 0.05), abs=0.07)
+
+
+def test_seeds_matter_and_repeat() -> None:
+    table = TABLES["qwen3-4b"]
+    a, b, c = (synthesize("x", table, seed) for seed in (1, 1, 2))
+    assert a.texts[0].output == b.texts[0].output != c.texts[0].output
+    assert np.array_equal(a.texts[0].blocks[32], b.texts[0].blocks[32])

@@ -1,0 +1,114 @@
+"""A replayed recording against the model itself: the same cycles, pass for pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orthrus_gguf.bench.simulation.hardware import FLAT, FlatCosts
+from orthrus_gguf.bench.simulation.record import record_text
+from orthrus_gguf.bench.simulation.recording import Text
+from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
+from orthrus_gguf.bench.simulation.strategies import replay
+from orthrus_gguf.decode import Cycle, Plan, Strategy, decode, prefill
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import Model
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+
+N_NEW = 40
+BLOCK = 16
+GREEDY = SamplingSettings(temperature=0)
+
+#: Golden prompts: drafts are refused in one all the time, in the other now and then.
+CASES = (7, 8)
+
+PLANS = [
+    Plan(Strategy.AR, 0),
+    Plan(Strategy.TWO_PASS, 15),
+    Plan(Strategy.TWO_PASS, 4, cut=0.05),
+    Plan(Strategy.TWO_PASS, 15, tail=True, lookup=True),
+    Plan(Strategy.TWO_PASS, 6, tree=12),
+    Plan(Strategy.FUSED, 15, 4),
+    Plan(Strategy.FUSED, 7, 2, tail=True),
+    Plan(Strategy.FUSED, 3, 1, lookup=True),
+]
+
+
+@pytest.fixture(scope="module")
+def model(demo_file: Callable[..., Path]) -> Iterator[Model]:
+    with ModelFile.open(demo_file("f32")) as file:
+        model = GgmlModel.load(file, threads=1)
+        yield model
+        model.close()
+
+
+def run(model: Model, prompt: list[int], plan: Plan) -> tuple[list[int], list[Cycle]]:
+    """Tokens and cycles of the real thing."""
+    # A cache with little room cuts trees, which a replay does not know of.
+    cache, sampler = model.new_cache(1024), Sampler(GREEDY)
+    tokens = [*prompt, sampler.sample(prefill(model, cache, prompt), prompt)]
+    cycles = list(decode(model, cache, sampler, tokens, plan, N_NEW - 1))
+    return tokens, cycles
+
+
+@pytest.fixture(scope="module")
+def texts(model: Model, golden: dict[str, Any]) -> list[Text]:
+    """With blocks of every size, so that a replay has nothing to approximate."""
+    found = []
+    for case in CASES:
+        prompt = golden["cases"][case]["prompt_ids"]
+        tokens, _ = run(model, prompt, Plan(Strategy.AR, 0))
+        output, sizes = tokens[len(prompt) :], range(2, BLOCK + 1)
+        found.append(record_text(model, Sampler(GREEDY), "golden", prompt, output, sizes))
+    return found
+
+
+def passes(cycles: list[Cycle]) -> list[list[tuple[int, int, int]]]:
+    return [[(p.ar_rows, p.diffusion_rows, p.context) for p in c.passes] for c in cycles]
+
+
+def guesses(cycles: list[Cycle]) -> list[list[tuple[Any, ...]]]:
+    return [[(g.guess, g.accepted, g.anchor, g.rows) for g in c.guesses] for c in cycles]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.strategy.value}-{plan.width}")
+def test_replays_are_exact(model: Model, texts: list[Text], plan: Plan) -> None:
+    for text in texts:
+        tokens, real = run(model, list(text.prompt), plan)
+        assert tuple(tokens) == text.tokens
+        clock = VirtualClock()
+        replayed = list(replay(ReplayModel(FlatCosts(), clock, BLOCK), clock, text, plan))
+        assert [c.start for c in replayed] == [c.start for c in real]
+        assert [c.drafts for c in replayed] == [c.drafts for c in real]
+        assert [c.draft.source for c in replayed] == [c.draft.source for c in real]
+        assert [c.accepted for c in replayed] == [c.accepted for c in real]
+        assert passes(replayed) == passes(real)
+        assert guesses(replayed) == guesses(real)
+        assert clock.now == pytest.approx(FLAT * sum(len(c.passes) for c in real))
+
+
+def test_cycles_are_those_of_the_official_implementation(
+    texts: list[Text], golden: dict[str, Any]
+) -> None:
+    """The golden cycle starts, as far as room is not yet short: their texts are longer."""
+    for case, text in zip(CASES, texts, strict=True):
+        clock = VirtualClock()
+        model = ReplayModel(FlatCosts(), clock, BLOCK)
+        starts = [c.start for c in replay(model, clock, text, Plan(Strategy.TWO_PASS, BLOCK - 1))]
+        expected = golden["cases"][case]["cycle_starts"]
+        full = [start for start in starts if start + BLOCK < len(text.tokens)]
+        assert len(full) > 5
+        assert full == expected[: len(full)]
+
+
+def test_narrow_blocks_are_parts_of_wider_ones(texts: list[Text]) -> None:
+    text = texts[0]
+    coarse = Text(text.domain, text.prompt, text.output, {BLOCK: text.blocks[BLOCK]})
+    clock = VirtualClock()
+    model = ReplayModel(FlatCosts(), clock, BLOCK)
+    cycle = next(iter(replay(model, clock, coarse, Plan(Strategy.TWO_PASS, 3))))
+    assert list(cycle.draft.tokens) == text.blocks[BLOCK][0, :4, 0].tolist()

@@ -1,0 +1,125 @@
+"""What simulations say: arithmetic that can be done by hand, and the controller's promises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orthrus_gguf.auto.costs import CostCurve
+from orthrus_gguf.bench.comparison.spelling import parse
+from orthrus_gguf.bench.prediction.cards import CARDS
+from orthrus_gguf.bench.prediction.passes import PredictedCurve
+from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
+from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
+from orthrus_gguf.bench.simulation.recording import COLUMNS, Origin, Recording, Text
+from orthrus_gguf.bench.simulation.report import (
+    BESIDE_BEST,
+    BESIDE_PLAIN,
+    LABEL,
+    Simulation,
+    as_json,
+    checks,
+    markdown,
+    verdict,
+)
+from orthrus_gguf.bench.simulation.strategies import Outcome, Simulator, default_strategies
+from orthrus_gguf.bench.simulation.synthetic import synthesize
+from orthrus_gguf.model.shapes import QWEN3_SHAPES
+
+BLOCK = 4
+CURVE = PredictedCurve(CARDS["rtx-4090"], QWEN3_SHAPES["qwen3-8b"], "q4_k_m")
+
+
+def recording(right: int, length: int = 41) -> Recording:
+    """A text of distinct tokens; every block is right in its first `right` rows."""
+    output = tuple(range(100, 100 + length))
+    choices = np.full((length - 1, BLOCK, COLUMNS), 0.5, np.float32)
+    for anchor in range(length - 1):
+        for row in range(BLOCK):
+            token = 101 + anchor + row
+            choices[anchor, row, 0] = token if row < right else 7
+            choices[anchor, row, 2] = 8
+    text = Text("toy", (1, 2), output, {BLOCK: choices})
+    return Recording(Origin("toy", True, "by hand"), BLOCK, (text,))
+
+
+def simulate(costs: object, drafts: Recording, names: Sequence[str]) -> list[Outcome]:
+    assert isinstance(costs, (FlatCosts, CurveCosts, CardCosts))
+    return list(Simulator(drafts, costs).outcomes([parse(name) for name in names]))
+
+
+def test_by_hand() -> None:
+    """40 tokens after the first. Two passes a cycle: 3 accepted and 1 more are 20 passes. Fused:
+    when all 3 are accepted, the fourth draft is the next anchor, and its block has ridden along.
+    """
+    plain, two_pass, fused = simulate(FlatCosts(), recording(4), ["two-pass", "fused@3x4"])
+    assert [o.strategy for o in (plain, two_pass, fused)] == ["ar", "two-pass@3", "fused@3x4"]
+    assert plain.tokens_per_second == pytest.approx(1000)
+    assert two_pass.tokens_per_second == pytest.approx(40 / 20e-3)
+    assert two_pass.statistics.tokens_per_cycle == pytest.approx(4)
+    assert fused.statistics.cycles == 10
+    assert fused.tokens_per_second == pytest.approx(40 / 11e-3)
+
+
+def test_costs_are_those_of_the_curve() -> None:
+    """Plain decoding adds up one row at each position; 512 tokens come before."""
+    curve = CostCurve((1, 8), (1e-3, 2e-3), 0, (1e-6, 1e-6))
+    (plain,) = simulate(CurveCosts(curve, 512), recording(0), ["ar"])
+    assert plain.seconds == pytest.approx(sum(1e-3 + 1e-6 * (512 + 2 + i) for i in range(40)))
+
+
+def test_predicted_costs() -> None:
+    costs = CardCosts(CURVE, 512)
+    assert costs.seconds(8, 16, 100) == pytest.approx(
+        CURVE.milliseconds(8, 16, 612) / 1e3, rel=0.01
+    )
+
+
+def test_the_controller_keeps_its_promises() -> None:
+    """Made-up drafts of every domain, on a card beside plans that are good there, and on a machine
+    whose rows are dear. Regressions of the controller show here."""
+    drafts = synthesize("qwen3-8b", TABLES["qwen3-8b"], 1)
+    drafts = replace(drafts, texts=drafts.texts[::2])
+    names = ["two-pass@31", "fused@7x4", "fused@31x1", "auto"]
+    dear = CostCurve((1, 2, 4, 8, 32), (1e-2, 1.6e-2, 2.8e-2, 5e-2, 18e-2), 0, (0.0, 0.0))
+    on_card = checks(Simulation("x", "y", simulate(CardCosts(CURVE, 512), drafts, names), []))
+    assert min(check.beside_plain for check in on_card) > 1.2
+    assert sum(check.beside_best for check in on_card) / len(on_card) >= BESIDE_BEST
+    where_dear = checks(Simulation("x", "y", simulate(CurveCosts(dear, 0), drafts, ["auto"]), []))
+    assert min(check.beside_plain for check in where_dear) >= BESIDE_PLAIN
+
+
+def outcome(strategy: str, seconds: float) -> Outcome:
+    (found,) = simulate(FlatCosts(), recording(0), ["ar"])
+    return Outcome("toy", strategy, strategy == "auto", found.statistics, seconds)
+
+
+def test_reports_say_what_they_are() -> None:
+    outcomes = [outcome("ar", 1.0), outcome("two-pass@3", 0.5), outcome("auto", 0.6)]
+    simulation = Simulation("a card", "some drafts", outcomes, ["It rests on this."])
+    (check,) = checks(simulation)
+    assert check.beside_plain == pytest.approx(1 / 0.6)
+    assert check.best.strategy == "two-pass@3"
+    assert check.beside_best == pytest.approx(0.5 / 0.6)
+    line = verdict([check])
+    assert "1.67x of plain decoding (toy; promised 0.97x: kept)" in line
+    assert "0.83x of the best fixed strategy on average (promised 0.95x: BROKEN)" in line
+    text = markdown([simulation])
+    assert text.startswith(f"**{LABEL}**\n")
+    assert "- It rests on this." in text
+    data = as_json([simulation])
+    assert data["label"] == LABEL
+    assert [o["strategy"] for o in data["simulations"][0]["outcomes"]] == [
+        "ar",
+        "two-pass@3",
+        "auto",
+    ]
+
+
+def test_the_default_compares_everything() -> None:
+    names = [spelling.text for spelling in default_strategies(32, lookup=True)]
+    assert len(names) == len(set(names))
+    assert {"two-pass@7", "two-pass@31", "fused@31x4", "fused@7x1", "auto", "ar+lookup"} <= {*names}

@@ -1,0 +1,61 @@
+"""Lookups: what followed the last tokens before."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orthrus_gguf.drafting.lookup import LENGTHS, LookupIndex
+
+
+def by_hand(tokens: list[int]) -> int | None:
+    """Where the latest earlier occurrence of the longest run that ends `tokens` ended."""
+    for length in LENGTHS:
+        for end in range(len(tokens) - 1, length - 1, -1):
+            if tokens[end - length : end] == tokens[-length:]:
+                return end
+    return None
+
+
+@given(
+    tokens=st.lists(st.integers(0, 2), max_size=40),
+    steps=st.lists(st.integers(1, 5), max_size=10),
+    most=st.integers(1, 12),
+)
+def test_the_longest_latest_match_is_continued(
+    tokens: list[int], steps: list[int], most: int
+) -> None:
+    """However the list has grown between the calls."""
+    index = LookupIndex()
+    at = 0
+    for step in [*steps, len(tokens)]:
+        at = min(at + step, len(tokens))
+        known = tokens[:at]
+        end, draft = by_hand(known), index.draft(known, most)
+        if end is None:
+            assert draft is None
+            continue
+        assert draft is not None
+        assert len(draft) == most
+        period = known[end:]
+        assert list(draft.tokens) == [period[i % len(period)] for i in range(most)]
+
+
+def test_longer_matches_are_trusted_more() -> None:
+    index = LookupIndex()
+    short = index.draft([1, 2, 3, 9, 8, 1, 2, 3], 2)
+    assert short is not None
+    assert short.tokens == (9, 8)
+    long = LookupIndex().draft([1, 2, 3, 4, 5, 6, 9, 8, 1, 2, 3, 4, 5, 6], 2)
+    assert long is not None
+    assert long.confidence[0] > short.confidence[0]
+
+
+@pytest.mark.parametrize("tokens", [[], [1], [1, 1, 1], [1, 2, 1, 2]])
+def test_two_tokens_are_no_match(tokens: list[int]) -> None:
+    assert LookupIndex().draft(tokens, 5) is None
+
+
+def test_nothing_is_looked_up_for_no_room() -> None:
+    assert LookupIndex().draft([1, 1, 1, 1, 1], 0) is None

@@ -1,0 +1,358 @@
+"""The tokenizer against Hugging Face's and Google's own, and against malformed vocabularies."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
+from vocabularies import (
+    Metadata,
+    bpe_metadata,
+    greedy_vocabulary,
+    library_lines,
+    random_texts,
+    sentencepiece_metadata,
+    train_sentencepiece,
+)
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+
+ENDOFTEXT, IM_START, IM_END, MASK = range(4092, 4096)
+FILE = Path("some.gguf")
+
+
+def load(metadata: Metadata, n_vocab: int = 4096) -> Tokenizer:
+    return load_tokenizer(metadata, path=FILE, n_vocab=n_vocab)
+
+
+def load_greedy(data: dict[str, Any], pre: str) -> Tokenizer:
+    return load(bpe_metadata(data) | {"tokenizer.ggml.pre": pre}, 3005)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(checkpoint: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((checkpoint / "tokenizer.json").read_text())
+    return data
+
+
+@pytest.fixture
+def metadata(tokenizer_json: dict[str, Any]) -> Metadata:
+    return bpe_metadata(tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def ours(tokenizer_json: dict[str, Any]) -> Tokenizer:
+    return load(bpe_metadata(tokenizer_json))
+
+
+@pytest.fixture(scope="module")
+def greedy(tokenizer_json: dict[str, Any]) -> dict[str, Any]:
+    return greedy_vocabulary(tokenizer_json)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint: Path) -> Any:
+    return tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    return [*random_texts(8000, seed=1), *library_lines(6000), "", " ", "<|im_end|>", "\0"]
+
+
+def test_bpe_equals_hugging_face(ours: Tokenizer, theirs: Any, corpus: list[str]) -> None:
+    assert len(corpus) >= 10_000
+    encoded = theirs.encode_batch(corpus)
+    for text, encoding in zip(corpus, encoded, strict=True):
+        ids = ours.encode(text)
+        assert ids == encoding.ids, ascii(text)
+    decoded = theirs.decode_batch([e.ids for e in encoded], skip_special_tokens=False)
+    skipped = theirs.decode_batch([e.ids for e in encoded], skip_special_tokens=True)
+    assert [ours.decode(e.ids) for e in encoded] == decoded
+    assert [ours.decode(e.ids, skip_special=True) for e in encoded] == skipped
+
+
+def test_bpe_equals_hugging_face_when_special_tokens_are_text(
+    ours: Tokenizer, checkpoint: Path, corpus: list[str]
+) -> None:
+    theirs = tokenizers.Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text, encoding in zip(corpus[:4000], theirs.encode_batch(corpus[:4000]), strict=True):
+        assert ours.encode(text, special=False) == encoding.ids, ascii(text)
+    assert IM_END in ours.encode("<|im_end|>")
+    assert IM_END not in ours.encode("<|im_end|>", special=False)
+
+
+def test_random_ids_decode_as_hugging_face_does(ours: Tokenizer, theirs: Any) -> None:
+    rng = random.Random(2)
+    for _ in range(2000):
+        # Among the first ids are the single bytes, which make every kind of broken UTF-8.
+        ids = [rng.randrange(rng.choice([256, 4096])) for _ in range(rng.randint(0, 20))]
+        expected = theirs.decode(ids, skip_special_tokens=False)
+        assert ours.decode(ids) == expected
+        stream = StreamDecoder(ours)
+        assert "".join(map(stream.push, ids)) + stream.flush() == expected
+        stream = StreamDecoder(ours, skip_special=True)
+        expected = theirs.decode(ids, skip_special_tokens=True)
+        assert "".join(map(stream.push, ids)) + stream.flush() == expected
+
+
+def test_a_stream_holds_back_only_unfinished_characters(ours: Tokenizer) -> None:
+    text = "naïve 日本語 👩‍💻 done"
+    stream = StreamDecoder(ours)
+    shown = ""
+    for id in ours.encode(text):
+        shown += stream.push(id)
+        assert text.startswith(shown)
+    assert shown == text
+    assert stream.flush() == ""
+    stream.push(ours.encode("é")[0])
+    assert stream.flush() == "\ufffd"
+
+
+def test_user_defined_tokens_and_overlaps(
+    tokenizer_json: dict[str, Any], corpus: list[str]
+) -> None:
+    # <|mask|> becomes a token that is text; <|im_start|> one that another begins with.
+    data = json.loads(json.dumps(tokenizer_json))
+    for token in data["added_tokens"]:
+        if token["id"] == MASK:
+            token["special"] = False
+        if token["id"] == IM_START:
+            token["content"] = "<|im_end|>|>"
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
+    ours = load(bpe_metadata(data))
+    for text in corpus[:3000]:
+        assert ours.encode(text) == theirs.encode(text).ids, ascii(text)
+    theirs.encode_special_tokens = True
+    for text in corpus[:3000]:
+        ids = theirs.encode(text).ids
+        assert ours.encode(text, special=False) == ids, ascii(text)
+        assert ours.decode(ids, skip_special=True) == theirs.decode(ids, skip_special_tokens=True)
+    assert not ours.is_special(MASK)
+
+
+def test_the_cuts_between_words_equal_hugging_face(
+    greedy: dict[str, Any], corpus: list[str]
+) -> None:
+    qwen2 = tokenizers.Tokenizer.from_str(json.dumps(greedy))
+    ours = load_greedy(greedy, "qwen2")
+    for text in corpus[::2]:
+        assert ours.encode(text) == qwen2.encode(text).ids, ascii(text)
+    gpt2 = tokenizers.Tokenizer.from_str(json.dumps({**greedy, "normalizer": None}))
+    gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    ours = load_greedy(greedy, "gpt-2")
+    for text in corpus[::2]:
+        assert ours.encode(text) == gpt2.encode(text).ids, ascii(text)
+
+
+def test_what_single_tokens_are(metadata: Metadata) -> None:
+    types = np.array(metadata["tokenizer.ggml.token_type"])
+    tokens = list(metadata["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    types[1000], types[1001] = 5, 6
+    tokens[1001] = "<0xE2>"
+    metadata["tokenizer.ggml.merges"] = []
+    tokenizer = load(
+        metadata | {"tokenizer.ggml.token_type": types, "tokenizer.ggml.tokens": [*tokens]}
+    )
+    assert tokenizer.n_vocab == 4096
+    assert tokenizer.token_bytes(1000) == b""
+    assert tokenizer.token_bytes(1001) == b"\xe2"
+    assert tokenizer.token_bytes(IM_END) == b"<|im_end|>"
+    assert tokenizer.token_bytes(tokens.index("Ġ")) == b" "
+    assert tokenizer.token_bytes(tokens.index("Ċ")) == b"\n"
+    assert [id for id in range(4096) if tokenizer.is_special(id)] == [4092, 4093, 4094, 4095]
+    for id in (-1, 4096):
+        with pytest.raises(OrthrusError, match=f"token id {id} is outside"):
+            tokenizer.token_bytes(id)
+
+
+def test_ends_of_generation(metadata: Metadata) -> None:
+    assert load(metadata).eog == {ENDOFTEXT, IM_END}
+    del metadata["tokenizer.ggml.eos_token_id"]
+    assert load(metadata).eos is None
+    assert load(metadata).eog == {ENDOFTEXT, IM_END}  # by their texts
+    keys = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+    by_key = {f"tokenizer.ggml.{key}_token_id": i for i, key in enumerate(keys)}
+    assert load(metadata | by_key).eog == {0, 1, 2, 3, 4, 5, ENDOFTEXT, IM_END}
+    types = np.array(metadata["tokenizer.ggml.token_type"])
+    types[IM_END] = 4
+    tokenizer = load(metadata | {"tokenizer.ggml.token_type": types})
+    assert tokenizer.eog == {ENDOFTEXT, IM_END}
+    assert tokenizer.is_special(IM_END)
+    # Spelt like an end, but an ordinary piece of text.
+    types[IM_END] = 1
+    assert load(metadata | {"tokenizer.ggml.token_type": types}).eog == {ENDOFTEXT}
+
+
+def test_the_beginning_of_a_prompt(ours: Tokenizer, metadata: Metadata) -> None:
+    plain = ours.encode("hello")
+    assert not ours.add_bos
+    assert ours.encode("hello", add_bos=True) == [ENDOFTEXT, *plain]
+    metadata["tokenizer.ggml.add_bos_token"] = True
+    tokenizer = load(metadata)
+    assert tokenizer.encode("hello") == [ENDOFTEXT, *plain]
+    assert tokenizer.encode("<|endoftext|>hello") == [ENDOFTEXT, *plain]
+    assert tokenizer.encode("hello", add_bos=False) == plain
+    assert tokenizer.encode("") == [ENDOFTEXT]
+    without: Metadata = {k: v for k, v in metadata.items() if not k.endswith("bos_token_id")}
+    with pytest.raises(OrthrusError, match=r"bos_token_id: is missing"):
+        load(without)
+    with pytest.raises(OrthrusError, match="no BOS"):
+        load(without | {"tokenizer.ggml.add_bos_token": False}).encode("x", add_bos=True)
+
+
+def test_text_that_is_not_unicode(ours: Tokenizer) -> None:
+    with pytest.raises(OrthrusError, match=r"lone surrogate \('\\udcff'\) at character 2"):
+        ours.encode("ab\udcff")
+
+
+def edited(key: str, edit: Callable[[Any], Any]) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        old = metadata[f"tokenizer.ggml.{key}"]
+        value = edit(old.copy() if isinstance(old, (list, np.ndarray)) else old)
+        metadata[f"tokenizer.ggml.{key}"] = value
+
+    return change
+
+
+def without(key: str) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        del metadata[f"tokenizer.ggml.{key}"]
+
+    return change
+
+
+def put(at: int, item: Any) -> Callable[[Any], Any]:
+    def edit(values: Any) -> Any:
+        values[at] = item
+        return values
+
+    return edit
+
+
+def constant(value: Any) -> Callable[[Any], Any]:
+    return lambda old: value
+
+
+BAD_BPE = [
+    (without("model"), "model: is missing"),
+    (edited("model", constant("bert")), "model: expected gpt2.*found 'bert'"),
+    (without("pre"), "pre: is missing"),
+    (edited("pre", constant("tekken")), "pre: expected one of qwen2.*found 'tekken'"),
+    (without("tokens"), "tokens: is missing"),
+    (edited("tokens", constant(7)), "tokens: expected an array of strings, found 7"),
+    (edited("tokens", constant(np.arange(4096))), "tokens: expected an array of strings"),
+    (edited("tokens", lambda tokens: tokens[:-1]), "expected 4096 tokens.*found 4095"),
+    (edited("tokens", put(9, "!")), "token '!' occurs twice, as 0 and 9"),
+    (edited("tokens", put(9, "")), "token 9 is empty"),
+    (edited("tokens", put(0, "!!!!!!!!")), "each of the 256 bytes, found none for 33"),
+    (without("token_type"), "token_type: is missing"),
+    (edited("token_type", constant("1")), "token_type: expected an array of integers"),
+    (edited("token_type", lambda types: types.astype(np.float32)), "array of integers"),
+    (edited("token_type", lambda types: types[:-1]), "expected 4096 elements.*found 4095"),
+    (edited("token_type", put(5, 7)), "expected types 1 to 6, found 7 for token 5"),
+    (edited("token_type", put(5, 0)), "expected types 1 to 6, found 0 for token 5"),
+    (edited("token_type", put(5, 6)), "byte token 5: expected a name like <0x0A>, found '&'"),
+    (without("merges"), "merges: is missing"),
+    (edited("merges", constant("a b")), "merges: expected an array of strings"),
+    (edited("merges", put(3, "nospace")), "merge 3: expected two tokens and a space"),
+    (edited("merges", put(3, "a b c")), "merge 3: expected two tokens and a space"),
+    (edited("merges", put(3, "Ġ Ġ")), "merge 'Ġ Ġ' occurs twice"),
+    (edited("merges", put(3, "% %%%%%")), r"merge 3 \('% %%%%%'\) makes a token that"),
+    (edited("merges", put(3, "<|ma sk|>")), "tokenizers refuses them"),
+    (edited("bos_token_id", constant(4096)), "bos_token_id: expected 0 to 4095, found 4096"),
+    (edited("eos_token_id", constant(-1)), "eos_token_id: expected 0 to 4095, found -1"),
+    (edited("eos_token_id", constant(True)), "eos_token_id: expected an integer, found True"),
+    (edited("add_bos_token", constant(1)), "add_bos_token: expected a bool, found 1"),
+]
+
+
+def refuse(metadata: Metadata, n_vocab: int, problem: str) -> None:
+    with pytest.raises(OrthrusError, match=problem) as caught:
+        load(metadata, n_vocab)
+    message = str(caught.value)
+    assert message.startswith("some.gguf: metadata key tokenizer.ggml.")
+    assert "\n" not in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(("change", "problem"), BAD_BPE, ids=[problem for _, problem in BAD_BPE])
+def test_malformed_bpe_vocabularies(
+    metadata: Metadata, change: Callable[[Metadata], None], problem: str
+) -> None:
+    change(metadata)
+    refuse(metadata, 4096, problem)
+
+
+# SentencePiece
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return train_sentencepiece(library_lines(3000))
+
+
+def test_sentencepiece_equals_the_original(llama: Any, corpus: list[str]) -> None:
+    ours = load(sentencepiece_metadata(llama), 700)
+    assert (ours.bos, ours.eos, ours.add_bos) == (1, 2, True)
+    assert ours.eog == {2}
+    for text in corpus:
+        ids = llama.encode(text)
+        assert ours.encode(text) == [1, *ids], ascii(text)
+        assert ours.decode([1, *ids, 2], skip_special=True) == text == llama.decode([1, *ids, 2])
+        stream = StreamDecoder(ours)
+        assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_sentencepiece_without_a_space_prefix(corpus: list[str]) -> None:
+    theirs = train_sentencepiece(library_lines(3000), add_dummy_prefix=False)
+    metadata = sentencepiece_metadata(theirs)
+    metadata |= {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}
+    ours = load(metadata, 700)
+    for text in corpus[::3]:
+        ids = theirs.encode(text)
+        assert ours.encode(text) == ids, ascii(text)
+        assert ours.decode(ids) == text == theirs.decode(ids)
+
+
+def test_sentencepiece_special_tokens_in_text(llama: Any) -> None:
+    ours = load(sentencepiece_metadata(llama), 700)
+    left, right = llama.encode("left"), llama.encode(" right")
+    # As in llama.cpp, text after a special token starts afresh, with a space of its own.
+    assert ours.encode("<s>left</s> right") == [1, *left, 2, *right]
+    assert ours.encode("</s>", special=False) == [1, *llama.encode("</s>")]
+    assert ours.decode([1, *left, 2], skip_special=False) == "<s>left</s>"
+    assert ours.decode(left, continuation=True) == " left"
+    assert ours.token_bytes(0) == b"<unk>"
+    assert ours.token_bytes(llama.piece_to_id("<0x0A>")) == b"\n"
+
+
+BAD_SENTENCEPIECE = [
+    (without("scores"), "scores: is missing"),
+    (edited("scores", lambda scores: scores[:-1]), "expected 700 elements.*found 699"),
+    (edited("scores", lambda scores: scores.astype(np.int32)), "expected an array of floats"),
+    (edited("scores", put(9, np.nan)), "expected finite numbers, found nan at 9"),
+    (edited("tokens", put(9, "<s>")), "token '<s>' occurs twice, as 1 and 9"),
+    (edited("token_type", put(1, 2)), "sentencepiece refuses the vocabulary: .*unk"),
+    (edited("token_type", put(9, 1)), "sentencepiece refuses the vocabulary: .*byte"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"), BAD_SENTENCEPIECE, ids=[problem for _, problem in BAD_SENTENCEPIECE]
+)
+def test_malformed_sentencepiece_vocabularies(
+    llama: Any, change: Callable[[Metadata], None], problem: str
+) -> None:
+    metadata = sentencepiece_metadata(llama)
+    change(metadata)
+    refuse(metadata, 700, problem)
