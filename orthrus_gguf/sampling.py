@@ -10,6 +10,7 @@ Filters run in llama.cpp's default order: penalties, top-k, top-p, min-p, temper
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,17 +70,33 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What a drafter would say next: its token, its second choice, and how sure it is of both.
+class LogProbs:
+    """Natural logarithms of the model's own probabilities, as llama-server reports them.
 
-    Probabilities are those of the softmax over what decides: the logits when greedy, tempered
-    logits plus noise otherwise. They measure how far the first choice is ahead.
+    They are those of the softmax of the raw logits: before penalties, bans, masks, filters and
+    temperature. chosen: of the token that was drawn. top: the likeliest tokens, best first.
+    """
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The token drawn from one row of logits.
+
+    probability, second, second_probability: how sure the choice is, and the runner-up; only where
+        they were asked for (`detail`), else NaN and -1. They are those of the softmax over what
+        decides (the logits when greedy, tempered logits plus noise otherwise), so that they measure
+        how far the first choice is ahead.
+    logprobs: only where asked for.
     """
 
     token: int
-    probability: float
-    second: int
-    second_probability: float
+    probability: float = math.nan
+    second: int = -1
+    second_probability: float = math.nan
+    logprobs: LogProbs | None = None
 
 
 class Sampler:
@@ -89,40 +106,52 @@ class Sampler:
         self.settings = settings
         self._banned = np.asarray(settings.banned, dtype=np.int64)
 
-    def sample(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> int:
-        """The token at position `len(prefix)`, given its logits of shape [vocab]."""
-        scores = self._adjusted(logits, prefix)
-        if not np.isfinite(scores.max()):  # NaN anywhere makes the maximum NaN
-            raise OrthrusError(
-                f"the model's logits at position {len(prefix)} are not finite: the weights are"
-                " damaged or overflow; convert the model again, or try another quantization"
-            )
-        if self.settings.greedy:
-            return int(np.argmax(scores))  # the lowest id wins a tie
-        tokens, deciding = self._deciding(scores, len(prefix))
-        return int(tokens[np.argmax(deciding)])
+    def draw(
+        self,
+        logits: NDArray[np.float32],
+        prefix: Sequence[int],
+        *,
+        detail: bool = False,
+        top: int = 0,
+        allowed: NDArray[np.uint32] | None = None,
+    ) -> Choice | None:
+        """The token at position `len(prefix)`, given its logits of shape [vocab].
 
-    def choose(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> Choice | None:
-        """The same token as `sample`, with a second choice; None for logits that are not finite."""
-        scores = self._adjusted(logits, prefix)
-        if not np.isfinite(scores.max()):
+        detail: with its probability and the runner-up. top: with log-probabilities, of this many of
+        the likeliest tokens. allowed: one bit per token that may be drawn, [ceil(vocab / 32)].
+        None for logits that are not finite, or where no token is allowed. Of `prefix` only the
+        length counts, and the tokens that penalties look at.
+        """
+        scores = self._adjusted(logits, prefix, allowed)
+        best = int(np.argmax(scores))  # the lowest id wins a tie; NaN wins over numbers
+        if not np.isfinite(scores[best]):
             return None
         tokens: NDArray[np.int64] | None = None
         deciding: NDArray[np.floating[Any]] = scores
         if not self.settings.greedy:
             tokens, deciding = self._deciding(scores, len(prefix))
-        first = int(np.argmax(deciding))
-        best = deciding[first]
-        total = float(np.exp(deciding - best).sum())
+            best = int(np.argmax(deciding))
+        token = best if tokens is None else int(tokens[best])
+        logprobs = log_probabilities(logits, token, top) if top else None
+        if not detail:
+            return Choice(token, logprobs=logprobs)
+        height = deciding[best]
+        total = float(np.exp(deciding - height).sum())
         rest = deciding.copy()
-        rest[first] = -np.inf
+        rest[best] = -np.inf
         second = int(np.argmax(rest))
         return Choice(
-            first if tokens is None else int(tokens[first]),
+            token,
             1 / total,
             second if tokens is None else int(tokens[second]),
-            float(np.exp(rest[second] - best)) / total,
+            float(np.exp(rest[second] - height)) / total,
+            logprobs,
         )
+
+    @property
+    def looks_back(self) -> int:
+        """Tokens of a prefix that can change a draw: 0 without penalties, -1 for all of them."""
+        return self.settings.repeat_last_n if self.settings.penalizes else 0
 
     def _deciding(
         self, scores: NDArray[np.float32], position: int
@@ -132,15 +161,34 @@ class Sampler:
         noise = gumbel_noise(self.settings.seed, position, tokens)
         return tokens, scores[tokens].astype(np.float64) / self.settings.temperature + noise
 
-    def _adjusted(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> NDArray[np.float32]:
-        """Logits after bans and penalties; the input itself when there are none."""
-        if not self.settings.penalizes and not self._banned.size:
+    def _adjusted(
+        self,
+        logits: NDArray[np.float32],
+        prefix: Sequence[int],
+        allowed: NDArray[np.uint32] | None,
+    ) -> NDArray[np.float32]:
+        """Logits after penalties, bans and the mask; the input itself when there are none."""
+        if not self.settings.penalizes and not self._banned.size and allowed is None:
             return logits
         scores: NDArray[np.float32] = logits.copy()
         if self.settings.penalizes:
             _penalize(scores, prefix, self.settings)
         scores[self._banned] = -np.inf
+        if allowed is not None:
+            bits = np.unpackbits(allowed.view(np.uint8), count=scores.size, bitorder="little")
+            scores[bits == 0] = -np.inf
         return scores
+
+
+def log_probabilities(logits: NDArray[np.float32], token: int, top: int) -> LogProbs:
+    """See `LogProbs`. logits: raw, [vocab]."""
+    wide = logits.astype(np.float64)
+    norm = wide.max() + np.log(np.exp(wide - wide.max()).sum())
+    likeliest = _top_k(logits, top)
+    order = likeliest[np.argsort(-logits[likeliest], kind="stable")]
+    return LogProbs(
+        float(wide[token] - norm), tuple((int(v), float(wide[v] - norm)) for v in order)
+    )
 
 
 def _penalize(
@@ -170,9 +218,34 @@ def _filtered(scores: NDArray[np.float32], settings: SamplingSettings) -> NDArra
     return tokens
 
 
+#: Scores whose maxima `_top_k` looks at first.
+TILE = 128
+
+
 def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """Ids of the k largest scores, ascending; at the threshold the lowest ids win."""
+    """Ids of the k largest scores, ascending; at the threshold the lowest ids win.
+
+    Of a large vocabulary, only tiles that can hold one are partitioned: those whose maximum is
+    among the k largest maxima. (Without them, the threshold would be lower than k scores.)
+    """
     if not 0 < k < scores.size:
+        return np.arange(scores.size)
+    whole = scores.size // TILE
+    if k >= whole:
+        return _top_k_of(scores, k)
+    maxima = scores[: whole * TILE].reshape(whole, TILE).max(axis=1)
+    floor = np.partition(maxima, whole - k)[whole - k]
+    tiles = np.flatnonzero(maxima >= floor)
+    ids = (tiles[:, None] * TILE + np.arange(TILE)).ravel()
+    ids = np.concatenate([ids, np.arange(whole * TILE, scores.size)])
+    ids = ids[scores[ids] >= floor]
+    found: NDArray[np.int64] = ids[_top_k_of(scores[ids], k)]
+    return found
+
+
+def _top_k_of(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """The same by partitioning all of them; all, if there are not more than k."""
+    if k >= scores.size:
         return np.arange(scores.size)
     threshold = np.partition(scores, scores.size - k)[scores.size - k]
     above = np.flatnonzero(scores > threshold)

@@ -14,6 +14,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.model.architectures import QWEN3, Architecture
 
 ARCHITECTURES = (keys.ARCH_ORTHRUS, keys.ARCH_QWEN3)
 
@@ -50,6 +51,7 @@ class Rope:
     The YaRN fields have the meaning and defaults of llama.cpp's `yarn_*` settings, resolved:
     `ext_factor` is 0 without YaRN and 1 with it (unless the file says otherwise), and
     `attn_factor` comes before YaRN's own magnitude correction, like `ggml_rope_ext`'s argument.
+    `freq_factors` divide the frequency of each pair (`rope_freqs.weight`, as llama3 scaling has it).
     """
 
     freq_base: float
@@ -59,6 +61,7 @@ class Rope:
     attn_factor: float = 1.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    freq_factors: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class ModelConfig:
     tied: bool
     block_size: int | None
     mask_token: int | None
+    architecture: Architecture = QWEN3
 
     @property
     def has_heads(self) -> bool:

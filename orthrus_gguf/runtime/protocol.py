@@ -1,34 +1,43 @@
-"""Segments: the rows of one forward pass, and what every runtime promises about them.
+"""Segments go into a pass, choices come out: what every runtime promises.
 
-A forward pass takes a list of segments. Projections and attention differ by view; norms, MLP,
-embedding and head are shared, so a runtime may run them over all rows at once.
+A forward pass takes a list of segments, of one sequence or of several. Projections and attention
+differ by view; norms, MLP, embedding and head are shared, so a runtime may run them over all rows
+at once.
 
-- An `View.AR` segment is causal: its row i sits at position `start + i`, sees the cache rows
-  `0 .. start-1` and the segment's own rows up to itself, and is appended to the cache. Its logits
-  must be *row-invariant*: bit for bit what the same row gives in a pass of its own.
+- An `View.AR` segment is causal: its row i sits at position `start + i` and sees the rows
+  `0 .. start-1` of its cache and the segment's own rows up to itself. Its rows are *pending* until
+  `Cache.commit` says which of them stay. Its logits must be *row-invariant*: bit for bit what the
+  same row gives in a pass of its own, whatever else shares the pass.
 - A `View.DIFFUSION` segment is a block: row i sits at position `start + i` and sees the cache rows
   `0 .. start-1` and the whole block, in both directions. Nothing of it is stored. When the same
-  pass holds an AR segment, "the cache rows" include the rows that this AR segment appends, which
-  is what lets verification and the next draft share a pass.
+  pass holds an AR segment of the same cache, "the cache rows" include that segment's rows, which is
+  what lets verification and the next draft share a pass.
 - An AR segment may be a *tree*: alternatives for the same positions, verified in one pass. Each of
   its rows but the first has a parent in the segment, sees the cache and its ancestors, and sits one
   position after its parent. Row-invariant as ever: the bits of a row are those it gives when its
-  path is the text. Nothing of a tree is appended until `TreeCache.keep_path` says which path stays.
+  path is the text. A tree shares its pass with no block of its own sequence.
+
+What comes out of the wanted rows are `Choices`: tokens drawn where the logits are. Logits
+themselves leave only through `Model.logits`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.sampling import Choice, Sampler
 
 Logits = NDArray[np.float32]
+
+#: One bit per token, token `v` in bit `v % 32` of word `v // 32` (as llguidance lays masks out).
+Masks = NDArray[np.uint32]
 
 
 class View(Enum):
@@ -38,23 +47,50 @@ class View(Enum):
     DIFFUSION = "diffusion"
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows of one view, consecutive unless they are a tree.
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """How tokens are drawn from the wanted rows of a segment.
 
+    history: the sequence's committed tokens, by position; it may be longer than the segment needs,
+        and is read during the pass only. ahead: tokens taken to follow `history`, where a block is
+        drafted on a guess: together they reach to the segment's first row, that row included, so
+        that the prefix of its first row is `(history + ahead)[: start + 1]`.
+    detail: also the probability of each token and the runner-up, as drafters need them.
+    top: also report the log-probabilities of the chosen token and of this many likeliest ones.
+    allowed: tokens that may be drawn, a mask of shape [words] per wanted row; None allows all.
+    """
+
+    sampler: Sampler
+    history: Sequence[int]
+    ahead: tuple[int, ...] = ()
+    detail: bool = False
+    top: int = 0
+    allowed: Masks | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Rows of one view and one sequence, consecutive unless they are a tree.
+
+    cache: of the sequence.
     tokens: token ids, one per row (never empty).
     start: position of the first row; equally the number of cache rows that the first row sees.
-    wanted: the rows whose logits are wanted, as a range over the segment's rows. Runtimes skip the
+    wanted: the rows that are asked about, as a range over the segment's rows. Runtimes skip the
         head for all others.
     parents: of a tree, the row that each row follows, which comes before it; -1 for row 0, the
         only root. None: every row follows the one before it.
+    draw: how tokens are drawn; needed by `Model.forward` wherever rows are wanted.
+    taps: layers whose input is asked for, see `Choices.taps`.
     """
 
+    cache: Cache
     view: View
     tokens: tuple[int, ...]
     start: int
     wanted: range
     parents: tuple[int, ...] | None = None
+    draw: Draw | None = None
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.tokens or self.start < 0:
@@ -78,6 +114,31 @@ class Segment:
         return self.start + (len(self) if self.parents is None else max(depths(self.parents)) + 1)
 
 
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """What a pass says of one segment.
+
+    rows: one choice per wanted row. None where the logits are not finite, and where nobody can ask:
+        a runtime that draws on the host draws the rows of an AR segment only as long as the tokens
+        drawn follow its rows (`drawing.py`).
+    taps: float32 [taps, rows, n_embd] for all rows of the segment, one plane per tap asked for: the
+        residual stream at the input of that layer; for `n_layers`, before the final norm; for
+        `n_layers + 1`, behind it.
+    """
+
+    rows: tuple[Choice | None, ...]
+    taps: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Choice | None]:
+        return iter(self.rows)
+
+    def __getitem__(self, row: int) -> Choice | None:
+        return self.rows[row]
+
+
 def depths(parents: Sequence[int]) -> list[int]:
     """How many ancestors each row of a tree has."""
     found: list[int] = []
@@ -94,41 +155,53 @@ def path_to(row: int, parents: Sequence[int]) -> list[int]:
     return path[::-1]
 
 
-def check_path(rows: Sequence[int], parents: Sequence[int]) -> None:
-    """Raise ValueError unless `rows` are a path of the tree, from its root on."""
-    known = bool(rows) and 0 <= rows[-1] < len(parents)
-    if not known or list(rows) != path_to(rows[-1], parents):
-        raise ValueError(f"rows {list(rows)} are no path of the last pass's tree: {list(parents)}")
-
-
 def ar_segment(
+    cache: Cache,
     tokens: Sequence[int],
     start: int,
     *,
     wanted: range | None = None,
     parents: Sequence[int] | None = None,
+    draw: Draw | None = None,
+    taps: tuple[int, ...] = (),
 ) -> Segment:
-    """Causal rows from `start`, or a tree of them. All logits wanted unless said."""
+    """Causal rows from `start`, or a tree of them. All rows wanted unless said."""
     rows = tuple(tokens)
     tree = None if parents is None else tuple(parents)
-    return Segment(View.AR, rows, start, range(len(rows)) if wanted is None else wanted, tree)
+    asked = range(len(rows)) if wanted is None else wanted
+    return Segment(cache, View.AR, rows, start, asked, tree, draw, taps)
 
 
 def diffusion_segment(
-    anchor: int, mask: int, rows: int, start: int, *, wanted: range | None = None
+    cache: Cache,
+    anchor: int,
+    mask: int,
+    rows: int,
+    start: int,
+    *,
+    wanted: range | None = None,
+    draw: Draw | None = None,
 ) -> Segment:
     """A diffusion block `[anchor, mask, ..., mask]` of `rows` rows, its anchor at `start`."""
     tokens = (anchor,) + (mask,) * (rows - 1)
-    return Segment(View.DIFFUSION, tokens, start, range(rows) if wanted is None else wanted)
+    asked = range(rows) if wanted is None else wanted
+    return Segment(cache, View.DIFFUSION, tokens, start, asked, None, draw)
 
 
-@runtime_checkable
+@dataclass(frozen=True)
+class Checkpoint:
+    """A place to come back to. length: rows that are committed there."""
+
+    length: int
+
+
 class Cache(Protocol):
-    """The AR keys and values of the committed tokens, shared by both views."""
+    """What a sequence has committed of the AR view, shared by both views: keys and values, or the
+    state of a recurrent layer."""
 
     @property
     def length(self) -> int:
-        """Number of rows held: positions `0 .. length-1`."""
+        """Number of committed rows: positions `0 .. length-1`."""
         ...
 
     @property
@@ -136,28 +209,34 @@ class Cache(Protocol):
         """Largest number of rows (the context size)."""
         ...
 
-    def truncate(self, length: int) -> None:
-        """Drop the rows from `length` on; `length` must not exceed the current one."""
+    def commit(self, rows: Sequence[int]) -> None:
+        """Keep `rows` of the AR segment that the last pass on this cache ran, and drop its others.
+
+        They must be a path of it from its row 0 on (`range(n)` of a chain), or nothing. Raises
+        ValueError if they are not, or if nothing is pending.
+        """
         ...
 
-    def append(self, rows: int) -> None:
-        """Count `rows` more rows as held, whatever is in them. For passes, and to time passes."""
+    def checkpoint(self, length: int | None = None) -> Checkpoint:
+        """The place where the cache stands, or the last one up to `length` that it can go back to.
+
+        A cache of keys and values can go back anywhere. What is pending is not part of it.
+        """
         ...
 
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint; rows behind it, and what is pending, are gone.
 
-@runtime_checkable
-class TreeCache(Cache, Protocol):
-    """A cache of a runtime that verifies trees."""
+        Raises ValueError for a place that this cache cannot go back to.
+        """
+        ...
 
-    def fit_tree(self, parents: Sequence[int]) -> int:
+    def fit(self, parents: Sequence[int]) -> int:
         """How many rows of a tree, from the first on, the next pass has room for: at least 1."""
         ...
 
-    def keep_path(self, rows: Sequence[int]) -> None:
-        """Append a path of the tree that the last pass ran, from its row 0 on; drop its other rows.
-
-        Raises ValueError if `rows` is no such path, or if anything else came between.
-        """
+    def assume(self, rows: int) -> None:
+        """Count `rows` more rows as committed, whatever is in them: to time passes."""
         ...
 
 
@@ -180,27 +259,36 @@ class Model(Protocol):
         """An empty cache for up to `capacity` rows. Raises OrthrusError when it cannot fit."""
         ...
 
-    def forward(self, segments: Sequence[Segment], cache: Any) -> list[Logits]:
-        """Run one pass and return, per segment, the logits of its wanted rows.
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        """Run one pass and return the choices of every segment, in the order of the segments.
 
-        At most one AR segment per pass, listed first; it must start at `cache.length` and is
-        appended. Diffusion segments must start at or before the cache length after that append.
-        A tree appends nothing and has its pass to itself; `TreeCache.keep_path` appends of it.
-        Returns float32 arrays of shape [len(segment.wanted), vocab_size]. The arrays may be reused
-        by the next pass: copy what must outlive it.
+        Per cache at most one AR segment, before that cache's blocks; it must start at
+        `cache.length` and is pending afterwards, until `Cache.commit` or the next pass on that
+        cache. Blocks must start at or before the end of the rows committed and pending in this
+        pass. If it raises, the caches are as before, with nothing pending.
+        """
+        ...
+
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        """The same pass, with the logits of the wanted rows: float32 [len(wanted), n_vocab].
+
+        For perplexity and tests. The arrays are the caller's.
         """
         ...
 
 
-def check_segments(segments: Sequence[Segment], cache: Cache) -> None:
-    """Raise ValueError unless `segments` obey the contract of `Model.forward` on this cache."""
+def check_segments(segments: Sequence[Segment]) -> None:
+    """Raise ValueError unless `segments` obey the contract of `Model.forward`."""
     if not segments:
         raise ValueError("a pass needs at least one segment")
-    visible = cache.length
-    for index, segment in enumerate(segments):
+    ends: dict[int, int] = {}  # by cache: rows that blocks may see
+    trees = set()
+    for segment in segments:
+        cache = segment.cache
+        known = id(cache) in ends
         if segment.view is View.AR:
-            if index != 0:
-                raise ValueError("an AR segment must be the first and only one of its pass")
+            if known:
+                raise ValueError("an AR segment must be the first and only one of its cache")
             if segment.start != cache.length:
                 raise ValueError(
                     f"AR segment starts at {segment.start}, the cache holds {cache.length} rows"
@@ -210,12 +298,13 @@ def check_segments(segments: Sequence[Segment], cache: Cache) -> None:
                     f"AR segment ends at {segment.stop}, the cache has room for {cache.capacity}"
                 )
             if segment.parents is not None:
-                if not isinstance(cache, TreeCache):
-                    raise ValueError("this runtime has no ancestor masks: it verifies chains only")
-                if len(segments) > 1:
-                    raise ValueError("a tree shares its pass with no diffusion block")
-            visible = segment.stop
-        elif segment.start > visible:
+                trees.add(id(cache))
+            ends[id(cache)] = segment.stop
+            continue
+        if id(cache) in trees:
+            raise ValueError("a tree shares its pass with no diffusion block of its sequence")
+        visible = ends.setdefault(id(cache), cache.length)
+        if segment.start > visible:
             raise ValueError(
                 f"diffusion block at {segment.start} sees rows that do not exist yet ({visible})"
             )

@@ -1,0 +1,52 @@
+"""Architectures: what a layer has, as data that runtimes, converter, inspector and predictor read.
+
+Adding one that differs from these only in what `Architecture` says is a record here, and one in
+the converter (`hf_config.py`) if it is to be made from Hugging Face checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Pairing(Enum):
+    """Which elements of a head RoPE turns together.
+
+    HALVES: i and i + head_dim / 2 (NeoX). ADJACENT: 2i and 2i + 1 (llama.cpp's "norm"; converters
+    permute the rows of q and k so that it computes what Hugging Face's halves do).
+    """
+
+    HALVES = "halves"
+    ADJACENT = "adjacent"
+
+
+class LayerKind(Enum):
+    """What mixes the rows of a layer."""
+
+    ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `general.architecture` of stock GGUF files.
+
+    qk_norms: RMSNorm on the heads of q and k (`attn_q_norm`, `attn_k_norm`).
+    qkv_biases: `attn_q`, `attn_k` and `attn_v` have biases.
+    """
+
+    name: str
+    qk_norms: bool
+    qkv_biases: bool
+    pairing: Pairing
+
+    def layer_kinds(self, n_layers: int) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        return (LayerKind.ATTENTION,) * n_layers
+
+
+QWEN3 = Architecture("qwen3", qk_norms=True, qkv_biases=False, pairing=Pairing.HALVES)
+QWEN2 = Architecture("qwen2", qk_norms=False, qkv_biases=True, pairing=Pairing.HALVES)
+LLAMA = Architecture("llama", qk_norms=False, qkv_biases=False, pairing=Pairing.ADJACENT)
+
+ARCHITECTURES = {arch.name: arch for arch in (QWEN3, QWEN2, LLAMA)}
