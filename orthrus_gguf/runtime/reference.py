@@ -8,8 +8,9 @@ the cache and its block.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +20,18 @@ from torch import Tensor
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig, Rope
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import (
+    Checkpoint,
+    Choices,
     Logits,
     Segment,
     View,
-    ar_segment,
-    check_path,
     check_segments,
     path_to,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ class Layer:
 
 
 class ReferenceCache:
-    """AR keys and values per layer, float32, each [capacity, n_head_kv, head_dim]."""
+    """AR keys and values per layer, float32, each [capacity, n_head_kv, head_dim].
+
+    Of pending rows, the path to the one that ran last lies behind the committed rows, and every row
+    is kept besides, so that another path can be put there.
+    """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
         shape = (config.n_layers, capacity, config.n_head_kv, config.head_dim)
@@ -69,10 +77,9 @@ class ReferenceCache:
                 " cannot be allocated; choose a smaller one with -c"
             ) from error
         self._length = 0
-        #: Rows of a tree that wait for `keep_path`, and their keys and values,
-        #: each [n_layers, n_head_kv, head_dim].
-        self._parents: tuple[int, ...] = ()
-        self._tree: list[tuple[Tensor, Tensor]] = []
+        self._parents: tuple[int, ...] = ()  # of the pending rows
+        self._rows: list[tuple[Tensor, Tensor]] = []  # k, v of each [n_layers, n_head_kv, head_dim]
+        self._path: list[int] = []  # rows at the positions from `length` on
 
     @property
     def length(self) -> int:
@@ -82,39 +89,70 @@ class ReferenceCache:
     def capacity(self) -> int:
         return self.k.shape[1]
 
-    def truncate(self, length: int) -> None:
+    def commit(self, rows: Sequence[int]) -> None:
+        """See `Cache.commit`."""
+        if not self._parents:
+            raise ValueError("no rows are pending")
+        check_path(rows, self._parents)
+        self._put(list(rows))
+        self._length += len(rows)
+        self.pend(())
+
+    def checkpoint(self, length: int | None = None) -> Checkpoint:
+        """See `Cache.checkpoint`."""
+        length = self._length if length is None else length
         if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a cache of {self._length} rows to {length}")
-        self._length = length
-        self.plant(())
+            raise ValueError(f"no checkpoint at {length} in a cache of {self._length} rows")
+        return Checkpoint(length)
 
-    def append(self, rows: int) -> None:
-        """Count `rows` more rows as held; their keys and values have been written."""
-        self._length += rows
-        self.plant(())
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """See `Cache.restore`."""
+        self._length = self.checkpoint(checkpoint.length).length
+        self.pend(())
 
-    def fit_tree(self, parents: Sequence[int]) -> int:
-        """See `TreeCache.fit_tree`: trees need no room, only `keep_path` does."""
+    def fit(self, parents: Sequence[int]) -> int:
+        """See `Cache.fit`: rows of a tree need no room, only a path of it does."""
         return len(parents)
 
-    def keep_path(self, rows: Sequence[int]) -> None:
-        """See `TreeCache.keep_path`."""
-        check_path(rows, self._parents)
-        self.write_path(rows)
-        self.append(len(rows))
+    def assume(self, rows: int) -> None:
+        """See `Cache.assume`."""
+        if not 0 <= rows <= self.capacity - self._length:
+            raise ValueError(f"no room for {rows} rows behind {self._length} of {self.capacity}")
+        self._length += rows
+        self.pend(())
 
-    def plant(self, parents: tuple[int, ...]) -> None:
-        """Begin a tree, whose rows will be added; drop what is left of an earlier one."""
-        self._parents, self._tree = parents, []
+    def pend(self, parents: tuple[int, ...]) -> None:
+        """Begin an AR segment, whose rows will be added; drop what was pending."""
+        self._parents, self._rows, self._path = parents, [], []
 
-    def add_row(self, position: int) -> None:
-        """Remember what has been written at `position` as the tree's next row."""
-        self._tree.append((self.k[:, position].clone(), self.v[:, position].clone()))
+    def make_way(self) -> int:
+        """Put the ancestors of the next pending row where it sees them; return its position."""
+        parent = self._parents[len(self._rows)]
+        if parent != (self._path[-1] if self._path else -1):
+            self._put(path_to(parent, self._parents))
+        return self._length + len(self._path)
 
-    def write_path(self, rows: Sequence[int]) -> None:
-        """Write rows of the tree to the positions from `length` on."""
-        for position, row in enumerate(rows, self._length):
-            self.k[:, position], self.v[:, position] = self._tree[row]
+    def add_row(self) -> None:
+        """Take what has been written at the position of `make_way` as the next pending row."""
+        position = self._length + len(self._path)
+        self._path.append(len(self._rows))
+        self._rows.append((self.k[:, position].clone(), self.v[:, position].clone()))
+
+    def _put(self, path: list[int]) -> None:
+        """Let these pending rows lie at the positions from `length` on."""
+        for i, row in enumerate(path):
+            if self._path[i : i + 1] != [row]:
+                self.k[:, self._length + i], self.v[:, self._length + i] = self._rows[row]
+        self._path = path
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a pass computes of a segment: logits of the wanted rows [wanted, n_vocab], and the taps
+    asked for [taps, rows, n_embd]."""
+
+    logits: Tensor
+    taps: Tensor
 
 
 class ReferenceModel:
@@ -138,71 +176,88 @@ class ReferenceModel:
     def new_cache(self, capacity: int) -> ReferenceCache:
         return ReferenceCache(self.config, capacity)
 
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        """See `Model.forward`. AR rows run one by one, each diffusion block at once."""
+        return self._pass(segments, _choices)
+
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        """See `Model.logits`."""
+        return self._pass(segments, lambda segment, results: results.logits.numpy())
+
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment], cache: ReferenceCache) -> list[Logits]:
-        """See `Model.forward`. AR rows first, one by one; then each diffusion block at once."""
-        check_segments(segments, cache)
-        cache.plant(())
-        results = []
-        for segment in segments:
-            if segment.view is View.AR:
-                rows = self._chain if segment.parents is None else self._tree
-                logits = rows(segment, cache)
-                wanted = torch.cat([row for row in logits if row is not None] or [self._no_logits])
-            else:
-                block = self._rows(segment, 0, len(segment), cache, head=bool(segment.wanted))
-                wanted = self._no_logits if block is None else block[segment.wanted]
-            results.append(wanted.numpy())
-        return results
+    def _pass(
+        self, segments: Sequence[Segment], outcome: Callable[[Segment, Results], T]
+    ) -> list[T]:
+        """Run the segments; what is pending afterwards is theirs, or nothing if this raises."""
+        caches = [_cache_of(segment) for segment in segments]
+        for cache in caches:
+            cache.pend(())
+        check_segments(segments)
+        self._check_taps(segments)
+        try:
+            run = {View.AR: self._causal, View.DIFFUSION: self._block}
+            pairs = zip(segments, caches, strict=True)
+            return [outcome(one, run[one.view](one, cache)) for one, cache in pairs]
+        except BaseException:
+            for cache in caches:
+                cache.pend(())
+            raise
 
-    def _chain(self, segment: Segment, cache: ReferenceCache) -> list[Tensor | None]:
-        """Logits [1, n_vocab] of each row, None where they are not wanted."""
-        logits = [
-            self._rows(segment, i, 1, cache, head=i in segment.wanted) for i in range(len(segment))
-        ]
-        cache.append(len(segment))
-        return logits
+    def _check_taps(self, segments: Sequence[Segment]) -> None:
+        last = self.config.n_layers + 1
+        for tap in (tap for segment in segments for tap in segment.taps):
+            if not 0 <= tap <= last:
+                raise ValueError(f"no tap {tap}: this model has 0 to {last}")
 
-    def _tree(self, segment: Segment, cache: ReferenceCache) -> list[Tensor | None]:
-        """The same for a tree. A row finds its ancestors in the cache, as a chain's row would."""
-        assert segment.parents is not None
-        cache.plant(segment.parents)
-        logits = []
-        for row in range(len(segment)):
-            path = path_to(row, segment.parents)
-            cache.write_path(path[:-1])
-            alone = ar_segment([segment.tokens[row]], segment.start + len(path) - 1)
-            logits.append(self._rows(alone, 0, 1, cache, head=row in segment.wanted))
-            cache.add_row(alone.start)
-        return logits
+    def _causal(self, segment: Segment, cache: ReferenceCache) -> Results:
+        """A chain or a tree. Every row finds its ancestors, and nothing else, in the cache."""
+        cache.pend(segment.parents or tuple(range(-1, len(segment) - 1)))
+        rows = []
+        for row, token in enumerate(segment.tokens):
+            start, head = cache.make_way(), row in segment.wanted
+            rows.append(self._rows(cache, View.AR, [token], start, head, segment.taps))
+            cache.add_row()
+        return Results(
+            torch.cat([row.logits for row in rows]), torch.cat([row.taps for row in rows], dim=1)
+        )
 
-    @property
-    def _no_logits(self) -> Tensor:
-        return torch.empty(0, self.config.n_vocab)
+    def _block(self, segment: Segment, cache: ReferenceCache) -> Results:
+        tokens, head = list(segment.tokens), bool(segment.wanted)
+        block = self._rows(cache, View.DIFFUSION, tokens, segment.start, head, segment.taps)
+        return Results(block.logits[segment.wanted], block.taps) if head else block
 
     def _rows(
-        self, segment: Segment, first: int, count: int, cache: ReferenceCache, *, head: bool
-    ) -> Tensor | None:
-        """Run `count` rows from `first` together, seeing the cache before them and one another.
+        self,
+        cache: ReferenceCache,
+        view: View,
+        tokens: list[int],
+        start: int,
+        head: bool,
+        taps: tuple[int, ...],
+    ) -> Results:
+        """Run rows from `start` on together, seeing the cache before them and one another.
 
-        Returns logits [count, n_vocab] when `head`. AR rows are written into the cache.
+        Logits of all rows with `head`, else of none. AR rows are written into the cache.
         """
-        start = segment.start + first if segment.view is View.AR else segment.start
-        positions = torch.arange(start, start + count)
-        x = self.embedding[list(segment.tokens[first : first + count])]
+        stop = start + len(tokens)
+        positions = torch.arange(start, stop)
+        x = self.embedding[tokens]
+        inputs = [x]
         for index, layer in enumerate(self.layers):
-            weights = layer.attention[segment.view]
+            weights = layer.attention[view]
             q, k, v = self._qkv(self._norm(x, layer.attn_norm), weights, positions)
-            if segment.view is View.AR:
-                cache.k[index, start : start + count] = k
-                cache.v[index, start : start + count] = v
+            if view is View.AR:
+                cache.k[index, start:stop], cache.v[index, start:stop] = k, v
             keys = torch.cat([cache.k[index, :start], k])
             values = torch.cat([cache.v[index, :start], v])
             x = x + attend(q, keys, values) @ weights.output.T
             h = self._norm(x, layer.ffn_norm)
             gate = torch.nn.functional.silu(h @ layer.ffn_gate.T)
             x = x + (gate * (h @ layer.ffn_up.T)) @ layer.ffn_down.T
-        return self._norm(x, self.output_norm) @ self.output.T if head else None
+            inputs.append(x)
+        inputs.append(self._norm(x, self.output_norm))
+        logits = inputs[-1] @ self.output.T if head else x.new_empty(0, self.config.n_vocab)
+        return Results(logits, torch.stack(inputs)[list(taps)])
 
     def _qkv(self, h: Tensor, w: Attention, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q [rows, n_head, head_dim]; k and v [rows, n_head_kv, head_dim]."""
@@ -223,6 +278,25 @@ class ReferenceModel:
         sin = (angles.sin() * self.rope_scale).float()[:, None]
         low, high = x.chunk(2, dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+def _cache_of(segment: Segment) -> ReferenceCache:
+    if not isinstance(segment.cache, ReferenceCache):
+        raise TypeError(f"expected a cache of the reference runtime, found {segment.cache}")
+    return segment.cache
+
+
+def check_path(rows: Sequence[int], parents: Sequence[int]) -> None:
+    """Raise ValueError unless `rows` are a path of the tree from its root on, or nothing."""
+    follows = [parents[row] if 0 <= row < len(parents) else None for row in rows]
+    if follows != [-1, *rows][: len(rows)]:
+        raise ValueError(f"rows {list(rows)} are no path from the first of {len(parents)} rows")
+
+
+def _choices(segment: Segment, results: Results) -> Choices:
+    """What `Model.forward` says of a segment."""
+    rows = draw_choices(segment, results.logits.numpy())
+    return Choices(rows, results.taps.numpy() if segment.taps else None)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:

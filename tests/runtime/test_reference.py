@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from orthrus_gguf.decode import Cycle, Plan, Strategy, decode, plan_for, prefill
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
-from orthrus_gguf.runtime.reference import ReferenceModel, rope_frequencies
+from orthrus_gguf.runtime.protocol import (
+    Checkpoint,
+    Draw,
+    Segment,
+    ar_segment,
+    diffusion_segment,
+    path_to,
+)
+from orthrus_gguf.runtime.reference import ReferenceCache, ReferenceModel, rope_frequencies
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 DemoFile = Callable[..., Path]
 GREEDY = Sampler(SamplingSettings(temperature=0))
+TREE = (-1, 0, 0, 1, 1, 3, 2, 6, 0)
 
 
 @pytest.fixture(scope="module", params=["single", "split"])
@@ -35,13 +44,26 @@ def model(request: pytest.FixtureRequest, demo_file: DemoFile) -> Iterator[Refer
         yield ReferenceModel(file)
 
 
-def generate(
-    model: ReferenceModel, prompt: list[int], plan: Plan, n: int
-) -> tuple[list[int], list[Cycle]]:
-    cache = model.new_cache(len(prompt) + n)
-    tokens = [*prompt, GREEDY.sample(prefill(model, cache, prompt), prompt)]
-    cycles = list(decode(model, cache, GREEDY, tokens, plan, n - 1))
-    return tokens[len(prompt) :], cycles
+def filled(model: ReferenceModel, tokens: Sequence[int], capacity: int = 64) -> ReferenceCache:
+    """A cache that holds `tokens`."""
+    cache = model.new_cache(capacity)
+    model.logits([ar_segment(cache, tokens, 0, wanted=range(0))])
+    cache.commit(range(len(tokens)))
+    return cache
+
+
+def block_of(model: ReferenceModel, cache: ReferenceCache, *where: int, **more: Any) -> Segment:
+    """A diffusion block: anchor, rows and start."""
+    assert model.config.mask_token is not None
+    anchor, rows, start = where
+    return diffusion_segment(cache, anchor, model.config.mask_token, rows, start, **more)
+
+
+def assert_same(model: ReferenceModel, one: ReferenceCache, two: ReferenceCache) -> None:
+    """The two caches hold the same text: the row behind it has the same bits."""
+    assert one.length == two.length
+    after, fresh = model.logits([ar_segment(cache, [200], cache.length) for cache in (one, two)])
+    assert np.array_equal(after, fresh)
 
 
 @pytest.mark.parametrize("number", range(3))
@@ -51,15 +73,15 @@ def test_logits_equal_the_official_ones(
     case = golden["cases"][number]
     prompt = case["prompt_ids"]
     cache = model.new_cache(64)
-    config = model.config
-    assert config.mask_token is not None
-    assert config.block_size is not None
+    assert model.config.block_size is not None
 
-    (prefill_logits,) = model.forward([ar_segment(prompt, 0)], cache)
+    (prefill_logits,) = model.logits([ar_segment(cache, prompt, 0)])
+    cache.commit(range(len(prompt)))
     anchor = int(prefill_logits[-1].argmax())
-    block = diffusion_segment(anchor, config.mask_token, config.block_size, len(prompt))
-    (block_logits,) = model.forward([block], cache)
-    (verify_logits,) = model.forward([ar_segment([anchor, *case["drafts"][0]], len(prompt))], cache)
+    block = block_of(model, cache, anchor, model.config.block_size, len(prompt))
+    (block_logits,) = model.logits([block])
+    verified = ar_segment(cache, [anchor, *case["drafts"][0]], len(prompt))
+    (verify_logits,) = model.logits([verified])
     for name, logits in (
         ("prefill", prefill_logits),
         ("first_block_diffusion", block_logits),
@@ -70,75 +92,247 @@ def test_logits_equal_the_official_ones(
         )
 
 
+def official_loop(
+    model: ReferenceModel, prompt: list[int], n_new: int
+) -> tuple[list[int], list[int], list[list[int]]]:
+    """The published loop, written down once more, over choices: (output, starts, drafts)."""
+    assert model.config.block_size is not None
+    end, tokens = len(prompt) + n_new, list(prompt)
+    draw = Draw(GREEDY, tokens)
+    cache = model.new_cache(end + model.config.block_size)
+    last = range(len(prompt) - 1, len(prompt))
+    (choices,) = model.forward([ar_segment(cache, prompt, 0, wanted=last, draw=draw)])
+    cache.commit(range(len(prompt)))
+    assert choices[0] is not None
+    tokens.append(choices[0].token)
+    starts, all_drafts = [], []
+    while len(tokens) < end:
+        start = len(tokens) - 1
+        rows = min(model.config.block_size, end - start)
+        (block,) = model.forward([block_of(model, cache, tokens[-1], rows, start, draw=draw)])
+        drafts = [choice.token for choice in block if choice is not None][: rows - 1]
+        (choices,) = model.forward([ar_segment(cache, [tokens[-1], *drafts], start, draw=draw)])
+        verified = [choice.token for choice in choices if choice is not None]
+        assert verified[:-1] == drafts[: len(verified) - 1], "drawn as long as they follow"
+        cache.commit(range(len(verified)))
+        tokens += verified
+        starts.append(start)
+        all_drafts.append(drafts)
+    return tokens[len(prompt) : end], starts, all_drafts
+
+
 @pytest.mark.parametrize("number", range(12))
-def test_tokens_and_acceptance_equal_the_official_ones(
+def test_tokens_drafts_and_acceptance_equal_the_official_ones(
     model: ReferenceModel, golden: dict[str, Any], number: int
 ) -> None:
     case = golden["cases"][number]
-    n = case["n_new"]
-    output, cycles = generate(
-        model, case["prompt_ids"], plan_for(model, Strategy.TWO_PASS, None), n
-    )
-    assert output == case["output_ids"]
-    assert [cycle.start for cycle in cycles] == case["cycle_starts"]
-    # Near the end our blocks are a row shorter: the token that verification adds needs no draft.
-    end = len(case["prompt_ids"]) + n
-    for cycle, drafts in zip(cycles, case["drafts"], strict=True):
-        if cycle.start + len(drafts) + 1 < end:
-            assert list(cycle.drafts) == drafts
-    assert generate(model, case["prompt_ids"], Plan(Strategy.AR, 0), n)[0] == case["ar_output_ids"]
+    output, starts, drafts = official_loop(model, case["prompt_ids"], case["n_new"])
+    assert output == case["output_ids"] == case["ar_output_ids"]
+    assert starts == case["cycle_starts"]
+    assert drafts == case["drafts"]
 
 
 def test_rows_do_not_depend_on_their_company(model: ReferenceModel) -> None:
     tokens = list(range(100, 117))
-    together = model.new_cache(32)
-    (alone_rows,) = model.forward([ar_segment(tokens, 0)], together)
+    (alone_rows,) = model.logits([ar_segment(model.new_cache(32), tokens, 0)])
     for size in (1, 2, 3, 7):
         cache, rows = model.new_cache(32), []
+        other = model.new_cache(32)
         for start in range(0, len(tokens), size):
             part = tokens[start : start + size]
-            rows.append(model.forward([ar_segment(part, start)], cache)[0])
+            segments = [
+                ar_segment(other, part[::-1], start),
+                ar_segment(cache, part, start),
+                block_of(model, other, 7, 5, start),
+            ]
+            rows.append(model.logits(segments)[1])
+            cache.commit(range(len(part)))
+            other.commit(range(len(part)))
         assert np.array_equal(np.concatenate(rows), alone_rows)
 
 
 def test_a_pass_of_several_segments_equals_passes_of_one(model: ReferenceModel) -> None:
     """Verify rows and blocks that see a part of them: the blocks find the very same cache."""
-    mask = model.config.mask_token
-    assert mask is not None
-    prompt, rows = [5, 6, 7, 8], [9, 10, 11]
-    cache = model.new_cache(32)
-    model.forward([ar_segment(prompt, 0)], cache)
+    rows = [9, 10, 11]
+    cache = filled(model, [5, 6, 7, 8])
     segments = [
-        ar_segment(rows, 4, wanted=range(1, 3)),
-        diffusion_segment(10, mask, 6, 5, wanted=range(4)),
-        diffusion_segment(12, mask, 5, 7),
+        ar_segment(cache, rows, 4, wanted=range(1, 3)),
+        block_of(model, cache, 10, 6, 5, wanted=range(4)),
+        block_of(model, cache, 12, 5, 7),
     ]
-    fused = model.forward(segments, cache)
+    fused = model.logits(segments)
     assert [len(logits) for logits in fused] == [2, 4, 5]
+    assert cache.length == 4, "all is pending"
 
-    cache.truncate(4)
-    (verify,) = model.forward([ar_segment(rows, 4)], cache)
+    (verify,) = model.logits([ar_segment(cache, rows, 4)])
+    cache.commit(range(1))
     assert np.array_equal(fused[0], verify[1:])
-    cache.truncate(5)
-    (first,) = model.forward([diffusion_segment(10, mask, 6, 5)], cache)
+    (first,) = model.logits([block_of(model, cache, 10, 6, 5)])
     assert np.array_equal(fused[1], first[:4])
-    model.forward([ar_segment(rows[1:], 5)], cache)
-    assert np.array_equal(fused[2], model.forward(segments[2:], cache)[0])
-    assert cache.length == 7  # blocks leave nothing behind
+    model.logits([ar_segment(cache, rows[1:], 5)])
+    cache.commit(range(2))
+    assert np.array_equal(fused[2], model.logits(segments[2:])[0])
+    assert cache.length == 7, "blocks leave nothing behind"
+
+
+def test_sequences_do_not_see_one_another(model: ReferenceModel) -> None:
+    """A chain with its block, a tree, and a block of a third one; each as if it were alone."""
+    texts = ([5, 6, 7, 8], [9, 8, 7], [100, 101, 102, 103, 104])
+    tree = list(range(40, 40 + len(TREE)))
+
+    def segments(caches: Sequence[ReferenceCache]) -> list[list[Segment]]:
+        a, b, c = caches
+        return [
+            [ar_segment(a, [9, 10, 11], 4), block_of(model, a, 12, 5, 6)],
+            [ar_segment(b, tree, 3, parents=TREE)],
+            [block_of(model, c, 33, 6, 5)],
+        ]
+
+    caches = [filled(model, text) for text in texts]
+    one, two, three = segments(caches)
+    together = model.logits([two[0], one[0], three[0], one[1]])
+    alone = [model.logits(part) for part in segments([filled(model, text) for text in texts])]
+    expected = (alone[1][0], alone[0][0], alone[2][0], alone[0][1])
+    for got, own in zip(together, expected, strict=True):
+        assert np.array_equal(got, own)
+    caches[0].commit(range(2))
+    caches[1].commit([0, 2, 6])
+    with pytest.raises(ValueError, match="pending"):
+        caches[2].commit([])
+    assert [cache.length for cache in caches] == [6, 6, 5]
+    kept = ([5, 6, 7, 8, 9, 10], [9, 8, 7, 40, 42, 46], texts[2])
+    for cache, text in zip(caches, kept, strict=True):
+        assert_same(model, cache, filled(model, text))
+
+
+def test_rows_of_a_tree_are_those_of_their_paths(model: ReferenceModel) -> None:
+    """Bit for bit, and any path of it can be kept, or none."""
+    prompt, tokens = [5, 6, 7, 8], list(range(40, 40 + len(TREE)))
+    cache = filled(model, prompt)
+    (rows,) = model.logits([ar_segment(cache, tokens, 4, parents=TREE)])
+    for row in range(len(TREE)):
+        path = path_to(row, TREE)
+        along = [tokens[i] for i in path]
+        (chain,) = model.logits([ar_segment(filled(model, prompt), along, 4)])
+        assert np.array_equal(chain[-1], rows[row])
+
+        cache.restore(Checkpoint(4))
+        model.logits([ar_segment(cache, tokens, 4, parents=TREE)])
+        cache.commit(path)
+        assert cache.length == 4 + len(path)
+        assert_same(model, cache, filled(model, [*prompt, *along]))
+    cache.restore(Checkpoint(4))
+    model.logits([ar_segment(cache, tokens, 4, parents=TREE)])
+    cache.commit([])
+    assert cache.length == 4
+
+
+def test_paths_that_are_none(model: ReferenceModel) -> None:
+    cache = filled(model, [5, 6])
+    for rows in ([1], [0, 3], [0, 1, 2], [0, 0], [0, 1, 99], [-1], [0, -1]):
+        model.logits([ar_segment(cache, list(range(9)), 2, parents=TREE)])
+        with pytest.raises(ValueError, match="no path"):
+            cache.commit(rows)
+        cache.commit([0, 1, 3])
+        cache.restore(Checkpoint(2))
+    model.logits([ar_segment(cache, [1, 2], 2)])
+    for rows in ([1], [0, 1, 2]):
+        with pytest.raises(ValueError, match="no path"):
+            cache.commit(rows)
+    cache.commit([0, 1])
+    with pytest.raises(ValueError, match="pending"):
+        cache.commit([0])
+
+
+def test_what_is_pending_goes_with_the_next_pass_or_a_restore(model: ReferenceModel) -> None:
+    cache = filled(model, [5, 6, 7])
+    place = cache.checkpoint()
+    (first,) = model.logits([ar_segment(cache, [8, 9], 3)])
+    (again,) = model.logits([ar_segment(cache, [8, 9], 3)])
+    assert np.array_equal(first, again)
+    model.logits([block_of(model, cache, 8, 3, 3)])
+    with pytest.raises(ValueError, match="pending"):
+        cache.commit(range(2))
+    for leave in (partial(cache.restore, place), partial(cache.assume, 0)):
+        model.logits([ar_segment(cache, [8, 9], 3)])
+        leave()
+        with pytest.raises(ValueError, match="pending"):
+            cache.commit(range(2))
+
+
+def test_checkpoints(model: ReferenceModel) -> None:
+    cache = filled(model, list(range(10)))
+    assert cache.checkpoint() == Checkpoint(10)
+    assert cache.checkpoint(4) == Checkpoint(4)
+    for length in (-1, 11):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            cache.checkpoint(length)
+        with pytest.raises(ValueError, match="no checkpoint"):
+            cache.restore(Checkpoint(length))
+    cache.restore(Checkpoint(4))
+    assert_same(model, cache, filled(model, range(4)))
+    cache.assume(60)
+    assert cache.length == cache.capacity == 64
+    with pytest.raises(ValueError, match="no room"):
+        cache.assume(1)
+    assert cache.fit(TREE) == len(TREE)
+
+
+def test_choices_are_drawn_from_the_logits(model: ReferenceModel) -> None:
+    """Of a chain along what is drawn, of a tree along its branch, of a block all."""
+    prompt = [5, 6, 7, 8]
+    seeded = Sampler(SamplingSettings(temperature=0.8, seed=3, repeat_penalty=1.3))
+    for sampler in (GREEDY, seeded):
+        cache = filled(model, prompt)
+        history = [*prompt, 9]
+        (logits,) = model.logits([ar_segment(cache, [9], 4)])
+        best = sampler.draw(logits[0], history)
+        assert best is not None
+        draw = Draw(sampler, history, detail=True)
+        verified, block = model.forward(
+            [
+                ar_segment(cache, [9, best.token, 0], 4, draw=replace(draw, top=3)),
+                block_of(model, cache, 9, 5, 4, draw=draw),
+            ]
+        )
+        assert verified[0] is not None
+        assert verified[0].token == best.token
+        assert verified[0].logprobs is not None
+        assert len(verified[0].logprobs.top) == 3
+        assert verified[1] is not None, "it follows the one before"
+        assert (verified[2] is None) == (verified[1].token != 0)
+        (rows,) = model.logits([block_of(model, cache, 9, 5, 4)])
+        prefix = list(history)
+        for row, choice in zip(rows, block, strict=True):
+            assert choice == sampler.draw(row, prefix, detail=True)
+            assert choice is not None
+            prefix.append(choice.token)
+        (tree,) = model.forward(
+            [ar_segment(cache, [9, 1, best.token, 2], 4, parents=(-1, 0, 0, 2), draw=draw)]
+        )
+        assert [choice is not None for choice in tree][:3] == [True, False, True]
 
 
 def test_what_a_pass_must_not_do(model: ReferenceModel) -> None:
-    cache = model.new_cache(8)
+    cache, draw = model.new_cache(8), Draw(GREEDY, [1])
     for segments in (
         [],
-        [ar_segment([1], 1)],
-        [ar_segment(list(range(9)), 0)],
-        [diffusion_segment(1, 2, 4, 1)],
-        [diffusion_segment(1, 2, 4, 0), ar_segment([1], 0)],
+        [ar_segment(cache, [1], 1, draw=draw)],
+        [ar_segment(cache, list(range(9)), 0, draw=draw)],
+        [block_of(model, cache, 1, 4, 1, draw=draw)],
+        [block_of(model, cache, 1, 4, 0, draw=draw), ar_segment(cache, [1], 0, draw=draw)],
+        [ar_segment(cache, [1], 0, draw=draw)] * 2,
+        [ar_segment(cache, [1], 0, draw=draw, taps=(model.config.n_layers + 2,))],
+        [ar_segment(cache, [1], 0, draw=draw, taps=(-1,))],
+        [ar_segment(cache, [1], 0)],
     ):
-        with pytest.raises(ValueError, match=r"segment|cache|rows|pass"):
-            model.forward(segments, cache)
-    assert cache.length == 0
+        model.logits([ar_segment(cache, [1], 0)])
+        with pytest.raises(ValueError, match=r"segment|cache|rows|pass|tap"):
+            model.forward(segments)
+        assert cache.length == 0
+        if segments:
+            with pytest.raises(ValueError, match="pending"):
+                cache.commit([0])
 
 
 def test_a_cache_beyond_memory_is_refused(model: ReferenceModel) -> None:
