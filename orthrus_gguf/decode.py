@@ -7,194 +7,237 @@ which is the next anchor.
 
 Every strategy is the same cycle (`run_cycle`) with other choices of a `Policy`: plain decoding
 verifies an empty draft; two-pass drafts in a pass of its own; fused lets blocks that draft the next
-cycle ride in the verify pass, on guesses at its outcome. What is verified may be a tree of
-alternatives instead of a chain.
+cycle ride in the verify pass, on guesses at its outcome. What is verified is a tree of
+alternatives, mostly a chain.
 
-The text never depends on those choices, because every cycle commits the same thing: the token
-that the sampler picks from the AR logits of that position. Two facts make that byte-exact: AR
-logits are row-invariant (`segments.py`), and sampling noise is keyed by position (`sampling.py`).
+A cycle does not run its passes: it yields the segments that it wants to know about, and is sent
+what came of them. Whoever drives it may put the segments of several sequences into one pass
+(`run_together`); one alone is driven by `drive`.
+
+The text never depends on any of this, because every cycle commits the same thing: the token that
+the sampler draws from the AR logits of that position. Two facts make that byte-exact: AR logits are
+row-invariant (`runtime/protocol.py`), and sampling noise is keyed by position (`sampling.py`).
 Drafts only decide how many of those tokens one pass can settle.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
-from orthrus_gguf.drafting.draft import Draft, Source, Tree, draft_segment, read_draft, remainder
-from orthrus_gguf.drafting.lookup import LookupIndex
-from orthrus_gguf.drafting.policy import Cycle, FixedPolicy, Pass, Plan, Policy, Strategy, plan_for
-from orthrus_gguf.runtime.protocol import Cache, Logits, Model, Segment, TreeCache, View, ar_segment
-from orthrus_gguf.sampling import Sampler
-
-__all__ = [
-    "PROMPT_BATCH",
-    "Clock",
-    "Cycle",
-    "Plan",
-    "Policy",
-    "Strategy",
-    "decode",
-    "plan_for",
-    "prefill",
-    "run_cycle",
-    "verify",
-]
+from orthrus_gguf.drafting.draft import Draft, Drafter, DraftPass, Results
+from orthrus_gguf.drafting.policy import Cycle, Pass, Policy
+from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.drafting.tree import Tree
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.runtime.protocol import Choices, Model, Segment, View
+from orthrus_gguf.sampling import Choice
 
 #: Rows of one prompt pass, unless the caller says otherwise (llama.cpp's `-b` is 2048, `-ub` 512).
 PROMPT_BATCH = 512
 
 Clock = Callable[[], float]
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A pass that has run, as one sequence sees it: its choices, one per segment, and its cost."""
+
+    choices: Sequence[Choices]
+    cost: Pass
+
+
+#: Work on one sequence: yields segments for a pass, receives what came of them, returns a T.
+Steps = Generator[list[Segment], Done, T]
+
 
 def prefill(
-    model: Model,
-    cache: Cache,
-    prompt: Sequence[int],
+    sequence: TokenSequence,
+    drafters: Sequence[Drafter] = (),
     *,
     batch: int = PROMPT_BATCH,
     on_progress: Callable[[int], None] | None = None,
-) -> Logits:
-    """Append the part of `prompt` that the cache lacks; return its last token's logits [vocab].
+) -> Steps[Choice]:
+    """Commit the tokens that the cache lacks; append the token drawn after them.
 
-    The cache must hold a proper prefix of the prompt. `on_progress` receives the number of prompt
-    tokens held after each pass.
+    The cache must hold a proper prefix of the sequence's tokens. `on_progress` receives the number
+    of prompt tokens held after each pass.
     """
-    logits: Logits | None = None
-    while cache.length < len(prompt):
-        start = cache.length
-        stop = min(start + batch, len(prompt))
-        last = range(stop - start - 1, stop - start) if stop == len(prompt) else range(0)
-        (rows,) = model.forward([ar_segment(prompt[start:stop], start, wanted=last)], cache)
-        logits = rows[0] if last else None
+    prompt, cache, taps = len(sequence.tokens), sequence.cache, _taps(drafters)
+    choice: Choice | None = None
+    while cache.length < prompt:
+        stop = min(cache.length + batch, prompt)
+        done = yield [sequence.prompt_segment(stop, taps)]
+        rows = range(stop - cache.length)
+        cache.commit(rows)
         if on_progress is not None:
             on_progress(stop)
-    if logits is None:
-        raise ValueError("the cache already holds the whole prompt")
-    return logits
+        _tell(drafters, sequence, None, done.choices[0], rows)
+        choice = done.choices[0][0] if stop == prompt else None
+    if choice is None:
+        raise _not_finite(prompt)
+    sequence.tokens.append(choice.token)
+    return choice
 
 
 def decode(
     model: Model,
-    cache: Cache,
-    sampler: Sampler,
-    tokens: list[int],
-    plan: Plan | Policy,
+    sequence: TokenSequence,
+    policy: Policy,
     max_tokens: int,
     *,
     clock: Clock = time.perf_counter,
-) -> Generator[Cycle, None, None]:
+) -> Iterator[Cycle]:
     """Yield cycles until `max_tokens` tokens have been committed; stop earlier by closing.
 
-    tokens: the committed tokens, whose last one is the anchor; the cache holds all before it. Each
-        cycle's tokens are appended before it is yielded.
-    plan: a fixed plan, or a policy that decides cycle by cycle.
+    The cache holds all of the sequence's tokens but the last one, the anchor. Each cycle's tokens
+    are appended before it is yielded.
     """
-    policy = FixedPolicy(plan) if isinstance(plan, Plan) else plan
-    index = LookupIndex() if policy.lookup else None
-    limit = len(tokens) + max_tokens
-    offers: list[Draft] = []
-    while (room := limit - len(tokens)) > 0:
-        # A cycle commits one token more than it accepts, so the last one needs no draft.
-        found = index.draft(tokens, room - 1) if index is not None else None
-        if found is not None:
-            offers.append(found)
-        cycle, offers = run_cycle(model, cache, sampler, tokens, policy, offers, room - 1, clock)
-        policy.observe(cycle)
+    drafters = policy.drafters(sequence.config)
+    limit = len(sequence.tokens) + max_tokens
+    while (most := limit - len(sequence.tokens)) > 0:
+        cycle, _ = drive(model, run_cycle(sequence, policy, drafters, most, clock), clock)
         yield cycle
 
 
 def run_cycle(
-    model: Model,
-    cache: Cache,
-    sampler: Sampler,
-    tokens: list[int],
+    sequence: TokenSequence,
     policy: Policy,
-    offers: Sequence[Draft],
-    room: int,
-    clock: Clock,
-) -> tuple[Cycle, list[Draft]]:
-    """Draft, verify, commit: the tokens are appended, and drafts for the next cycle returned.
+    drafters: Sequence[Drafter],
+    most: int,
+    clock: Clock = time.perf_counter,
+) -> Steps[tuple[Cycle, tuple[Choice, ...]]]:
+    """Draft, verify, commit: the tokens are appended; the cycle and the choices made are returned.
 
-    offers: drafts that are at hand. room: the most draft tokens of use.
+    most: tokens that may be committed, at least 1.
     """
-    began, start, anchor = clock(), len(tokens) - 1, tokens[-1]
-    passes: list[Pass] = []
+    began, start, anchor = clock(), sequence.start, sequence.tokens[-1]
+    room = most - 1  # a cycle commits one token more than it accepts
+    costs = []
+    drafts, passes = offered(drafters, sequence.tokens, room)
+    draft = policy.choose(drafts, passes, room, start)
+    if isinstance(draft, DraftPass):
+        done = yield draft.segments(sequence, draft.width)
+        costs.append(done.cost)
+        draft = draft.read(done.choices)
 
-    def forward(segments: list[Segment]) -> list[Logits]:
-        before = clock()
-        logits = model.forward(segments, cache)
-        rows = [sum(len(s) for s in segments if s.view is view) for view in View]
-        passes.append(Pass(rows[0], rows[1], start, clock() - before))
-        return logits
+    tree, guesses = policy.shape(draft, anchor, room, start)
+    tree = fitted(tree, sequence)
+    blocks = [guess.segment(sequence, tree) for guess in guesses]
+    done = yield [sequence.verify_segment(tree, _taps(drafters)), *blocks]
+    costs.append(done.cost)
 
-    choice = policy.choose(offers, room, start)
-    if isinstance(choice, Draft):
-        draft = choice
-    else:
-        (logits,) = forward([draft_segment(model.config, anchor, start, choice)])
-        draft = read_draft(sampler, tokens, logits, Source.BLOCK)
-
-    shape, guesses = policy.shape(draft, anchor, room, start)
-    tree = fitted(shape, cache) if isinstance(shape, Tree) else Tree(draft.tokens[:shape])
-    verify_pass = [tree.segment(anchor, start)]
-    for guess in guesses:
-        at = start + guess.offset
-        verify_pass.append(draft_segment(model.config, guess.anchor, at, guess.rows))
-    logits, *blocks = forward(verify_pass)
-
-    committed = verify(sampler, tokens, tree, logits)
-    accepted = len(committed) - 1
-    path = tree.path(committed[:accepted])
-    keep(cache, start, tree, path)
-    tokens.extend(committed)
-
-    carried = [
-        guess.resolve(sampler, tokens, accepted, block)
-        for guess, block in zip(guesses, blocks, strict=True)
-    ]
-    left = remainder(draft, accepted, committed)
-    drafts = tree.likeliest(path)
+    verified, *carried = done.choices
+    chosen = follow(tree, verified, start)
+    committed = tuple(choice.token for choice in chosen)
+    path = tree.path(committed[:-1])
+    sequence.cache.commit(path)
+    sequence.tokens.extend(committed)
+    accepted, seen = len(path) - 1, tree.likeliest(path)
     cycle = Cycle(
-        start,
-        drafts,
-        accepted,
-        tuple(committed),
-        draft,
-        tuple(passes),
-        tuple(guesses),
-        clock() - began,
+        start, seen, accepted, committed, draft, tuple(costs), tuple(guesses), clock() - began
     )
-    return cycle, [offer for offer in (*carried, left) if offer is not None and len(offer)]
+    policy.observe(cycle)
+    _tell(drafters, sequence, cycle, verified, path, tuple(carried))
+    return cycle, chosen
 
 
-def verify(sampler: Sampler, tokens: Sequence[int], drafts: Tree, logits: Logits) -> list[int]:
-    """The tokens to commit: what AR decoding would have produced, as far as `logits` reach.
+def offered(
+    drafters: Sequence[Drafter], tokens: Sequence[int], room: int
+) -> tuple[list[Draft], list[DraftPass]]:
+    """What the drafters propose: drafts at hand, and passes that would bring one."""
+    drafts: list[Draft] = []
+    passes: list[DraftPass] = []
+    for drafter in drafters if room else ():
+        for offer in drafter.propose(tokens, room):
+            if isinstance(offer, DraftPass):
+                passes.append(offer)
+            elif len(offer):
+                drafts.append(offer)
+    return drafts, passes
 
-    Row 0 of `logits` follows the anchor, the others one draft each. From row 0 on, the token that
-    AR sampling draws leads to the row of the draft that says so; where there is none, it ends.
-    """
-    prefix = list(tokens)
-    row: int | None = 0
-    while row is not None:
-        prefix.append(sampler.sample(logits[row], prefix))
-        row = drafts.child(row, prefix[-1])
-    return prefix[len(tokens) :]
 
-
-def fitted(tree: Tree, cache: Cache) -> Tree:
+def fitted(tree: Tree, sequence: TokenSequence) -> Tree:
     """As much of a tree as the cache has room for."""
     if tree.parents is None:
         return tree
-    if not isinstance(cache, TreeCache):
-        raise ValueError("this runtime verifies chains only")
-    return tree.first(cache.fit_tree((-1, *tree.parents)) - 1)
+    return tree.first(sequence.cache.fit((-1, *tree.parents)) - 1)
 
 
-def keep(cache: Cache, start: int, tree: Tree, path: Sequence[int]) -> None:
-    """Have the cache hold the rows of `path`, the anchor and the accepted drafts, from `start`."""
-    if tree.parents is None:
-        cache.truncate(start + len(path))
-    else:
-        assert isinstance(cache, TreeCache)
-        cache.keep_path(path)
+def follow(tree: Tree, choices: Choices, start: int) -> tuple[Choice, ...]:
+    """What to commit: what AR decoding would have drawn, as far as the choices reach.
+
+    Row 0 follows the anchor at `start`, the others one draft each. From row 0 on, the token drawn
+    leads to the row of the draft that says so; where there is none, it ends.
+    """
+    found: list[Choice] = []
+    row: int | None = 0
+    while row is not None:
+        choice = choices[row]
+        if choice is None:
+            raise _not_finite(start + 1 + len(found))
+        found.append(choice)
+        row = tree.child(row, choice.token)
+    return tuple(found)
+
+
+def drive(model: Model, steps: Steps[T], clock: Clock = time.perf_counter) -> T:
+    """Run the passes of one sequence."""
+    try:
+        segments = next(steps)
+        while True:
+            (done,) = run_together(model, [segments], clock)
+            segments = steps.send(done)
+    except StopIteration as end:
+        found: T = end.value
+        return found
+
+
+def run_together(
+    model: Model, wanted: Sequence[list[Segment]], clock: Clock = time.perf_counter
+) -> list[Done]:
+    """Run the segments of several sequences in one pass, and give each what is its own."""
+    before = clock()
+    choices = model.forward([segment for segments in wanted for segment in segments])
+    seconds = clock() - before
+    total = sum(len(segment) for segments in wanted for segment in segments)
+    found, first = [], 0
+    for segments in wanted:
+        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in View)
+        cost = Pass(ar, diffusion, segments[0].start, seconds, total - ar - diffusion)
+        found.append(Done(choices[first : first + len(segments)], cost))
+        first += len(segments)
+    return found
+
+
+def _taps(drafters: Sequence[Drafter]) -> tuple[int, ...]:
+    """Layers whose input somebody reads."""
+    return tuple(sorted({layer for drafter in drafters for layer in drafter.taps}))
+
+
+def _tell(
+    drafters: Sequence[Drafter],
+    sequence: TokenSequence,
+    cycle: Cycle | None,
+    choices: Choices,
+    rows: Sequence[int],
+    blocks: tuple[Choices, ...] = (),
+) -> None:
+    """Let every drafter learn what was committed. rows: of the AR segment, those that stay."""
+    planes = _taps(drafters)
+    for drafter in drafters:
+        taps = None
+        if drafter.taps and choices.taps is not None:
+            taps = choices.taps[[planes.index(layer) for layer in drafter.taps]][:, list(rows)]
+        drafter.committed(sequence.tokens, cycle, Results(taps, blocks))
+
+
+def _not_finite(position: int) -> OrthrusError:
+    return OrthrusError(
+        f"the model's logits at position {position} are not finite: the weights are damaged or"
+        " overflow; convert the model again, or try another quantization"
+    )

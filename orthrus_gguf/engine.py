@@ -7,12 +7,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from orthrus_gguf.decode import PROMPT_BATCH, Cycle, Plan, Policy, decode, prefill
+from orthrus_gguf.decode import PROMPT_BATCH, Done, prefill, run_cycle, run_together
+from orthrus_gguf.drafting.policy import Cycle, Policy
+from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.runtime.protocol import Model, TreeCache
-from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.runtime.protocol import Model, Segment
+from orthrus_gguf.sampling import Choice, LogProbs, Sampler, SamplingSettings
 from orthrus_gguf.stats import Statistics, Timings, count
 from orthrus_gguf.text.stop import StopStrings
 from orthrus_gguf.text.tokenizer import StreamDecoder, Tokenizer
@@ -20,17 +22,20 @@ from orthrus_gguf.text.tokenizer import StreamDecoder, Tokenizer
 
 @dataclass(frozen=True)
 class Request:
-    """What to generate: a prompt and every setting that the text depends on, and the plan.
+    """What to generate: a prompt and every setting that the text depends on, and the policy.
 
-    plan: fixed, or a policy (such as the controller) that decides while decoding.
     max_tokens: limit on output tokens; negative means until the context is full.
+    top: log-probabilities to report per token, of this many likeliest ones; 0: none at all.
+    constraint: what may be drawn where (see `sequence.Constraint`).
     """
 
     prompt: tuple[int, ...]
     sampling: SamplingSettings
-    plan: Plan | Policy
+    policy: Policy
     max_tokens: int = -1
     stop: tuple[str, ...] = ()
+    top: int = 0
+    constraint: Constraint | None = None
 
 
 class Origin(Enum):
@@ -59,6 +64,7 @@ class Result:
     output: generated ids, the end-of-text id included when there was one.
     finish_reason: "stop" (end-of-text id or stop string), "length" (token limit or end of the
         context) or "cancelled".
+    logprobs: per output token, where they were asked for.
     """
 
     output: tuple[int, ...]
@@ -67,27 +73,7 @@ class Result:
     cycles: tuple[Cycle, ...]
     statistics: Statistics
     timings: Timings
-
-
-@runtime_checkable
-class DeviceModel(Protocol):
-    """A model that can decode on its own device, without waiting for the host between passes."""
-
-    def decodes(self, plan: Plan | Policy) -> bool:
-        """Whether it can follow this plan; if not, `decode.decode` can."""
-        ...
-
-    def decode(
-        self,
-        cache: Any,
-        settings: SamplingSettings,
-        tokens: list[int],
-        plan: Any,
-        max_tokens: int,
-        stop_tokens: Sequence[int],
-    ) -> Generator[Cycle, None, None]:
-        """The contract of `decode.decode`, ending early after one of `stop_tokens`."""
-        ...
+    logprobs: tuple[LogProbs, ...] = ()
 
 
 class Session:
@@ -102,11 +88,6 @@ class Session:
         self.prompt_batch = prompt_batch
         self._cache: Any = model.new_cache(n_ctx)
         self._held: list[int] = []
-
-    @property
-    def verifies_trees(self) -> bool:
-        """Whether plans may ask for trees of drafts."""
-        return isinstance(self._cache, TreeCache)
 
     def generate(
         self, request: Request, *, on_progress: Callable[[int], None] | None = None
@@ -127,18 +108,8 @@ class Session:
             )
         return Generation(self, request, on_progress)
 
-    def cycles(
-        self, request: Request, sampler: Sampler, tokens: list[int], max_tokens: int
-    ) -> Generator[Cycle, None, None]:
-        """Decode after `tokens`, where it is fastest: on the model's device, or from here."""
-        model, plan = self.model, request.plan
-        if isinstance(model, DeviceModel) and model.decodes(plan):
-            ends = sorted(self.tokenizer.eog)
-            return model.decode(self._cache, request.sampling, tokens, plan, max_tokens, ends)
-        return decode(model, self._cache, sampler, tokens, plan, max_tokens)
-
     def prepare(self, prompt: Sequence[int]) -> int:
-        """Rewind the cache to its longest useful prefix of `prompt`; return that length.
+        """Go back to the longest useful prefix of `prompt` that is held; return its length.
 
         At least the last prompt token is left to be processed, since its logits are needed.
         """
@@ -147,13 +118,22 @@ class Session:
             if held != wanted:
                 break
             common += 1
-        self.keep(prompt[:common])
-        return common
+        return self.keep(prompt[:common])
 
-    def keep(self, tokens: Sequence[int]) -> None:
-        """Rewind the cache to the rows of `tokens`, which must be the first ones that it holds."""
-        self._cache.truncate(min(len(tokens), self._cache.length))
-        self._held = list(tokens[: self._cache.length])
+    def keep(self, tokens: Sequence[int]) -> int:
+        """Go back to the rows of `tokens`, the first ones that the cache holds, or to as many of
+        them as it can go back to; returns how many that is."""
+        place = self._cache.checkpoint(min(len(tokens), self._cache.length))
+        self._cache.restore(place)
+        self._held = list(tokens[: place.length])
+        return int(place.length)
+
+
+#: Yields text, and segments for passes, of which it is sent what came.
+Work = Generator[str | list[Segment], Any, None]
+
+#: Yields choices, and segments for passes, of which it is sent what came.
+Tokens = Generator[Choice | list[Segment], Any, None]
 
 
 class Generation:
@@ -178,7 +158,11 @@ class Generation:
         self._started = self._first_token = self._ended = 0.0
         self._finish_reason = "cancelled"
         self.origin = Origin.PLAIN
-        self._pieces = self._run()
+        #: What ended it among others (`Together`); alone, errors are raised.
+        self.error: OrthrusError | None = None
+        self._logprobs: list[LogProbs] = []
+        self._work = self._run()
+        self._pieces = self._alone()
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -186,6 +170,38 @@ class Generation:
     def cancel(self) -> None:
         """End the generation where it is; text that was held back is dropped."""
         self._pieces.close()
+        self._work.close()
+
+    def advance(self, done: Done | None) -> tuple[list[str], list[Segment]]:
+        """Go on until a pass is needed: the text that came, and the segments to run (`Together`).
+
+        done: what came of the segments before, None at first. No segments: it has ended.
+        """
+        pieces: list[str] = []
+        try:
+            item = self._work.send(done)
+            while isinstance(item, str):
+                pieces.append(item)
+                item = next(self._work)
+        except StopIteration:
+            return pieces, []
+        return pieces, item
+
+    def _alone(self) -> Generator[str, None, None]:
+        """Text, with passes of its own."""
+        try:
+            item = next(self._work)
+            while True:
+                if isinstance(item, str):
+                    yield item
+                    item = next(self._work)
+                else:
+                    (done,) = run_together(self._session.model, [item])
+                    item = self._work.send(done)
+        except StopIteration:
+            return
+        finally:
+            self._work.close()
 
     @property
     def result(self) -> Result:
@@ -209,23 +225,14 @@ class Generation:
                 prompt_tokens=prompt - self._cached,
                 generated_tokens=max(len(self._output) - 1, 0),
             ),
+            logprobs=tuple(self._logprobs),
         )
 
-    def _run(self) -> Generator[str, None, None]:
+    def _run(self) -> Work:
         self._started = self._ended = time.perf_counter()
         try:
             with closing(self._tokens()) as tokens:
-                for token in tokens:
-                    self._output.append(token)
-                    if token in self._session.tokenizer.eog:
-                        self._finish_reason = "stop"
-                        break
-                    yield from self._show(self._decoder.push(token))
-                    if self._stop.hit is not None:
-                        self._finish_reason = "stop"
-                        break
-                else:
-                    self._finish_reason = "length"
+                yield from self._read(tokens)
             if self._stop.hit is None:
                 yield from self._show(self._decoder.flush())
                 yield from self._emit(self._stop.flush())
@@ -236,7 +243,31 @@ class Generation:
             self._session.keep((*self._request.prompt, *self._output)[:-1])
             self._ended = time.perf_counter()
 
-    def _tokens(self) -> Generator[int, None, None]:
+    def _read(self, tokens: Tokens) -> Work:
+        """Tokens → text, up to the first that ends it."""
+        done: Done | None = None
+        while True:
+            try:
+                item = tokens.send(done)
+            except StopIteration:
+                self._finish_reason = "length"
+                return
+            done = None
+            if isinstance(item, list):
+                done = yield item
+                continue
+            self._output.append(item.token)
+            if item.logprobs is not None:
+                self._logprobs.append(item.logprobs)
+            if item.token in self._session.tokenizer.eog:
+                self._finish_reason = "stop"
+                return
+            yield from self._show(self._decoder.push(item.token))
+            if self._stop.hit is not None:
+                self._finish_reason = "stop"
+                return
+
+    def _tokens(self) -> Tokens:
         """Output tokens one by one, whatever the strategy committed them in."""
         session, request = self._session, self._request
         room = session.n_ctx - len(request.prompt)
@@ -244,27 +275,80 @@ class Generation:
         if limit == 0:
             return
         self._cached = session.prepare(request.prompt)
-        cache, sampler = session._cache, Sampler(request.sampling)
-        logits = prefill(
-            session.model,
-            cache,
-            request.prompt,
-            batch=session.prompt_batch,
-            on_progress=self._on_progress,
+        sequence = TokenSequence(
+            session.model.config,
+            session._cache,
+            Sampler(request.sampling),
+            list(request.prompt),
+            request.top,
+            request.constraint,
         )
-        tokens = [*request.prompt, sampler.sample(logits, request.prompt)]
+        policy = request.policy
+        drafters = policy.drafters(session.model.config)
+        end = len(request.prompt) + limit
+        first = yield from prefill(
+            sequence, drafters, batch=session.prompt_batch, on_progress=self._on_progress
+        )
         self._first_token = time.perf_counter()
-        yield tokens[-1]
-        with closing(session.cycles(request, sampler, tokens, limit - 1)) as cycles:
-            for cycle in cycles:
-                self._cycles.append(cycle)
-                for token, self.origin in zip(cycle.tokens, origins(cycle), strict=True):
-                    yield token
+        yield first
+        while (most := end - len(sequence.tokens)) > 0:
+            cycle, choices = yield from run_cycle(sequence, policy, drafters, most)
+            self._cycles.append(cycle)
+            for choice, self.origin in zip(choices, origins(cycle), strict=True):
+                yield choice
 
-    def _show(self, text: str) -> Iterator[str]:
+    def _show(self, text: str) -> Work:
         yield from self._emit(self._stop.push(text))
 
-    def _emit(self, text: str) -> Iterator[str]:
+    def _emit(self, text: str) -> Work:
         if text:
             self._text.append(text)
             yield text
+
+
+class Together:
+    """Runs generations of sessions on one model side by side, all of them in every pass.
+
+    `join` at any time; one that has ended leaves, and so does one that failed
+    (`Generation.error`). What each says does not depend on the others.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._waiting: dict[Generation, list[Segment]] = {}
+        self._ready: list[tuple[Generation, str]] = []
+
+    def join(self, generation: Generation) -> None:
+        """Let it take part from the next pass on."""
+        self._advance(generation, None)
+
+    def leave(self, generation: Generation) -> None:
+        """Cancel a generation."""
+        self._waiting.pop(generation, None)
+        generation.cancel()
+
+    def __len__(self) -> int:
+        """Generations under way."""
+        return len(self._waiting)
+
+    def step(self) -> list[tuple[Generation, str]]:
+        """Run one pass; returns the text that came since the last call."""
+        if self._waiting:
+            members = list(self._waiting)
+            for generation, done in zip(
+                members, run_together(self._model, list(self._waiting.values())), strict=True
+            ):
+                self._advance(generation, done)
+        ready, self._ready = self._ready, []
+        return ready
+
+    def _advance(self, generation: Generation, done: Done | None) -> None:
+        self._waiting.pop(generation, None)
+        try:
+            pieces, segments = generation.advance(done)
+        except OrthrusError as error:
+            generation.error = error
+            return
+        self._ready += [(generation, piece) for piece in pieces]
+        if segments:
+            self._waiting[generation] = segments

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orthrus_gguf.decode import Cycle
+from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.drafting.policy import Cycle
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Statistics:
 
     offered, confirmed: per draft position (first after the anchor = index 0), in how many cycles
         it was proposed, and in how many it was accepted.
+    sources: per source of drafts, in the order of their first use, cycles that verified its drafts,
+        draft tokens verified and accepted.
     """
 
     prompt_tokens: int
@@ -29,6 +32,7 @@ class Statistics:
     forwards: int
     offered: tuple[int, ...]
     confirmed: tuple[int, ...]
+    sources: tuple[tuple[Source, int, int, int], ...] = ()
 
     @property
     def tokens_per_cycle(self) -> float | None:
@@ -60,6 +64,10 @@ class Statistics:
             "accepted": sum(self.confirmed),
             "acceptance": self.acceptance,
             "acceptance_by_position": list(self.acceptance_by_position),
+            "sources": {
+                source.name: {"cycles": cycles, "drafted": drafted, "accepted": accepted}
+                for source, cycles, drafted, accepted in self.sources
+            },
         }
 
 
@@ -102,4 +110,15 @@ def count(
         forwards=min(output_tokens, 1) + sum(len(c.passes) for c in cycles),
         offered=tuple(sum(len(c.drafts) > i for c in cycles) for i in range(widest)),
         confirmed=tuple(sum(c.accepted > i for c in cycles) for i in range(widest)),
+        sources=_by_source(cycles),
     )
+
+
+def _by_source(cycles: Sequence[Cycle]) -> tuple[tuple[Source, int, int, int], ...]:
+    found: dict[Source, list[int]] = {}
+    for cycle in cycles:
+        if cycle.source is not None:
+            counts = found.setdefault(cycle.source, [0, 0, 0])
+            for i, more in enumerate((1, len(cycle.drafts), cycle.accepted)):
+                counts[i] += more
+    return tuple((source, *counts) for source, counts in found.items())

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.carried_blocks import LAST, NEXT
 from orthrus_gguf.drafting.draft import Draft, Source
-from orthrus_gguf.drafting.policy import Cycle, prior_acceptance
+from orthrus_gguf.drafting.plan import prior_acceptance
+from orthrus_gguf.drafting.policy import Cycle
 
 #: Confidences are told apart in this many classes.
 CLASSES = 10
@@ -17,17 +20,11 @@ PRIOR_WEIGHT = 4.0
 #: What an observation counts for after one more cycle with drafts of its source (half: 34 cycles).
 MEMORY = 0.98
 
-#: Acceptance of each token of a draft that nothing is known about.
-UNKNOWN = {
-    Source.BLOCK: 0.7,
-    Source.NEXT: 0.7,
-    Source.LAST: 0.6,
-    Source.TAIL: 0.4,
-    Source.LOOKUP: 0.7,
-}
-
 #: Sources that are blocks, in a pass of their own or not.
-BLOCKS = (Source.BLOCK, Source.NEXT, Source.LAST)
+BLOCKS = (BLOCK, NEXT, LAST)
+
+#: How often a second choice is right where the first was refused, before anything is known.
+SECOND_IS_RIGHT = 0.2
 
 
 @dataclass
@@ -63,13 +60,21 @@ class Acceptance:
 
     def __init__(self, longest: int) -> None:
         """longest: positions to count; later ones count as the last."""
-        of_class = [prior_acceptance((i + 0.5) / CLASSES) for i in range(CLASSES)]
-        self._by_confidence = {source: _Counts(of_class) for source in Source}
-        self._by_position = {source: _Counts([UNKNOWN[source]] * longest) for source in Source}
+        self._longest = longest
+        self._of_class = [prior_acceptance((i + 0.5) / CLASSES) for i in range(CLASSES)]
+        self._by_confidence: dict[Source, _Counts] = {}
+        self._by_position: dict[Source, _Counts] = {}
+        self._seconds: dict[Source, _Counts] = {}
+
+    def _confidences(self, source: Source) -> _Counts:
+        return self._by_confidence.setdefault(source, _Counts(self._of_class))
+
+    def _positions(self, source: Source) -> _Counts:
+        return self._by_position.setdefault(source, _Counts([source.likely] * self._longest))
 
     def of_draft(self, draft: Draft, most: int) -> list[float]:
         """Per token of a draft at hand, for at most `most` tokens."""
-        counts = self._by_confidence[draft.source]
+        counts = self._confidences(draft.source)
         shares = [counts.share(i) for i in range(CLASSES)]
         return [shares[_class(value)] for value in draft.confidence[:most]]
 
@@ -78,9 +83,9 @@ class Acceptance:
 
         What little is known of one kind of block is filled up with what is known of all.
         """
-        counts = self._by_position[source]
+        counts = self._positions(source)
         if source in BLOCKS:
-            likeness = UNKNOWN[source] / UNKNOWN[Source.BLOCK]
+            likeness = source.likely / BLOCK.likely
             prior = [likeness * value for value in self._of_blocks(count)]
         else:
             prior = counts.prior[:count]
@@ -94,10 +99,10 @@ class Acceptance:
 
     def _of_blocks(self, count: int) -> list[float]:
         """Per position of a block of any kind."""
-        kinds = [self._by_position[source] for source in BLOCKS]
+        kinds = [self._positions(source) for source in BLOCKS]
         accepted = map(sum, zip(*(kind.accepted for kind in kinds), strict=True))
         offered = map(sum, zip(*(kind.offered for kind in kinds), strict=True))
-        unknown = PRIOR_WEIGHT * UNKNOWN[Source.BLOCK]
+        unknown = PRIOR_WEIGHT * BLOCK.likely
         return [
             (yes + unknown) / (all_ + PRIOR_WEIGHT)
             for yes, all_, _ in zip(accepted, offered, range(count), strict=False)
@@ -107,13 +112,24 @@ class Acceptance:
         """Count the verified drafts of a cycle, up to the first that was refused."""
         if not cycle.drafts:
             return
-        by_confidence = self._by_confidence[cycle.draft.source]
+        by_confidence = self._confidences(cycle.draft.source)
         by_confidence.forget(MEMORY)
-        reached = min(cycle.accepted + 1, len(cycle.drafts))
+        agreed = cycle.agreed
+        reached = min(agreed + 1, len(cycle.drafts))
         for i, value in enumerate(cycle.draft.confidence[:reached]):
-            by_confidence.add(_class(value), i < cycle.accepted)
-        if cycle.draft.source is Source.BLOCK:
-            self._expect(cycle.draft.source, [1.0] * cycle.accepted + [0.0], len(cycle.drafts))
+            by_confidence.add(_class(value), i < agreed)
+        if len(cycle.passes) > 1:  # a draft pass: whatever came of it was verified
+            self._expect(cycle.draft.source, [1.0] * agreed + [0.0], len(cycle.drafts))
+        if agreed < min(len(cycle.drafts), len(cycle.draft.second)):
+            counts = self._seconds.setdefault(cycle.draft.source, _Counts([SECOND_IS_RIGHT]))
+            counts.forget(MEMORY)
+            counts.add(0, cycle.draft.second[agreed][0] == cycle.tokens[agreed])
+
+    def second(self, source: Source) -> float:
+        """How often a second choice of this source is right where the first is refused; 0 for
+        sources that have shown none."""
+        counts = self._seconds.get(source)
+        return 0.0 if counts is None else counts.share(0)
 
     def foresee(self, draft: Draft) -> None:
         """Count what a draft at hand promises, whether it will be verified or not.
@@ -125,7 +141,7 @@ class Acceptance:
 
     def _expect(self, source: Source, accept: Sequence[float], most: int) -> None:
         """Count acceptance by position; each position by how likely it is to be reached."""
-        by_position = self._by_position[source]
+        by_position = self._positions(source)
         by_position.forget(MEMORY)
         last, reached = len(by_position.prior) - 1, 1.0
         for i, value in enumerate(accept[:most]):
@@ -134,7 +150,11 @@ class Acceptance:
 
     def relax(self, memory: float) -> None:
         """Forget a little of everything, so that what failed is tried again one day."""
-        for counts in (*self._by_confidence.values(), *self._by_position.values()):
+        for counts in (
+            *self._by_confidence.values(),
+            *self._by_position.values(),
+            *self._seconds.values(),
+        ):
             counts.forget(memory)
 
 

@@ -17,7 +17,8 @@ from typing import Any
 from orthrus_gguf import __version__
 from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
 from orthrus_gguf.drafting.policy import Pass
-from orthrus_gguf.runtime.protocol import Model, Segment, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Draw, Model, Segment, ar_segment, diffusion_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.this_machine import machine
 
 #: Rows of the passes that are timed, as far as time allows.
@@ -85,13 +86,12 @@ class _Timer:
 
     def seconds(self, ar_rows: int, diffusion_rows: int) -> float:
         """The fastest of two to five runs, as many as a twentieth of a second holds."""
-        start, segments = self._cache.length, self._segments(ar_rows, diffusion_rows)
+        segments = self._segments(ar_rows, diffusion_rows)
         best, began, runs = math.inf, self._clock(), 0
         while runs < 2 or (runs < 5 and self._clock() - began < 0.05):
             before = self._clock()
-            self._model.forward(segments, self._cache)
+            self._model.forward(segments)
             best = min(best, self._clock() - before)
-            self._cache.truncate(start)
             runs += 1
         return best
 
@@ -108,13 +108,20 @@ class _Timer:
         return slopes[0], slopes[1]
 
     def _move(self, context: int) -> None:
-        self._cache.append(context - self._cache.length)
+        self._cache.assume(context - self._cache.length)
 
     def _segments(self, ar_rows: int, diffusion_rows: int) -> list[Segment]:
-        start, mask = self._cache.length, self._model.config.mask_token
-        segments = [ar_segment([0] * ar_rows, start)] if ar_rows else []
+        cache, mask = self._cache, self._model.config.mask_token
+        history = [0] * (cache.length + 1)
+        sampler = Sampler(SamplingSettings(temperature=0))
+        segments = []
+        if ar_rows:
+            draw = Draw(sampler, history)
+            segments.append(ar_segment(cache, [0] * ar_rows, cache.length, draw=draw))
         if diffusion_rows and mask is not None:
-            segments.append(diffusion_segment(0, mask, diffusion_rows, start))
+            draw = Draw(sampler, history, detail=True)
+            block = diffusion_segment(cache, 0, mask, diffusion_rows, cache.length, draw=draw)
+            segments.append(block)
         return segments
 
 

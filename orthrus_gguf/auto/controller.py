@@ -1,9 +1,9 @@
 """The controller behind `--strategy auto`: what to do next, so that tokens come fastest.
 
 Everything is measured in expected tokens per second. From the cost of passes (`costs.py`) and the
-acceptance of drafts (`acceptance.py`) follows the going rate (`outlook.py`). A choice within a
-cycle is then worth its expected tokens less what its time would have brought at the going rate; the
-best choice wins. Plain decoding is always among them.
+acceptance of drafts (`acceptance.py`) follows the rate of steady decoding (`rate.py`). A choice
+within a cycle is then worth its expected tokens less what its time would have brought at that rate;
+the best choice wins. Plain decoding is always among them.
 
 Two accounts keep the promise "never slower than plain decoding": estimates may be wrong, so time
 lost to drafts, beside plain decoding by the same clock, may not exceed a small share of all time;
@@ -13,30 +13,38 @@ and what was given up is forgotten slowly, so that it is tried again when the te
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from orthrus_gguf.auto.acceptance import Acceptance, sums
-from orthrus_gguf.auto.carried_blocks import Riding, by_worth
+from orthrus_gguf.auto.carrying import Carrying, by_worth
 from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.auto.rate import (
     MARGIN,
-    NO_HEADS,
+    Drafting,
     Estimates,
     Floats,
-    Outlook,
+    Prospect,
     Values,
     best_width,
-    outlook,
+    prospect,
     values,
 )
-from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Guess, Hypothesis, Source, hypotheses
-from orthrus_gguf.drafting.policy import MAX_LOOKUP, Cycle, Pass, Plan, Strategy, block_rows
+from orthrus_gguf.drafting import registry
+from orthrus_gguf.drafting.carried_blocks import SOURCES, Guess, Hypothesis, hypotheses
+from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Drafter, DraftPass, Source
+from orthrus_gguf.drafting.plan import MOST_AT_HAND, block_rows
+from orthrus_gguf.drafting.policy import Cycle, Pass
+from orthrus_gguf.drafting.tree import Tree, best_first
+from orthrus_gguf.model.config import ModelConfig
 
-#: Blocks that ride in one pass at most.
+#: Blocks carried by one pass at most.
 MAX_BLOCKS = 8
+
+#: Draft tokens of a tree at most, and the probability that each must have at least.
+MOST_NODES, LEAST_NODE = 64, 0.01
 
 #: Time that drafts may lose against plain decoding: a share of all time, and at first as many
 #: single-row passes.
@@ -45,7 +53,7 @@ LOSS_SHARE, LOSS_CREDIT = 0.015, 2.0
 #: Weight of the newest cycle in what the host takes beside a pass.
 NEWEST_HOST = 0.1
 
-#: Going rate and tables of costs are computed anew after this many cycles.
+#: The rate and the tables of costs are computed anew after this many cycles.
 REFRESH = 8
 
 #: What statistics keep per cycle of plain decoding (half is gone after 140).
@@ -56,17 +64,16 @@ RELAX = 0.995
 #: would cost a tenth of that.
 IDLE = 128
 
-#: A lookup must promise this much more than its time, since what it takes on the host counts too.
-#: None are made where even a perfect one would not bring the second factor: where a row among many
-#: costs nearly what it costs alone.
-LOOKUP_MARGIN, LOOKUP_WORTH = 1.1, 1.3
+#: Drafters that take time on the host are not asked where even a perfect draft would not bring this
+#: factor: where a row among many costs nearly what it costs alone.
+PERFECT_MUST_BRING = 1.3
 
 
 @dataclass
 class Phase:
-    """Consecutive cycles under one outlook, for `--explain`."""
+    """Consecutive cycles under one prospect, for `--explain`."""
 
-    outlook: Outlook
+    prospect: Prospect
     cycles: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -74,15 +81,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class _Tables:
-    """verify: seconds of AR passes of 0, 1, ... rows at the current context. values: of choices at
-    the going rate. rider: draft tokens that blocks which ride along are to bring. mixed: seconds of
-    passes with both views, as far as they were asked for. idle: nothing pays but plain decoding,
-    and what costs no pass."""
+    """verify: seconds of AR passes of 0, 1, ... rows at the current context. steady: what is best
+    in the long run. values: of choices at its rate. carried: draft tokens that carried blocks are
+    to bring. mixed: seconds of passes with both views, as far as they were asked for. idle: nothing
+    pays but plain decoding, and what costs no pass."""
 
     verify: list[float]
-    going: Outlook
+    steady: Prospect
     values: Values
-    rider: int
+    carried: int
     context: int
     idle: bool
     mixed: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -91,79 +98,103 @@ class _Tables:
 class Controller:
     """A `Policy` that learns. Keep one per session, so that it goes on knowing what it learned."""
 
-    def __init__(self, costs: Costs, block_size: int | None, *, lookup: bool = True) -> None:
-        """block_size: of the diffusion heads; None without heads."""
-        self._lookup_wanted = lookup
+    def __init__(
+        self, costs: Costs, block_size: int | None, *, without: Iterable[str] = ()
+    ) -> None:
+        """block_size: of the diffusion heads; None without heads. without: drafters not to use."""
         self.phases: list[Phase] = []
+        self._names = set(registry.KINDS) - set(without)
         self._costs = costs
         self._block = block_size or 0
-        self._widest = max(self._block, MAX_LOOKUP if lookup else 0)
-        self._acceptance = Acceptance(max(self._widest, 1))
-        self._riding: Riding | None = None
+        self._widest = max(self._block, MOST_AT_HAND)
+        self._acceptance = Acceptance(self._widest)
+        self._passes: dict[Source, DraftPass] = {}
+        self._carrying: Carrying | None = None
         self._added = 0.0
         self._lost = self._elapsed = self._host = 0.0
         self._tables: _Tables | None = None
         self._age = 0
         self._idle_cycles, self._idle_seconds = 0, 0.0
 
-    @property
-    def lookup(self) -> bool:
-        """Whether looking up can pay here."""
-        if not self._lookup_wanted:
-            return False
+    def drafters(self, config: ModelConfig) -> list[Drafter]:
         verify = self._current(0).verify
         best = max((rows * verify[1]) / verify[rows] for rows in range(2, len(verify)))
-        return best >= LOOKUP_WORTH
+        names = {
+            name
+            for name in self._names
+            if registry.KINDS[name].margin <= 1 or best >= PERFECT_MUST_BRING
+        }
+        return registry.make_drafters(config, names)
 
-    def choose(self, offers: Sequence[Draft], room: int, context: int) -> Draft | int:
+    def choose(
+        self, drafts: Sequence[Draft], passes: Sequence[DraftPass], room: int, context: int
+    ) -> Draft | DraftPass:
+        for offer in passes:
+            if offer.source not in self._passes:
+                self._passes[offer.source] = offer
+                self._tables = None
         tables = self._current(context)
-        if tables.idle and not offers:
+        if tables.idle and not drafts:
             return NO_DRAFT
-        rate, worth = tables.going.rate, tables.values
-        for offer in offers:
-            self._acceptance.foresee(offer)
+        for draft in drafts:
+            self._acceptance.foresee(draft)
         if room == 0 or self._overdrawn(tables):
             return NO_DRAFT
-        best: Draft | int = NO_DRAFT
+        worth = tables.values
+        best: Draft | DraftPass = NO_DRAFT
         value = max(worth.plain + MARGIN - 1, worth.lead)
-        for offer in offers:
-            accept = self._acceptance.of_draft(offer, min(room, self._widest))
-            charge = rate * (LOOKUP_MARGIN if offer.source is Source.LOOKUP else 1.0)
-            expected = sums(accept)[: self._most(tables) + 1]
-            offered = max(n + 1 - charge * tables.verify[i + 1] for i, n in enumerate(expected))
-            # A refused draft is no loss where a block rides along on that guess.
-            offered += max(worth.onward, (1 - accept[0]) * worth.gain[Guess.LAST] - worth.rider)
+        for draft in drafts:
+            offered = self._worth_of(draft, tables, room)
             if offered > value:
-                best, value = offer, offered
-        if self._block and worth.drafting > value:
-            best = min(worth.width, room) + 1
+                best, value = draft, offered
+        if worth.drafting > value:
+            for offer in passes:
+                if offer.source == worth.source:
+                    best = replace(offer, width=min(worth.width, room))
         return best
+
+    def _worth_of(self, draft: Draft, tables: _Tables, room: int) -> float:
+        """Tokens that a draft at hand is worth."""
+        worth = tables.values
+        charge = tables.steady.rate * draft.source.margin
+        accept = self._acceptance.of_draft(draft, min(room, self._widest))
+        expected = sums(accept)[: self._most(tables) + 1]
+        offered = max(n + 1 - charge * tables.verify[i + 1] for i, n in enumerate(expected))
+        # A refused draft is no loss where a carried block has taken that guess.
+        return offered + max(worth.onward, (1 - accept[0]) * worth.gain[Guess.LAST] - worth.block)
 
     def shape(
         self, draft: Draft, anchor: int, room: int, context: int
-    ) -> tuple[int, Sequence[Hypothesis]]:
+    ) -> tuple[Tree, Sequence[Hypothesis]]:
         tables = self._current(context)
-        if tables.idle and not draft.tokens:
-            return 0, ()
-        rate = tables.going.rate
-        accept = self._acceptance.of_draft(draft, min(room, self._widest))
-        expected = sums(accept)[: self._most(tables) + 1]
-        worth = [n - rate * tables.verify[i + 1] for i, n in enumerate(expected)]
-        width = max(range(len(worth)), key=worth.__getitem__)
         self._added = 0.0
-        if not self._block or self._overdrawn(tables):
-            return width, ()
-        return width, self._choose_riders(tables, draft, anchor, width, room)
-
-    def steady(self, context: int) -> Plan:
-        tables = self._current(context)
-        plain = Plan(Strategy.AR, 0)
-        return plain if self._overdrawn(tables) else replace(tables.going.plan, lookup=False)
+        if tables.idle and not draft.tokens:
+            return Tree(()), ()
+        rate, most = tables.steady.rate, self._most(tables)
+        accept = self._acceptance.of_draft(draft, min(room, self._widest))
+        chain = _worths(sums(accept)[: most + 1], rate, tables.verify)
+        width = max(range(len(chain)), key=chain.__getitem__)
+        guesses: list[Hypothesis] = []
+        value = chain[width]
+        if self._block and not self._overdrawn(tables):
+            guesses, added = self._carry(tables, draft, anchor, width, room)
+            value += added
+        if draft.second and most > 1:
+            branches = best_first(
+                accept, draft.second_shares(len(accept)), min(most, MOST_NODES), LEAST_NODE
+            )
+            reached = [0.0, *np.cumsum(branches.probabilities).tolist()]
+            tree = _worths(reached, rate, tables.verify)
+            nodes = max(range(len(tree)), key=tree.__getitem__)
+            if tree[nodes] > value:
+                self._added = 0.0
+                return draft.tree(branches, nodes), ()
+        return Tree(draft.tokens[:width]), guesses
 
     def observe(self, cycle: Cycle) -> None:
         tables = self._current(cycle.start)
         self._elapsed += cycle.seconds
-        self._record(tables.going, cycle)
+        self._record(tables.steady, cycle)
         if tables.idle and not cycle.drafts and len(cycle.passes) == 1:
             (done,) = cycle.passes
             self._host += NEWEST_HOST * (cycle.seconds - done.seconds - self._host)
@@ -188,24 +219,24 @@ class Controller:
             self._costs.observe(done)
         if not cycle.drafts:
             self._acceptance.relax(RELAX)
-        elif self._riding is not None and cycle.guesses:
-            self._riding.observe(cycle, self._added)
+        elif self._carrying is not None and cycle.guesses:
+            self._carrying.observe(cycle, self._added)
         if len(cycle.passes) > 1 or cycle.drafts or cycle.guesses:
             plain = tables.verify[1] + self._host
             self._lost += cycle.seconds - len(cycle.tokens) * plain
         self._age += 1
 
-    def _first_riding(self, context: int) -> Riding:
-        """What is taken to be usual before any block has ridden: two blocks of half the size."""
+    def _first_carrying(self, context: int) -> Carrying:
+        """What is taken to be usual before any block was carried: two blocks of half the size."""
         rows = max(self._block // 4, 1)
         more = self._costs.seconds(rows, self._block, context)
         more -= self._costs.seconds(rows, 0, context)
-        return Riding(float(rows), 2.0, more)
+        return Carrying(float(rows), 2.0, more)
 
-    def _record(self, going: Outlook, cycle: Cycle) -> None:
+    def _record(self, steady: Prospect, cycle: Cycle) -> None:
         phase = self.phases[-1] if self.phases else None
-        if phase is None or (phase.outlook is not going and phase.outlook.plan != going.plan):
-            phase = Phase(going)
+        if phase is None or (phase.prospect is not steady and phase.prospect.plan != steady.plan):
+            phase = Phase(steady)
             self.phases.append(phase)
         phase.cycles += 1
         phase.tokens += len(cycle.tokens)
@@ -224,18 +255,17 @@ class Controller:
     def _overdrawn(self, tables: _Tables) -> bool:
         return self._credit(tables) < 0
 
-    def _choose_riders(
+    def _carry(
         self, tables: _Tables, draft: Draft, anchor: int, width: int, room: int
-    ) -> list[Hypothesis]:
-        """Blocks that are worth their rows, the most promising first."""
+    ) -> tuple[list[Hypothesis], float]:
+        """Blocks that are worth their rows, the most promising first, and what they are worth."""
         accept = self._acceptance.of_draft(draft, width + 1)
         last, next_ = tables.values.gain[Guess.LAST], tables.values.gain[Guess.NEXT]
         alone, most = tables.verify[width + 1], self._credit(tables)
         chosen: list[Hypothesis] = []
         rows, tokens, best, count = 0, 0.0, 0.0, 0
-        self._added = 0.0
         for guess, more in by_worth(hypotheses(draft, width, accept, anchor), last, next_):
-            size = min(block_rows(guess, tables.rider, room), self._block)
+            size = min(block_rows(guess, tables.carried, room), self._block)
             if size == 0:
                 continue
             rows, tokens = rows + size, tokens + more
@@ -244,10 +274,10 @@ class Controller:
                 break
             chosen.append(replace(guess, rows=size))
             # The first block of a pass is dear, more are cheap: the best number of them counts.
-            if tokens - tables.going.rate * seconds > best:
-                best, count = tokens - tables.going.rate * seconds, len(chosen)
+            if tokens - tables.steady.rate * seconds > best:
+                best, count = tokens - tables.steady.rate * seconds, len(chosen)
                 self._added = seconds
-        return chosen[:count]
+        return chosen[:count], best
 
     def _pass_seconds(self, tables: _Tables, ar_rows: int, diffusion_rows: int) -> float:
         """The cost of a pass at the context of `tables`."""
@@ -262,48 +292,61 @@ class Controller:
         return self._tables
 
     def _refresh(self, context: int) -> _Tables:
-        """Costs and acceptance now → the going rate, and the worth of choices."""
+        """Costs and acceptance now → the rate, and the worth of choices."""
         seconds, block = self._costs.seconds, self._block
-        rows = range(1, self._widest + 2)
+        rows = range(1, max(self._widest, MOST_NODES) + 2)
         # More rows never cost less, whatever was measured.
         verify = np.maximum.accumulate([0.0, *(seconds(count, 0, context) for count in rows)])
-        if not block:
-            plain = Outlook(Plan(Strategy.AR, 0, lookup=self._lookup_wanted), 1 / verify[1])
-            return _Tables(verify.tolist(), plain, NO_HEADS, 0, context, idle=True)
-        riding = self._riding = self._riding or self._first_riding(context)
-        carried = {
-            Guess.LAST: np.array(self._expected(Source.LAST)),
-            Guess.NEXT: np.array(self._expected(Source.NEXT)),
-        }
-        width = self._rider_width(riding, carried, verify, context)
-        drafted = [min(count + 1, block) for count in range(1, block + 1)]
+        carried: dict[Guess, Floats] = {guess: np.zeros(0) for guess in Guess}
+        hits, width, lead, blocks, added = dict.fromkeys(Guess, 0.0), 0, 0.0, 1, 0.0
+        if block:
+            carrying = self._carrying = self._carrying or self._first_carrying(context)
+            hits, blocks, added = carrying.hits, max(round(carrying.blocks), 1), carrying.seconds
+            carried = {guess: np.array(self._expected(SOURCES[guess])) for guess in Guess}
+            width = self._carried_width(carrying, carried, verify, context)
+            lead = seconds(1, min(width + 2, block), context) - float(verify[1])
         estimates = Estimates(
             verify=verify,
-            draft=np.array([0.0, *(seconds(0, count, context) for count in drafted)]),
-            lead=seconds(1, min(width + 2, block), context) - verify[1],
-            block=np.array(self._expected(Source.BLOCK)),
+            lead=lead,
+            passes={
+                source: self._drafting(offer, context) for source, offer in self._passes.items()
+            },
             carried={guess: n[: width + 1] for guess, n in carried.items()},
-            hits=riding.hits,
-            riding=riding.seconds,
+            hits=hits,
+            carrying=added,
         )
-        going = outlook(
-            estimates, blocks=max(round(riding.blocks), 1), width=width, lookup=self._lookup_wanted
-        )
-        worth = values(estimates, going.rate)
+        steady = prospect(estimates, blocks=blocks, width=width)
+        worth = values(estimates, steady.rate)
         idle = max(worth.drafting, worth.lead) <= worth.plain + MARGIN - 1
-        return _Tables(verify.tolist(), going, worth, width, context, idle)
+        return _Tables(verify.tolist(), steady, worth, width, context, idle)
+
+    def _drafting(self, offer: DraftPass, context: int) -> Drafting:
+        """What a kind of draft pass promises now."""
+        accept = self._acceptance.of_source(offer.source, offer.most)
+        second = [self._acceptance.second(offer.source)] * len(accept)
+        branches = best_first(accept, second, MOST_NODES, LEAST_NODE)
+        widths = np.maximum.accumulate(np.array(branches.depths, np.int64) + 1)
+        of_width = [
+            self._costs.seconds(0, offer.rows(width), context) for width in range(1, offer.most + 1)
+        ]
+        return Drafting(np.cumsum(branches.probabilities), widths, np.array(of_width)[widths - 1])
 
     def _expected(self, source: Source) -> list[float]:
         return sums(self._acceptance.of_source(source, self._block))
 
-    def _rider_width(
-        self, riding: Riding, carried: Mapping[Guess, Floats], verify: Floats, context: int
+    def _carried_width(
+        self, carrying: Carrying, carried: Mapping[Guess, Floats], verify: Floats, context: int
     ) -> int:
-        """See `best_width`; at the going rate that was found last."""
-        rows, blocks = round(riding.rows), max(riding.blocks, 1.0)
-        rate = self._tables.going.rate if self._tables is not None else 1 / float(verify[1])
+        """See `best_width`; at the rate that was found last."""
+        rows, blocks = round(carrying.rows), max(carrying.blocks, 1.0)
+        rate = self._tables.steady.rate if self._tables is not None else 1 / float(verify[1])
 
         def seconds(width: int) -> float:
             return self._costs.seconds(rows, round(blocks * (width + 1)), context)
 
-        return best_width(carried, riding.hits, verify, rate, seconds)
+        return best_width(carried, carrying.hits, verify, rate, seconds)
+
+
+def _worths(tokens: Sequence[float], rate: float, verify: Sequence[float]) -> list[float]:
+    """What verifying 0, 1, ... draft tokens is worth, if so many of them will be accepted."""
+    return [n - rate * verify[i + 1] for i, n in enumerate(tokens)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -87,9 +86,10 @@ class RunningCosts:
 
     def observe(self, done: Pass) -> None:
         """Move the correction of passes of one row, or of more, towards what this one took."""
-        expected = self.curve.at(done.ar_rows, done.diffusion_rows, done.context)
+        ar_rows = done.ar_rows + done.company
+        expected = self.curve.at(ar_rows, done.diffusion_rows, done.context)
         ratio = done.seconds / expected if expected > 0 else 1.0
-        large = done.ar_rows + done.diffusion_rows > 1
+        large = ar_rows + done.diffusion_rows > 1
         scale = self._large if large else self._small
         # One pass that was held up (another program, a page fault) must not change the plan.
         ratio = min(max(ratio, scale / 2), scale * 2)
@@ -114,9 +114,3 @@ def proportional(seconds: float) -> CostCurve:
     Large models on a CPU come near it, and it errs on the side of plain decoding.
     """
     return CostCurve((1,), (seconds,), 0, (0.0, 0.0))
-
-
-def table(costs: Costs, most: int, context: int, *, draft: bool) -> list[float]:
-    """Seconds of passes of 0 .. most rows of one view."""
-    rows: Sequence[int] = range(1, most + 1)
-    return [0.0, *(costs.seconds(0 if draft else n, n if draft else 0, context) for n in rows)]

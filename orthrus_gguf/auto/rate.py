@@ -1,10 +1,10 @@
-"""What steady decoding would bring: from costs and acceptance to a going rate.
+"""What steady decoding would bring: from costs and acceptance to a rate of tokens per second.
 
 Cycles differ in what they start with. Some have a draft that a block of the pass before left; the
-others must draft first, decode plainly, or decode plainly with a block alongside. The *going rate*
-g, in tokens per second, is the one at which the best of these three is worth nothing: its tokens
-equal what its time brings at g. A draft at hand is then worth its *gain*. (This is the average
-reward of a semi-Markov process, solved for its two states.)
+others must draft first, decode plainly, or decode plainly with a block alongside. The *rate* g that
+is solved for, in tokens per second, is the one at which the best of these three is worth nothing:
+its tokens equal what its time brings at g. A draft at hand is then worth its *gain*. (This is the
+average reward of a semi-Markov process, solved for its two states.)
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orthrus_gguf.drafting.draft import Guess
-from orthrus_gguf.drafting.policy import Plan, Strategy
+from orthrus_gguf.drafting.carried_blocks import Guess
+from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.drafting.plan import PLAIN, Plan, Strategy
 
 Floats = NDArray[np.float64]
 
@@ -25,95 +26,121 @@ MARGIN = 1.02
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """A steady strategy and what it promises, in tokens per second."""
+class Prospect:
+    """A steady strategy and what it promises, in tokens per second.
+
+    source: of its draft passes, None where it has none.
+    """
 
     plan: Plan
     rate: float
+    source: Source | None = None
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What trees of 1, 2, ... draft tokens from one kind of draft pass promise.
+
+    tokens: how many of them will be accepted. widths: how deep the tree goes, equally the tokens
+    that the pass must bring. seconds: of that pass.
+    """
+
+    tokens: Floats
+    widths: NDArray[np.int64]
+    seconds: Floats
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """Everything that an outlook follows from.
+    """Everything that a prospect follows from.
 
-    verify: seconds of AR passes of 0 (none), 1, ... rows; draft: of blocks that bring 0 (none), 1,
-        ... draft tokens; lead: that a block adds to an AR pass of one row.
-    block: tokens that will be accepted of drafts of 0, 1, ... tokens, from draft passes; carried:
-        the same by guess, from blocks that ride in verify passes.
-    hits, riding: the share of cycles that such blocks serve, by guess, and the seconds they add.
+    verify: seconds of AR passes of 0 (none), 1, ... rows; lead: that a block adds to an AR pass of
+        one row. passes: by source, what draft passes promise.
+    carried: tokens that will be accepted of drafts of 0, 1, ... tokens from carried blocks, by
+        guess. hits, carrying: the share of cycles that such blocks serve, by guess, and the seconds
+        they add.
     """
 
     verify: Floats
-    draft: Floats
     lead: float
-    block: Floats
+    passes: Mapping[Source, Drafting]
     carried: Mapping[Guess, Floats]
     hits: Mapping[Guess, float]
-    riding: float
+    carrying: float
 
 
 @dataclass(frozen=True)
 class Values:
-    """Worth at a going rate, in tokens.
+    """Worth at a rate, in tokens.
 
     plain, lead, drafting: of a cycle without a draft, done plainly, with a block alongside, after a
-        draft pass of `width` tokens.
-    gain: of a draft at hand, by the guess that led to it. onward: of the blocks that ride in a
-        cycle, less their time. rider: of the time of one block.
+        draft pass of `source` for `width` tokens, of which `nodes` are verified as a tree.
+    gain: of a draft at hand, by the guess that led to it. onward: of the blocks carried in a cycle,
+        less their time. block: of the time of one block.
     """
 
     plain: float
     lead: float
     drafting: float
+    source: Source | None
     width: int
+    nodes: int
     gain: Mapping[Guess, float]
     onward: float
-    rider: float
-
-
-#: Without diffusion heads, lookups are weighed against plain decoding, and that is all.
-NO_HEADS = Values(0.0, float("-inf"), float("-inf"), 0, dict.fromkeys(Guess, 0.0), 0.0, 0.0)
+    block: float
 
 
 def values(estimates: Estimates, rate: float) -> Values:
     """See `Values`."""
     e = estimates
-    times = rate * e.verify[1 : len(e.block) + 1]
-    alone = {guess: float(np.max(n + 1 - times[: len(n)])) for guess, n in e.carried.items()}
+    times = rate * e.verify[1:]
+    # A carried block that promises nothing may as well be ignored: the cycle is then a plain one.
+    alone = {
+        guess: float(np.max(n + 1 - times[: len(n)], initial=-np.inf))
+        for guess, n in e.carried.items()
+    }
     promised = sum(e.hits[guess] * max(alone[guess], 0.0) for guess in Guess)
     # A block that comes true makes way for the next one, and so on: a geometric series.
-    onward = max(promised - rate * e.riding, 0.0) / max(1 - sum(e.hits.values()), 0.05)
-    drafting = e.block[1:] + 1 - times[1:] - rate * e.draft[1:]
-    width = int(np.argmax(drafting)) + 1
+    onward = max(promised - rate * e.carrying, 0.0) / max(1 - sum(e.hits.values()), 0.05)
     gain = {guess: value + onward for guess, value in alone.items()}
     plain = 1 - rate * float(e.verify[1])
+    drafting, source, width, nodes = -np.inf, None, 0, 0
+    for candidate, d in e.passes.items():
+        worth = d.tokens + 1 - times[1 : len(d.tokens) + 1] - rate * d.seconds
+        best = int(np.argmax(worth)) if len(worth) else -1
+        if best >= 0 and worth[best] > drafting:
+            drafting, source = float(worth[best]), candidate
+            width, nodes = int(d.widths[best]), best + 1
     return Values(
         plain=plain,
         lead=plain - rate * e.lead + gain[Guess.LAST],
-        drafting=float(drafting[width - 1]) + onward,
+        drafting=drafting + onward,
+        source=source,
         width=width,
+        nodes=nodes,
         gain=gain,
         onward=onward,
-        rider=rate * e.lead,
+        block=rate * e.lead,
     )
 
 
-def outlook(estimates: Estimates, *, blocks: int, width: int, lookup: bool) -> Outlook:
-    """The going rate, and the strategy that promises it. blocks, width: of blocks that ride along,
-    as they have been."""
+def prospect(estimates: Estimates, *, blocks: int, width: int) -> Prospect:
+    """The rate, and the strategy that promises it. blocks, width: of carried blocks, as they have
+    been."""
     plain = 1 / float(estimates.verify[1])
 
     def surplus(rate: float) -> float:
         found = values(estimates, rate)
         return max(found.lead, found.drafting)
 
-    rate = _root(surplus, plain, plain * (len(estimates.block) + 1))
+    rate = _root(surplus, plain, plain * len(estimates.verify))
     if rate < MARGIN * plain:
-        return Outlook(Plan(Strategy.AR, 0, lookup=lookup), plain)
+        return Prospect(PLAIN, plain)
     found = values(estimates, rate)
     if found.onward > 0 or found.lead > found.drafting:
-        return Outlook(Plan(Strategy.FUSED, width, blocks, lookup=lookup), rate)
-    return Outlook(Plan(Strategy.TWO_PASS, found.width, lookup=lookup), rate)
+        return Prospect(Plan(Strategy.FUSED, width, blocks), rate, found.source)
+    tree = found.nodes if found.nodes > found.width else 0
+    return Prospect(Plan(Strategy.TWO_PASS, found.width, tree=tree), rate, found.source)
 
 
 def _root(falling: Callable[[float], float], low: float, high: float) -> float:
@@ -134,11 +161,11 @@ def best_width(
     hits: Mapping[Guess, float],
     verify: Floats,
     rate: float,
-    riding: Callable[[int], float],
+    carrying: Callable[[int], float],
 ) -> int:
-    """Draft tokens that blocks which ride along had best bring.
+    """Draft tokens that carried blocks had best bring.
 
-    carried: as in `Estimates`. riding: seconds of passes whose blocks bring so many.
+    carried: as in `Estimates`. carrying: seconds of passes whose blocks bring so many.
     """
     length = len(carried[Guess.NEXT])
     best = np.zeros(length)
@@ -146,4 +173,4 @@ def best_width(
         best += hits[guess] * np.maximum.accumulate(n + 1 - rate * verify[1 : length + 1])
     # The optimum is flat: eight or so widths are enough.
     widths = range(min(3, length - 1), length, max((length - 1) // 8, 1))
-    return max(widths, key=lambda width: float(best[width]) - rate * riding(width))
+    return max(widths, key=lambda width: float(best[width]) - rate * carrying(width))

@@ -9,24 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthrus_gguf.drafting.draft import Draft, Source
+from orthrus_gguf.drafting.draft import Draft, Results, Source
+from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.model.config import ModelConfig
+
+LOOKUP = Source("lookup", "look-up", "#D55E00", 0.7, margin=1.1)
 
 #: Tokens that must agree, the longer match first; shorter ones would mostly be chance.
 LENGTHS = (6, 3)
 
 
-class LookupIndex:
+class LookupDrafter:
     """Where runs of 6 and of 3 tokens last ended, for one growing list of tokens.
 
     Made for microseconds per token: on a small model, plain decoding takes only hundreds.
     """
 
-    def __init__(self) -> None:
+    taps = ()
+
+    def __init__(self, config: ModelConfig) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
-    def draft(self, tokens: Sequence[int], most: int) -> Draft | None:
-        """Up to `most` tokens that followed the longest known run that `tokens` end with.
+    def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:
+        """Up to `room` tokens that followed the longest known run that `tokens` end with.
 
         `tokens` must extend the list of the call before. The confidence of a lookup is what the
         length of its match suggests; statistics correct it.
@@ -34,13 +40,16 @@ class LookupIndex:
         self._extend(tokens)
         for length in LENGTHS:
             end = self._ends.get(tuple(tokens[-length:]))
-            if end is not None and most > 0:
-                found = tuple(tokens[end : end + most])
-                # Where the text repeats with a period shorter than `most`, it is unrolled.
-                while len(found) < most:
-                    found += tuple(tokens[end:])[: most - len(found)]
-                return Draft(Source.LOOKUP, found, (1 - 0.5 ** (length - 1),) * len(found))
-        return None
+            if end is not None:
+                found = tuple(tokens[end : end + room])
+                # Where the text repeats with a period shorter than `room`, it is unrolled.
+                while len(found) < room:
+                    found += tuple(tokens[end:])[: room - len(found)]
+                return (Draft(LOOKUP, found, (1 - 0.5 ** (length - 1),) * len(found)),)
+        return ()
+
+    def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
+        """Tokens are indexed when a draft is wanted."""
 
     def _extend(self, tokens: Sequence[int]) -> None:
         # The run that ends the list is left out: it would find itself.

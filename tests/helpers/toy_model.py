@@ -11,8 +11,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.config import ModelConfig, Rope
-from orthrus_gguf.runtime.protocol import Logits, Segment, View, check_path, check_segments, path_to
+from orthrus_gguf.runtime.drawing import draw_choices
+from orthrus_gguf.runtime.protocol import (
+    Checkpoint,
+    Choices,
+    Logits,
+    Segment,
+    View,
+    check_segments,
+    path_to,
+)
+from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 VOCAB, MASK, BLOCK = 64, 63, 8
 
@@ -61,8 +72,8 @@ def one_hot(token: int, height: float = 99) -> Logits:
 class ToyCache:
     def __init__(self, capacity: int) -> None:
         self.tokens: list[int] = []
-        self.tree: Segment | None = None
-        #: What `fit_tree` says at most.
+        self.pending: Segment | None = None
+        #: What `fit` says at most.
         self.tree_room = 1000
         self._capacity = capacity
 
@@ -74,24 +85,28 @@ class ToyCache:
     def capacity(self) -> int:
         return self._capacity
 
-    def truncate(self, length: int) -> None:
-        assert length <= self.length
-        del self.tokens[length:]
-        self.tree = None
+    def commit(self, rows: Sequence[int]) -> None:
+        assert self.pending is not None
+        segment, rows = self.pending, list(rows)
+        parents = segment.parents or range(-1, len(segment) - 1)
+        assert not rows or rows == path_to(rows[-1], parents)
+        self.tokens += [segment.tokens[row] for row in rows]
+        self.pending = None
 
-    def append(self, rows: int) -> None:
-        self.tokens += [0] * rows
-        self.tree = None
+    def checkpoint(self, length: int | None = None) -> Checkpoint:
+        return Checkpoint(self.length if length is None else length)
 
-    def fit_tree(self, parents: Sequence[int]) -> int:
+    def restore(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.length <= self.length
+        del self.tokens[checkpoint.length :]
+        self.pending = None
+
+    def fit(self, parents: Sequence[int]) -> int:
         return min(len(parents), self.tree_room)
 
-    def keep_path(self, rows: Sequence[int]) -> None:
-        assert self.tree is not None
-        assert self.tree.parents is not None
-        check_path(rows, self.tree.parents)
-        self.tokens += [self.tree.tokens[row] for row in rows]
-        self.tree = None
+    def assume(self, rows: int) -> None:
+        self.tokens += [0] * rows
+        self.pending = None
 
 
 class ToyModel:
@@ -119,26 +134,51 @@ class ToyModel:
     def new_cache(self, capacity: int) -> ToyCache:
         return ToyCache(capacity)
 
-    def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
-        check_segments(segments, cache)
-        self.forwards += 1
-        cache.tree = None
-        return [self._segment(segment, cache) for segment in segments]
+    def sequence(
+        self, tokens: Sequence[int], sampling: SamplingSettings, capacity: int = 10_000
+    ) -> TokenSequence:
+        """A sequence on a cache of its own."""
+        return TokenSequence(
+            self.config, self.new_cache(capacity), Sampler(sampling), list(tokens)
+        )
 
-    def _segment(self, segment: Segment, cache: ToyCache) -> Logits:
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        logits = self.logits(segments)
+        taps = [
+            np.array([[[t] * self.config.n_embd for t in s.tokens]] * len(s.taps), np.float32)
+            if s.taps
+            else None
+            for s in segments
+        ]
+        return [
+            Choices(draw_choices(segment, rows), planes)
+            for segment, rows, planes in zip(segments, logits, taps, strict=True)
+        ]
+
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        check_segments(segments)
+        self.forwards += 1
+        for segment in segments:
+            segment.cache.pending = None  # type: ignore[attr-defined]
+        return [self._segment(segment) for segment in segments]
+
+    def _segment(self, segment: Segment) -> Logits:
         rows = []
-        if segment.parents is not None:
-            cache.tree = segment
+        cache = segment.cache
+        assert isinstance(cache, ToyCache)
+        if segment.view is View.AR:
+            cache.pending = segment
+            parents = segment.parents or range(-1, len(segment) - 1)
             for row in range(len(segment)):
-                path = [segment.tokens[i] for i in path_to(row, segment.parents)]
+                path = [segment.tokens[i] for i in path_to(row, parents)]
                 rows.append(self.ar_logits([*cache.tokens, *path]))
-        elif segment.view is View.AR:
-            for token in segment.tokens:
-                cache.tokens.append(token)
-                rows.append(self.ar_logits(cache.tokens))
         else:
             assert segment.tokens[1:] == (MASK,) * (len(segment) - 1)
-            prefix = [*cache.tokens[: segment.start], segment.tokens[0]]
+            held = list(cache.tokens)
+            if cache.pending is not None:
+                held += cache.pending.tokens
+            prefix = [*held[: segment.start], segment.tokens[0]]
             rows = [one_hot(t, self.sureness) for t in self.drafter(prefix, len(segment))]
         wanted = [rows[i] for i in segment.wanted]
         return np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
+

@@ -1,4 +1,4 @@
-"""Blocks that ride in verify passes: which guesses to carry, and how such blocks have fared."""
+"""Blocks carried by verify passes: which guesses to carry, and how such blocks have fared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from orthrus_gguf.drafting.draft import Guess, Hypothesis
+from orthrus_gguf.drafting.carried_blocks import Guess, Hypothesis
 from orthrus_gguf.drafting.policy import Cycle
 
 #: Weight of the newest cycle.
@@ -20,7 +20,7 @@ LEAST = 0.005
 
 
 @dataclass
-class Riding:
+class Carrying:
     """Running means over the cycles that verified a draft and carried blocks.
 
     rows: verified. blocks: carried. seconds: that they added. hits: by guess, the share of cycles
@@ -34,12 +34,7 @@ class Riding:
 
     def observe(self, cycle: Cycle, seconds: float) -> None:
         """Learn from a cycle, whose blocks added `seconds`."""
-        true = {
-            guess.guess
-            for guess in cycle.guesses
-            if guess.accepted == cycle.accepted
-            and (guess.guess is Guess.LAST or guess.anchor == cycle.tokens[-1])
-        }
+        true = {guess.guess for guess in cycle.guesses if guess.is_true(cycle)}
         best = Guess.NEXT if Guess.NEXT in true else Guess.LAST if true else None
         for guess in Guess:
             self.hits[guess] += NEWEST * ((guess is best) - self.hits[guess])

@@ -1,0 +1,132 @@
+"""Carried blocks: drafted together with their verification, on guesses at its outcome.
+
+A block may ride in a verify pass and draft the next cycle. What it is anchored at is a guess: one
+that comes true has drafted in the place where an ordinary draft pass would have, and the others are
+thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.draft import Draft, Results, Source, read_draft
+from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.drafting.tree import Tree
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.protocol import Choices, Segment
+
+LAST = Source("carried A", "carried, guess A", "#E69F00", 0.6)
+NEXT = Source("carried B", "carried, guess B", "#009E73", 0.7)
+
+
+class Guess(Enum):
+    """What a carried block is anchored at.
+
+    LAST (A): the last accepted draft, so that its row 0 names the correction. NEXT (B): the next
+    anchor itself, guessed.
+    """
+
+    LAST = "A"
+    NEXT = "B"
+
+
+SOURCES = {Guess.LAST: LAST, Guess.NEXT: NEXT}
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A block drafted on the guess that exactly `accepted` drafts will be accepted.
+
+    anchor: the token of its first row. probability: that the guess comes true, as far as the draft
+    can tell. rows: size of the block.
+    """
+
+    guess: Guess
+    accepted: int
+    anchor: int
+    probability: float
+    rows: int = 0
+
+    def segment(self, sequence: TokenSequence, tree: Tree) -> Segment:
+        """Its block, behind the first drafts of the chain that the same pass verifies."""
+        ahead = tree.tokens[: self.accepted]
+        if self.guess is Guess.NEXT:
+            ahead = (*ahead, self.anchor)
+        return sequence.block_segment(self.rows, ahead)
+
+    def is_true(self, cycle: Cycle) -> bool:
+        """Whether the outcome was this one."""
+        if cycle.accepted != self.accepted:
+            return False
+        return self.guess is Guess.LAST or self.anchor == cycle.tokens[-1]
+
+    def resolve(self, cycle: Cycle, choices: Choices) -> Draft | None:
+        """The draft that its block holds for the next cycle; None if the guess was wrong."""
+        if not self.is_true(cycle):
+            return None
+        if self.guess is Guess.NEXT:
+            return read_draft(NEXT, choices.rows)
+        # Row 0 predicts the anchor's own position. If it would have named another token, the rows
+        # behind it are less to be trusted, and the first of them says how much less.
+        named, anchor = choices[0], cycle.tokens[-1]
+        draft = read_draft(LAST, choices.rows[1:])
+        if named is None or not draft.tokens:
+            return None
+        if named.token == anchor:
+            return draft
+        doubt = named.second_probability if named.second == anchor else 1 - named.probability
+        return replace(draft, confidence=(draft.confidence[0] * doubt, *draft.confidence[1:]))
+
+
+def hypotheses(
+    draft: Draft, width: int, accept: Sequence[float], anchor: int
+) -> Iterator[Hypothesis]:
+    """Every guess at the outcome of verifying the first `width` tokens of `draft`.
+
+    accept: per draft token, the probability that it is accepted if those before it are. anchor:
+    the token before the draft. Guess A of "none accepted" is a block at that anchor, and left out
+    where the draft came from one.
+    """
+    survival = 1.0
+    seconds = draft.second_shares(width)
+    for accepted in range(width + 1):
+        following: tuple[int, float] | None = None
+        if accepted < width:
+            ends, survival = survival * (1 - accept[accepted]), survival * accept[accepted]
+            if draft.second:
+                following = draft.second[accepted][0], seconds[accepted]
+        else:
+            ends = survival
+            if width < len(draft):
+                following = draft.tokens[width], accept[width]
+        if accepted:
+            yield Hypothesis(Guess.LAST, accepted, draft.tokens[accepted - 1], ends)
+        elif not len(draft) or draft.source not in (BLOCK, NEXT):
+            yield Hypothesis(Guess.LAST, 0, anchor, ends)
+        if following is not None:
+            yield Hypothesis(Guess.NEXT, accepted, following[0], ends * following[1])
+
+
+class CarriedBlocks:
+    """Keeps what the blocks of the last cycle drafted. Which blocks ride is the policy's choice."""
+
+    taps = ()
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._drafts: list[Draft] = []
+
+    def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:
+        return self._drafts
+
+    def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
+        guesses = () if cycle is None else cycle.guesses
+        found = [
+            guess.resolve(cycle, choices)
+            for guess, choices in zip(guesses, results.blocks, strict=True)
+            if cycle is not None
+        ]
+        self._drafts = [draft for draft in found if draft is not None and len(draft)]

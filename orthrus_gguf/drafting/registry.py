@@ -1,0 +1,52 @@
+"""The drafters there are, by the name that a plan spells (`+lookup`).
+
+A drafter is a file of this folder and an entry of `KINDS`. Statistics, plots, `--strategy auto` and
+the plan language know it by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from orthrus_gguf.drafting.block import BlockDrafter
+from orthrus_gguf.drafting.carried_blocks import CarriedBlocks
+from orthrus_gguf.drafting.draft import Drafter
+from orthrus_gguf.drafting.lookup import LOOKUP, LookupDrafter
+from orthrus_gguf.drafting.tail import TailDrafter
+from orthrus_gguf.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Kind:
+    """make: a drafter for a new sequence. heads: whether it needs diffusion heads. optional: plans
+    name it, as `+name`, or leave it to `auto`, which goes without it at `+no-name`; the others come
+    with the strategies. margin: of its source (`Source.margin`)."""
+
+    make: Callable[[ModelConfig], Drafter]
+    heads: bool = False
+    optional: bool = True
+    margin: float = 1.0
+
+
+#: In the order in which they are asked; of drafts that promise the same, the first is taken.
+KINDS: dict[str, Kind] = {
+    "carried": Kind(CarriedBlocks, heads=True, optional=False),
+    "tail": Kind(TailDrafter, optional=False),
+    "lookup": Kind(LookupDrafter, margin=LOOKUP.margin),
+    "block": Kind(BlockDrafter, heads=True, optional=False),
+}
+
+
+def optional_names() -> tuple[str, ...]:
+    """Drafters that plans name."""
+    return tuple(name for name, kind in KINDS.items() if kind.optional)
+
+
+def make_drafters(config: ModelConfig, names: set[str]) -> list[Drafter]:
+    """New drafters of these kinds, as far as the model has what they need."""
+    return [
+        kind.make(config)
+        for name, kind in KINDS.items()
+        if name in names and (config.has_heads or not kind.heads)
+    ]
