@@ -27,8 +27,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from orthrus_gguf.drafting.draft import Draft, Drafter, DraftPass, Results
-from orthrus_gguf.drafting.policy import Cycle, Pass, Policy
+from orthrus_gguf.drafting.cycle import Cycle, Pass
+from orthrus_gguf.drafting.draft import Draft
+from orthrus_gguf.drafting.drafter import Drafter, DraftPass, Results
+from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.errors import OrthrusError

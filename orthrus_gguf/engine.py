@@ -10,7 +10,8 @@ from enum import Enum
 from typing import Any
 
 from orthrus_gguf.decode import PROMPT_BATCH, Done, prefill, run_cycle, run_together
-from orthrus_gguf.drafting.policy import Cycle, Policy
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.protocol import Model, Segment

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Source
-from orthrus_gguf.drafting.policy import Cycle
 
 
 @dataclass(frozen=True)

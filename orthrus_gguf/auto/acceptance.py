@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from orthrus_gguf.drafting.block import BLOCK
 from orthrus_gguf.drafting.carried_blocks import LAST, NEXT
+from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.plan import prior_acceptance
-from orthrus_gguf.drafting.policy import Cycle
 
 #: Confidences are told apart in this many classes.
 CLASSES = 10

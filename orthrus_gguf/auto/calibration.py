@@ -16,7 +16,7 @@ from typing import Any
 
 from orthrus_gguf import __version__
 from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.runtime.protocol import Draw, Model, Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.this_machine import machine

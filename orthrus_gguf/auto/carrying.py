@@ -6,8 +6,7 @@ import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from orthrus_gguf.drafting.carried_blocks import Guess, Hypothesis
-from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
 
 #: Weight of the newest cycle.
 NEWEST = 0.05

@@ -33,10 +33,11 @@ from orthrus_gguf.auto.rate import (
     values,
 )
 from orthrus_gguf.drafting import registry
-from orthrus_gguf.drafting.carried_blocks import SOURCES, Guess, Hypothesis, hypotheses
-from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Drafter, DraftPass, Source
+from orthrus_gguf.drafting.carried_blocks import SOURCES, hypotheses
+from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis, Pass
+from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Source
+from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.plan import MOST_AT_HAND, block_rows
-from orthrus_gguf.drafting.policy import Cycle, Pass
 from orthrus_gguf.drafting.tree import Tree, best_first
 from orthrus_gguf.model.config import ModelConfig
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Protocol
 
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.cycle import Pass
 
 #: Weight of the newest pass in the running correction.
 NEWEST = 0.05

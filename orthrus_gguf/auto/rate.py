@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orthrus_gguf.drafting.carried_blocks import Guess
+from orthrus_gguf.drafting.cycle import Guess
 from orthrus_gguf.drafting.draft import Source
 from orthrus_gguf.drafting.plan import PLAIN, Plan, Strategy
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthrus_gguf.drafting.draft import Draft, DraftPass, Results, Source, read_draft
-from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.draft import Draft, Source, read_draft
+from orthrus_gguf.drafting.drafter import DraftPass, Results
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.protocol import Choices, Segment

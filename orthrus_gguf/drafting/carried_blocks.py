@@ -8,78 +8,38 @@ thrown away.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
+from dataclasses import replace
 
 from orthrus_gguf.drafting.block import BLOCK
-from orthrus_gguf.drafting.draft import Draft, Results, Source, read_draft
-from orthrus_gguf.drafting.policy import Cycle
-from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.drafting.tree import Tree
+from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
+from orthrus_gguf.drafting.draft import Draft, Source, read_draft
+from orthrus_gguf.drafting.drafter import Results
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.runtime.protocol import Choices, Segment
+from orthrus_gguf.runtime.protocol import Choices
 
 LAST = Source("carried A", "carried, guess A", "#E69F00", 0.6)
 NEXT = Source("carried B", "carried, guess B", "#009E73", 0.7)
 
 
-class Guess(Enum):
-    """What a carried block is anchored at.
-
-    LAST (A): the last accepted draft, so that its row 0 names the correction. NEXT (B): the next
-    anchor itself, guessed.
-    """
-
-    LAST = "A"
-    NEXT = "B"
-
-
 SOURCES = {Guess.LAST: LAST, Guess.NEXT: NEXT}
 
 
-@dataclass(frozen=True)
-class Hypothesis:
-    """A block drafted on the guess that exactly `accepted` drafts will be accepted.
-
-    anchor: the token of its first row. probability: that the guess comes true, as far as the draft
-    can tell. rows: size of the block.
-    """
-
-    guess: Guess
-    accepted: int
-    anchor: int
-    probability: float
-    rows: int = 0
-
-    def segment(self, sequence: TokenSequence, tree: Tree) -> Segment:
-        """Its block, behind the first drafts of the chain that the same pass verifies."""
-        ahead = tree.tokens[: self.accepted]
-        if self.guess is Guess.NEXT:
-            ahead = (*ahead, self.anchor)
-        return sequence.block_segment(self.rows, ahead)
-
-    def is_true(self, cycle: Cycle) -> bool:
-        """Whether the outcome was this one."""
-        if cycle.accepted != self.accepted:
-            return False
-        return self.guess is Guess.LAST or self.anchor == cycle.tokens[-1]
-
-    def resolve(self, cycle: Cycle, choices: Choices) -> Draft | None:
-        """The draft that its block holds for the next cycle; None if the guess was wrong."""
-        if not self.is_true(cycle):
-            return None
-        if self.guess is Guess.NEXT:
-            return read_draft(NEXT, choices.rows)
-        # Row 0 predicts the anchor's own position. If it would have named another token, the rows
-        # behind it are less to be trusted, and the first of them says how much less.
-        named, anchor = choices[0], cycle.tokens[-1]
-        draft = read_draft(LAST, choices.rows[1:])
-        if named is None or not draft.tokens:
-            return None
-        if named.token == anchor:
-            return draft
-        doubt = named.second_probability if named.second == anchor else 1 - named.probability
-        return replace(draft, confidence=(draft.confidence[0] * doubt, *draft.confidence[1:]))
+def resolve(guess: Hypothesis, cycle: Cycle, choices: Choices) -> Draft | None:
+    """The draft that the block of a guess holds for the next cycle; None if it was wrong."""
+    if not guess.is_true(cycle):
+        return None
+    if guess.guess is Guess.NEXT:
+        return read_draft(NEXT, choices.rows)
+    # Row 0 predicts the anchor's own position. If it would have named another token, the rows
+    # behind it are less to be trusted, and the first of them says how much less.
+    named, anchor = choices[0], cycle.tokens[-1]
+    draft = read_draft(LAST, choices.rows[1:])
+    if named is None or not draft.tokens:
+        return None
+    if named.token == anchor:
+        return draft
+    doubt = named.second_probability if named.second == anchor else 1 - named.probability
+    return replace(draft, confidence=(draft.confidence[0] * doubt, *draft.confidence[1:]))
 
 
 def hypotheses(
@@ -125,7 +85,7 @@ class CarriedBlocks:
     def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
         guesses = () if cycle is None else cycle.guesses
         found = [
-            guess.resolve(cycle, choices)
+            resolve(guess, cycle, choices)
             for guess, choices in zip(guesses, results.blocks, strict=True)
             if cycle is not None
         ]

@@ -1,24 +1,15 @@
-"""Drafts: tokens that may come next, and the protocol of what proposes them.
+"""Drafts: tokens that may come next, and where they come from.
 
 Nothing here can change the text: the decode loop commits only what the AR view confirms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Branches, Tree
-from orthrus_gguf.runtime.protocol import Choices, Segment
 from orthrus_gguf.sampling import Choice
-
-if TYPE_CHECKING:
-    from orthrus_gguf.drafting.policy import Cycle
 
 
 @dataclass(frozen=True)
@@ -99,52 +90,3 @@ def read_draft(source: Source, choices: Sequence[Choice | None]) -> Draft:
         tuple(choice.probability for choice in known),
         tuple((choice.second, choice.second_probability) for choice in known),
     )
-
-
-@dataclass(frozen=True)
-class DraftPass:
-    """A pass that would bring a draft.
-
-    most: the most tokens it can bring. rows: diffusion rows that it takes to bring so many.
-    segments: what to run, for so many. read: the draft, from the choices of those segments.
-    width: tokens wanted, set by the policy that orders it.
-    """
-
-    source: Source
-    most: int
-    rows: Callable[[int], int]
-    segments: Callable[[TokenSequence, int], list[Segment]]
-    read: Callable[[Sequence[Choices]], Draft]
-    width: int = 0
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a pass left for drafters.
-
-    taps: float32 [taps, rows, n_embd] at the committed rows, of the layers that the drafter named.
-    blocks: choices of the blocks that rode along, in the order of `Cycle.guesses`.
-    """
-
-    taps: NDArray[np.float32] | None = None
-    blocks: tuple[Choices, ...] = ()
-
-
-class Drafter(Protocol):
-    """One way of drafting, for one sequence. A file of this folder each."""
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Layers whose input it reads at committed rows (`Segment.taps`); most read none."""
-        ...
-
-    def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft | DraftPass]:
-        """Drafts that are at hand, and passes that would bring one; mostly one or nothing.
-
-        tokens: committed, the anchor last. room: the most draft tokens of use, at least 1.
-        """
-        ...
-
-    def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
-        """Learn what a cycle committed, or (None) what a prompt pass did. tokens: all of them."""
-        ...

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthrus_gguf.drafting.draft import Draft, Results, Source
-from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.draft import Draft, Source
+from orthrus_gguf.drafting.drafter import Results
 from orthrus_gguf.model.config import ModelConfig
 
 LOOKUP = Source("lookup", "look-up", "#D55E00", 0.7, margin=1.1)

@@ -10,9 +10,10 @@ from enum import Enum
 
 from orthrus_gguf.drafting import registry
 from orthrus_gguf.drafting.block import BLOCK
-from orthrus_gguf.drafting.carried_blocks import Guess, Hypothesis, hypotheses
-from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Drafter, DraftPass
-from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.carried_blocks import hypotheses
+from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
+from orthrus_gguf.drafting.draft import NO_DRAFT, Draft
+from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.tail import TAIL
 from orthrus_gguf.drafting.tree import Tree, best_first
 from orthrus_gguf.errors import OrthrusError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from orthrus_gguf.drafting.block import BlockDrafter
 from orthrus_gguf.drafting.carried_blocks import CarriedBlocks
-from orthrus_gguf.drafting.draft import Drafter
+from orthrus_gguf.drafting.drafter import Drafter
 from orthrus_gguf.drafting.lookup import LOOKUP, LookupDrafter
 from orthrus_gguf.drafting.tail import TailDrafter
 from orthrus_gguf.model.config import ModelConfig

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from orthrus_gguf.drafting.draft import Draft, Results, Source
-from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.draft import Draft, Source
+from orthrus_gguf.drafting.drafter import Results
 from orthrus_gguf.model.config import ModelConfig
 
 TAIL = Source("tail", "stale tail", "#CC79A7", 0.4)
