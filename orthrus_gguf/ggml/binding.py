@@ -23,8 +23,8 @@ _F32 = ctypes.c_float
 #: Bytes set aside for `ggml_threadpool_params`, which only ggml reads and writes (it is 532).
 THREADPOOL_PARAMS_BYTES = 4096
 
-#: `ggml_rope_ext`'s mode for NeoX pairing: element i rotates with element i + n_dims / 2.
-ROPE_NEOX = 2
+#: `ggml_rope_ext`'s modes: element 2i rotates with element 2i + 1, or i with i + n_dims / 2 (NeoX).
+ROPE_ADJACENT, ROPE_HALVES = 0, 2
 
 #: `ggml_status` of a graph that ran to its end.
 STATUS_SUCCESS = 0

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
-from orthrus_gguf.ggml.binding import ROPE_NEOX, Ggml
+from orthrus_gguf.ggml.binding import ROPE_HALVES, Ggml
 from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.ggml.tensors import Scratch, multiply_rows
 
@@ -146,7 +146,7 @@ def _rotates(api: Ggml, rng: np.random.Generator) -> bool:
             s.tensor(positions),
             None,
             size,
-            ROPE_NEOX,
+            ROPE_HALVES,
             original,
             base,
             1 / factor,

@@ -121,14 +121,13 @@ def run(rng: Rng, path: Path) -> str:
             GgmlModel.load(file, threads=1, cache_type_k=k, cache_type_v=v) as model,
         ):
             tokens = rng.integers(0, model.config.n_vocab, int(rng.integers(1, 80))).tolist()
-            segments = [ar_segment(tokens, 0)]
+            cache = model.new_cache(100)
+            segments = [ar_segment(cache, tokens, 0)]
             if model.config.mask_token is not None and model.config.block_size is not None:
                 start = int(rng.integers(0, len(tokens) + 1))
                 rows = min(model.config.block_size, 128)
-                segments.append(diffusion_segment(0, model.config.mask_token, rows, start))
-            for logits, segment in zip(
-                model.forward(segments, model.new_cache(100)), segments, strict=True
-            ):
+                segments.append(diffusion_segment(cache, 0, model.config.mask_token, rows, start))
+            for logits, segment in zip(model.logits(segments), segments, strict=True):
                 assert logits.shape == (len(segment), model.config.n_vocab)
             return "ran"
     except OrthrusError as error:

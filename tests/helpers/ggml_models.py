@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from synthetic_model import model_shape, uniform, write_model
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.protocol import Logits, Segment, ar_segment
 
 TYPES = gguf.GGMLQuantizationType
 
@@ -35,3 +37,25 @@ def small_file(
     path = folder / f"{qtype.name}.gguf"
     write_model(load_library().api, path, config or model_shape(), uniform(qtype))
     return path
+
+
+def cache_of(model: GgmlModel, tokens: Sequence[int], capacity: int) -> GgmlCache:
+    """A cache that holds `tokens`."""
+    cache = model.new_cache(capacity)
+    if tokens:
+        model.logits([ar_segment(cache, tokens, 0, wanted=range(0))])
+        cache.commit(range(len(tokens)))
+    return cache
+
+
+def append(model: GgmlModel, cache: GgmlCache, tokens: Sequence[int], *others: Segment) -> Logits:
+    """Logits of `tokens` behind what the cache holds, which are committed; in company of others."""
+    segment = ar_segment(cache, tokens, cache.length)
+    logits = model.logits([segment, *others])[0]
+    cache.commit(range(len(tokens)))
+    return logits
+
+
+def back_to(cache: GgmlCache, length: int) -> None:
+    """Keep the first rows of a cache."""
+    cache.restore(cache.checkpoint(length))

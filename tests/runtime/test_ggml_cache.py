@@ -14,7 +14,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.cache_layout import cache_layout
-from orthrus_gguf.runtime.protocol import Cache
+from orthrus_gguf.runtime.protocol import Cache, Checkpoint
 
 
 def small_cache(capacity: int = 10, k: str = "f16", v: str = "f16") -> GgmlCache:
@@ -22,19 +22,58 @@ def small_cache(capacity: int = 10, k: str = "f16", v: str = "f16") -> GgmlCache
 
 
 def test_bookkeeping() -> None:
-    cache = small_cache()
-    assert isinstance(cache, Cache)
+    cache: Cache = small_cache()
     assert (cache.length, cache.capacity) == (0, 10)
-    cache.append(7)
-    cache.truncate(5)
+    cache.assume(7)
+    place = cache.checkpoint()
+    cache.restore(cache.checkpoint(5))
     assert cache.length == 5
     for length in (-1, 6):
-        with pytest.raises(ValueError, match="cannot truncate"):
-            cache.truncate(length)
-    with pytest.raises(ValueError, match="no room"):
-        cache.append(6)
-    cache.append(5)
+        with pytest.raises(ValueError, match=f"no place to come back to: {length} of 5 rows"):
+            cache.checkpoint(length)
+        with pytest.raises(ValueError, match="no place to come back to"):
+            cache.restore(Checkpoint(length))
+    with pytest.raises(ValueError, match="no place to come back to: 7 of 5 rows"):
+        cache.restore(place)
+    for rows in (6, -1):
+        with pytest.raises(ValueError, match="no room"):
+            cache.assume(rows)
+    cache.assume(5)
     assert cache.length == 10
+    cache.restore(place)
+    assert cache.length == 7
+
+
+def test_what_is_pending_is_committed_once_or_dropped() -> None:
+    cache = small_cache()
+    for rows in ([], [0]):
+        with pytest.raises(ValueError, match="no AR rows are pending"):
+            cache.commit(rows)
+    for rows in ([1], [0, 2], [0, 1, 2, 3, 4], [1, 0], [-1]):
+        cache.hold(4)
+        with pytest.raises(ValueError, match="not the first of 4 that are pending"):
+            cache.commit(rows)
+        assert cache.length == 0
+        cache.commit(range(0))
+    cache.hold(4)
+    cache.commit([0, 1, 2])
+    assert cache.length == 3
+    with pytest.raises(ValueError, match="no AR rows are pending"):
+        cache.commit([])
+    for forget in (
+        cache.drop,
+        lambda: cache.restore(cache.checkpoint()),
+        lambda: cache.assume(0),
+    ):
+        cache.hold(2)
+        forget()
+        with pytest.raises(ValueError, match="no AR rows are pending"):
+            cache.commit([0])
+        assert cache.length == 3
+    cache.hold(2)
+    assert cache.checkpoint().length == 3, "what is pending is not part of it"
+    cache.commit(range(2))
+    assert cache.length == 5
 
 
 @pytest.mark.parametrize(

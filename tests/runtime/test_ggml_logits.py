@@ -13,11 +13,10 @@ from ggml_models import TYPES, loaded, small_file
 from numpy_qwen3 import NumpyQwen3
 from synthetic_model import model_shape
 
-from orthrus_gguf.decode import Plan, Strategy, decode, prefill
 from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Draw, Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 DemoFile = Callable[..., Path]
@@ -50,13 +49,15 @@ def test_logits_equal_the_official_ones(
     anchor, mask = case["output_ids"][0], demo.config.mask_token
     assert mask is not None
     cache = demo.new_cache(start + 32)
-    runs = {
-        "prefill": ar_segment(prompt, 0),
-        "first_block_diffusion": diffusion_segment(anchor, mask, 16, start),
-        "first_verify": ar_segment([anchor, *case["drafts"][0]], start),
+    runs: dict[str, Callable[[], Segment]] = {
+        "prefill": lambda: ar_segment(cache, prompt, 0),
+        "first_block_diffusion": lambda: diffusion_segment(cache, anchor, mask, 16, start),
+        "first_verify": lambda: ar_segment(cache, [anchor, *case["drafts"][0]], start),
     }
     for name, segment in runs.items():
-        (logits,) = demo.forward([segment], cache)
+        (logits,) = demo.logits([segment()])
+        if name == "prefill":
+            cache.commit(range(start))
         expected = golden_logits[f"case{number}_{name}_logits"]
         np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5, err_msg=name)
 
@@ -68,14 +69,38 @@ def test_tokens_equal_the_official_ones(
     """Every golden prompt, decoded in two passes per cycle: same tokens, same acceptance."""
     with loaded(demo_file(type_name)) as model:
         for case in golden["cases"]:
-            prompt, n_new = case["prompt_ids"], case["n_new"]
-            cache = model.new_cache(len(prompt) + n_new)
-            tokens = [*prompt, GREEDY.sample(prefill(model, cache, prompt), prompt)]
-            cycles = list(
-                decode(model, cache, GREEDY, tokens, Plan(Strategy.TWO_PASS, 15), n_new - 1)
+            tokens, starts = two_pass(model, case["prompt_ids"], case["n_new"])
+            assert tokens == case["output_ids"]
+            assert starts == case["cycle_starts"]
+
+
+def two_pass(model: GgmlModel, prompt: list[int], n_new: int) -> tuple[list[int], list[int]]:
+    """Greedy tokens after a prompt by drafts of 15, and where each cycle started."""
+    mask = model.config.mask_token
+    assert mask is not None
+    cache, tokens, starts = model.new_cache(len(prompt) + n_new), list(prompt), []
+    draw = Draw(GREEDY, tokens)
+    last = range(len(prompt) - 1, len(prompt))
+    ((first,),) = model.forward([ar_segment(cache, prompt, 0, wanted=last, draw=draw)])
+    cache.commit(range(len(prompt)))
+    assert first is not None
+    tokens.append(first.token)
+    while len(tokens) < len(prompt) + n_new:
+        start, width = len(tokens) - 1, min(15, len(prompt) + n_new - len(tokens) - 1)
+        starts.append(start)
+        drafts: list[int] = []
+        if width:
+            block = diffusion_segment(
+                cache, tokens[-1], mask, 16, start, wanted=range(width), draw=draw
             )
-            assert tokens[len(prompt) :] == case["output_ids"]
-            assert [cycle.start for cycle in cycles] == case["cycle_starts"]
+            drafts = [choice.token for choice in model.forward([block])[0] if choice is not None]
+        assert len(drafts) == width
+        (verified,) = model.forward([ar_segment(cache, [tokens[-1], *drafts], start, draw=draw)])
+        drawn = [choice.token for choice in verified if choice is not None]
+        assert drawn[:-1] == drafts[: len(drawn) - 1], "choices end where drafts are wrong"
+        cache.commit(range(len(drawn)))
+        tokens += drawn
+    return tokens[len(prompt) :], starts
 
 
 # --- numpy ---
@@ -93,11 +118,11 @@ def test_logits_equal_numpys(tmp_path: Path, yarn: bool, tied: bool) -> None:
         oracle = NumpyQwen3(ModelFile.open(path))
         cache = model.new_cache(128)
         segments = [
-            ar_segment(tokens, 0),
-            diffusion_segment(7, 319, 9, 70),
-            diffusion_segment(8, 319, 5, 40),
+            ar_segment(cache, tokens, 0),
+            diffusion_segment(cache, 7, 319, 9, 70),
+            diffusion_segment(cache, 8, 319, 5, 40),
         ]
-        ar, whole, early = model.forward(segments, cache)
+        ar, whole, early = model.logits(segments)
         assert nmse(ar, oracle.ar(tokens)) < 1e-10
         assert nmse(whole, oracle.block(tokens, [7] + [319] * 8)) < 1e-10
         assert nmse(early, oracle.block(tokens[:40], [8] + [319] * 4)) < 1e-10
@@ -114,7 +139,8 @@ def test_quantized_logits_are_close_to_numpys(
     with loaded(path, cache_type_k=cache_types[0], cache_type_v=cache_types[1]) as model:
         oracle = NumpyQwen3(ModelFile.open(path))
         cache = model.new_cache(64)
-        ar, block = model.forward([ar_segment(tokens, 0), diffusion_segment(7, 319, 9, 40)], cache)
+        segments = [ar_segment(cache, tokens, 0), diffusion_segment(cache, 7, 319, 9, 40)]
+        ar, block = model.logits(segments)
         assert nmse(ar, oracle.ar(tokens)) < MAX_NMSE
         assert nmse(block, oracle.block(tokens, [7] + [319] * 8)) < MAX_NMSE
 
@@ -126,14 +152,14 @@ def test_norms_of_other_types_and_files_of_small_alignment(tmp_path: Path) -> No
     rewrite(source, plain, norm_type=np.float32)
     with loaded(plain) as model:
         assert model._weights.copied_bytes == 0
-        expected = model.forward([ar_segment(range(20), 0)], model.new_cache(32))[0].copy()
+        (expected,) = model.logits([ar_segment(model.new_cache(32), range(20), 0)])
     fully_copied = []
     for padding in (8, 16, 24, 32):  # one of the four happens to be aligned to 32
         other = tmp_path / f"other-{padding}.gguf"
         rewrite(source, other, norm_type=np.float16, alignment=8, padding=padding)
         with loaded(other) as model:
             fully_copied.append(model._weights.copied_bytes > 100_000)
-            found = model.forward([ar_segment(range(20), 0)], model.new_cache(32))[0]
+            (found,) = model.logits([ar_segment(model.new_cache(32), range(20), 0)])
             np.testing.assert_array_equal(found, expected)
     assert sum(fully_copied) == 3
 

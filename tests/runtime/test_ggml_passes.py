@@ -1,137 +1,144 @@
-"""How segments become passes, and what each pass feeds its graph, against brute force."""
+"""What each pass feeds its graph, against brute force; shapes of graphs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from segment_lists import segment_lists
 
 from orthrus_gguf.runtime.ggml.cache_layout import COLUMNS, columns_for
-from orthrus_gguf.runtime.ggml.inputs import InputArrays, wanted_rows
-from orthrus_gguf.runtime.ggml.passes import Piece, cut
-from orthrus_gguf.runtime.protocol import Segment, View, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.ggml.inputs import InputArrays, ShareArrays, ShareRows
+from orthrus_gguf.runtime.ggml.shape import Shape, Share
+from orthrus_gguf.runtime.ggml.trees import TreeLayout, padded_stores, tree_layout
+from orthrus_gguf.runtime.passes import Piece, cut, wanted_rows
+from orthrus_gguf.runtime.protocol import Segment, View, depths, path_to
 
-
-@st.composite
-def segment_lists(draw: st.DrawFn) -> tuple[int, list[Segment]]:
-    """(cache length, segments that `check_segments` would accept)."""
-    length = draw(st.integers(0, 40))
-    segments: list[Segment] = []
-    visible = length
-
-    def wanted(rows: int) -> range:
-        low = draw(st.integers(0, rows))
-        return range(low, draw(st.integers(low, rows)))
-
-    if draw(st.booleans()):
-        rows = draw(st.integers(1, 50))
-        segments.append(ar_segment(range(100, 100 + rows), length, wanted=wanted(rows)))
-        visible += rows
-    for _ in range(draw(st.integers(0 if segments else 1, 4))):
-        rows = draw(st.integers(1, 20))
-        start = draw(st.integers(0, visible))
-        segments.append(diffusion_segment(7, 9, rows, start, wanted=wanted(rows)))
-    return length, segments
-
-
-@given(segment_lists(), st.integers(1, 40), st.integers(20, 60))
-def test_every_row_runs_once_and_in_order(
-    case: tuple[int, list[Segment]], max_ar_rows: int, max_block_rows: int
-) -> None:
-    _, segments = case
-    passes = cut(segments, max_ar_rows, max_block_rows)
-    ran: dict[int, list[int]] = {}
-    for pieces in passes:
-        assert pieces
-        blocks = [piece for piece in pieces if piece.segment.view is View.DIFFUSION]
-        assert sum(piece.count for piece in blocks) <= max_block_rows
-        for number, piece in enumerate(pieces):
-            assert piece.segment is segments[piece.index]
-            if piece.segment.view is View.AR:
-                assert number == 0
-                assert piece.count <= max_ar_rows
-            ran.setdefault(piece.index, []).extend(range(piece.first, piece.first + piece.count))
-    order = [piece.index for pieces in passes for piece in pieces]
-    assert order == sorted(order)
-    for index, segment in enumerate(segments):
-        dropped = segment.view is View.DIFFUSION and not segment.wanted
-        assert ran.get(index, []) == ([] if dropped else list(range(len(segment))))
+OFFSETS = np.array([0, 1000, 2000])
 
 
 @given(segment_lists(), st.integers(1, 40))
-def test_wanted_rows_add_up(case: tuple[int, list[Segment]], max_rows: int) -> None:
-    found: dict[int, list[int]] = {}
-    for pieces in cut(case[1], max_rows, 60):
-        for piece in pieces:
-            found.setdefault(piece.index, []).extend(piece.first + i for i in piece.wanted)
-    for index, segment in enumerate(case[1]):
-        assert found.get(index, []) == list(segment.wanted)
-
-
-@given(segment_lists(), st.integers(1, 40))
-def test_inputs_say_who_sees_whom(case: tuple[int, list[Segment]], max_rows: int) -> None:
+def test_inputs_say_who_sees_whom(segments: list[Segment], max_rows: int) -> None:
     """Row by row: where it stands, where its keys go, and exactly which keys it sees."""
-    length, segments = case
-    offsets = np.array([0, 1000, 2000])
+    caches = list({id(segment.cache): segment.cache for segment in segments}.values())
+    ends = [c.length + sum(rows_of(s) for s in segments if s.cache is c) for c in caches]
     for pieces in cut(segments, max_rows, 60):
-        inputs = filled(pieces, length, offsets)
-        committed = length + sum(p.count for p in pieces if p.segment.view is View.AR)
-        row, spare = 0, committed
+        shares = [
+            share_of([piece for piece in pieces if piece.segment.cache is cache], end)
+            for cache, end in zip(caches, ends, strict=True)
+            if any(piece.segment.cache is cache for piece in pieces)
+        ]
+        inputs = filled(pieces, shares)
+        first = 0
         for piece in pieces:
-            start = piece.segment.start + piece.first
-            block = set(range(spare, spare + piece.count))
-            for i in range(piece.count):
-                sees = set(np.flatnonzero(inputs.mask[row] == 0).tolist())
-                assert set(np.unique(inputs.mask[row]).tolist()) <= {0.0, -np.inf}
-                assert inputs.tokens[row] == piece.segment.tokens[piece.first + i]
-                assert inputs.positions[row] == start + i
-                if piece.segment.view is View.AR:
-                    assert inputs.key_rows[row] == start + i
-                    assert sees == set(range(start + i + 1))
-                else:
-                    assert inputs.key_rows[row] == spare + i
-                    assert sees == set(range(piece.segment.start)) | block
-                placed = inputs.value_rows[3 * row : 3 * row + 3]
-                assert placed.tolist() == (inputs.key_rows[row] + offsets).tolist()
-                row += 1
-            if piece.segment.view is View.DIFFUSION:
-                spare += piece.count
-        assert row == len(inputs.tokens)
+            rows = slice(first, first + piece.count)
+            assert inputs.tokens[rows].tolist() == list(piece.tokens)
+            parents = piece.segment.parents
+            steps = range(piece.count) if parents is None else depths(parents)
+            assert inputs.positions[rows].tolist() == [piece.start + step for step in steps]
+            first += piece.count
+        assert first == len(inputs.tokens)
         if inputs.wanted is not None:
             assert inputs.wanted.tolist() == wanted_rows(pieces)
-        length = committed
+        for arrays, share in zip(inputs.shares, shares, strict=True):
+            placed = arrays.key_rows[:, None] + OFFSETS
+            np.testing.assert_array_equal(arrays.value_rows, placed)
+            if share.tree is None:
+                check_share(arrays, share)
+            else:
+                check_tree(arrays, share.tree)
 
 
-def filled(pieces: list[Piece], length: int, offsets: NDArray[np.int64]) -> InputArrays:
+def rows_of(segment: Segment) -> int:
+    return len(segment) if segment.view is View.AR else 0
+
+
+def share_of(pieces: Sequence[Piece], end: int) -> ShareRows:
+    segment = pieces[0].segment
+    parents = segment.parents
+    return ShareRows(pieces, end, None if parents is None else tree_layout(parents, segment.start))
+
+
+def check_share(arrays: ShareArrays, share: ShareRows) -> None:
+    assert set(np.unique(arrays.mask).tolist()) <= {0.0, -np.inf}
+    row = 0
+    for piece in share.pieces:
+        place = share.end + piece.offset
+        block = set(range(place, place + piece.count))
+        for i in range(piece.count):
+            sees = set(np.flatnonzero(arrays.mask[row] == 0).tolist())
+            if piece.segment.view is View.AR:
+                assert arrays.key_rows[row] == piece.start + i
+                assert sees == set(range(piece.start + i + 1))
+            else:
+                assert arrays.key_rows[row] == place + i
+                assert sees == set(range(piece.segment.start)) | block
+            row += 1
+    assert row == len(arrays.mask)
+
+
+def check_tree(arrays: ShareArrays, tree: TreeLayout) -> None:
+    """Every row sees the text up to the edge and copies of what follows it, then its path."""
+    assert arrays.stored is not None
+    stored = dict(zip(arrays.key_rows.tolist(), arrays.stored.tolist(), strict=True))
+    assert len(arrays.key_rows) % padded_stores(1) == 0
+    for row in range(len(tree.parents)):
+        columns = np.flatnonzero(arrays.mask[row] == 0).tolist()
+        path = path_to(row, tree.parents)
+        assert columns[: tree.edge] == list(range(tree.edge))
+        beyond = columns[tree.edge :]
+        home = tree.home[row]
+        assert beyond == list(range(home, home + tree.start - tree.edge + len(path)))
+        assert [stored[column] for column in beyond[tree.start - tree.edge :]] == path
+
+
+def filled(pieces: Sequence[Piece], shares: Sequence[ShareRows]) -> InputArrays:
     """Input arrays full of rubbish, then filled."""
     rows, wanted = sum(piece.count for piece in pieces), len(wanted_rows(pieces))
+
+    def arrays(share: ShareRows) -> ShareArrays:
+        count = stores = sum(piece.count for piece in share.pieces)
+        reach = share.end + 60
+        if share.tree is not None:
+            stores, reach = padded_stores(len(share.tree.stores)), share.tree.columns
+        return ShareArrays(
+            key_rows=np.full(stores, -7, np.int64),
+            value_rows=np.full((stores, len(OFFSETS)), -7, np.int64),
+            mask=np.full((count, columns_for(reach)), np.nan, np.float16),
+            stored=None if share.tree is None else np.full(stores, -7, np.int32),
+            element_offsets=OFFSETS,
+        )
+
     inputs = InputArrays(
         tokens=np.full(rows, -7, np.int32),
         positions=np.full(rows, -7, np.int32),
-        key_rows=np.full(rows, -7, np.int64),
-        value_rows=np.full(rows * len(offsets), -7, np.int64),
-        mask=np.full((rows, columns_for(length + rows)), np.nan, np.float16),
         wanted=np.full(wanted, -7, np.int32) if 0 < wanted < rows else None,
+        shares=tuple(map(arrays, shares)),
     )
-    inputs.fill(pieces, length, offsets)
+    inputs.fill(pieces, shares)
     return inputs
 
 
-def test_blocks_share_the_pass_of_the_last_ar_rows() -> None:
-    segments = [ar_segment(range(70), 0), *(diffusion_segment(1, 2, 16, 70) for _ in range(5))]
-    shapes = [[piece.count for piece in pieces] for pieces in cut(segments, 32, 64)]
-    assert shapes == [[32], [32], [6, 16, 16, 16, 16], [16]]
-
-
-def test_wanted_rows_count_over_all_pieces() -> None:
-    segments = [
-        ar_segment(range(5), 0, wanted=range(3, 5)),
-        diffusion_segment(1, 2, 4, 5, wanted=range(1, 3)),
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5))
+def test_spans_are_the_rows_of_a_pass(counts: list[tuple[int, int]]) -> None:
+    """AR rows share by share, then diffusion rows share by share."""
+    shares = tuple(Share(i, ar, diffusion, 64) for i, (ar, diffusion) in enumerate(counts))
+    expected = [(View.AR, i, own) for i, (ar, _) in enumerate(counts) for own in range(ar)]
+    expected += [
+        (View.DIFFUSION, i, ar + own) for i, (ar, rows) in enumerate(counts) for own in range(rows)
     ]
-    (pieces,) = cut(segments, 32, 32)
-    assert wanted_rows(pieces) == [3, 4, 6, 7]
+    found: list[tuple[View, int, int]] = []
+    for span in Shape(shares, 0).spans():
+        assert span.first == len(found)
+        for group in span.groups:
+            assert group.first == len(found) - span.first
+            found += [(span.view, group.share, group.own_first + i) for i in range(group.count)]
+        assert span.count == len(found) - span.first
+    assert found == expected
+    assert Shape(shares, 0).rows == len(expected)
 
 
 @given(st.integers(1, 1 << 20))

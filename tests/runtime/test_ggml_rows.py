@@ -13,6 +13,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from ggml_models import append, cache_of
 from numpy.typing import NDArray
 from synthetic_model import model_shape, uniform, write_model
 
@@ -20,10 +21,11 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml import selftest
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES, CacheLayout
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.ggml.weights import MULTIPLIABLE
-from orthrus_gguf.runtime.protocol import Segment, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Segment, diffusion_segment
 
 Array = NDArray[np.float32]
 MakeModel = Callable[..., GgmlModel]
@@ -64,13 +66,8 @@ def logits_in_passes_of(
     model: GgmlModel, tokens: Sequence[int], rows: int, start: int = 0
 ) -> Array:
     """AR logits of tokens[start:], `rows` rows per pass, after a prompt of the others."""
-    cache = model.new_cache(1024)
-    if start:
-        model.forward([ar_segment(tokens[:start], 0, wanted=range(0))], cache)
-    passes = [
-        model.forward([ar_segment(tokens[i : i + rows], i)], cache)[0].copy()
-        for i in range(start, len(tokens), rows)
-    ]
+    cache = cache_of(model, tokens[:start], 1024)
+    passes = [append(model, cache, tokens[i : i + rows]) for i in range(start, len(tokens), rows)]
     return np.concatenate(passes)
 
 
@@ -86,17 +83,18 @@ def assert_invariant(model: GgmlModel, rows: Sequence[int] = ROWS) -> None:
 
 def assert_blocks_change_nothing(model: GgmlModel, alone: Array) -> None:
     """Verify rows that share their pass with blocks, at contexts on both sides of an edge."""
-    cache = model.new_cache(1024)
-    model.forward([ar_segment(TOKENS[:40], 0)], cache)
+    cache = cache_of(model, TOKENS[:40], 1024)
     for start in range(40, 124, 7):
-        blocks = fused_blocks(start)
-        verified = model.forward([ar_segment(TOKENS[start : start + 7], start), *blocks], cache)
-        np.testing.assert_array_equal(verified[0], alone[start : start + 7], err_msg=f"at {start}")
+        verified = append(model, cache, TOKENS[start : start + 7], *fused_blocks(cache, start))
+        np.testing.assert_array_equal(verified, alone[start : start + 7], err_msg=f"at {start}")
 
 
-def fused_blocks(start: int) -> list[Segment]:
+def fused_blocks(cache: GgmlCache, start: int) -> list[Segment]:
     """One block anchored at an accepted draft, one behind the verified rows."""
-    return [diffusion_segment(5, 319, 16, start + 3), diffusion_segment(9, 319, 11, start + 7)]
+    return [
+        diffusion_segment(cache, 5, 319, 16, start + 3),
+        diffusion_segment(cache, 9, 319, 11, start + 7),
+    ]
 
 
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import xllamacpp
+from ggml_models import append
 from numpy.typing import NDArray
 from synthetic_model import TypeRule, model_shape, q4_k_m, uniform, write_model
 
@@ -78,7 +79,7 @@ def test_logprobs(tmp_path: Path, config: ModelConfig, rule: TypeRule, cache_typ
         GgmlModel.load(file, threads=1, cache_type_k=cache_type, cache_type_v=cache_type) as model,
     ):
         last = range(len(PROMPT) - 1, len(PROMPT))
-        (logits,) = model.forward([ar_segment(PROMPT, 0, wanted=last)], model.new_cache(128))
+        (logits,) = model.logits([ar_segment(model.new_cache(128), PROMPT, 0, wanted=last)])
         logprobs = logits[0] - np.logaddexp.reduce(logits[0].astype(np.float64))
     for token, logprob in expected.items():
         # An F32 sum that differs in its last bit may round to another F16 on its way.
@@ -128,6 +129,6 @@ def rows_in_passes_of(model: GgmlModel, rows: int) -> NDArray[np.float32]:
     logits = []
     for i in range(0, len(PROMPT), rows):
         tokens = PROMPT[i : i + rows]
-        block = diffusion_segment(5, 319, 16, i + len(tokens))
-        logits.append(model.forward([ar_segment(tokens, i), block], cache)[0].copy())
+        block = diffusion_segment(cache, 5, 319, 16, i + len(tokens))
+        logits.append(append(model, cache, tokens, block))
     return np.concatenate(logits)

@@ -10,10 +10,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from ggml_models import loaded, small_file
+from ggml_models import append, back_to, cache_of, loaded, small_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from segment_lists import parents_of_trees
 from synthetic_model import model_shape
 
 from orthrus_gguf.model.file import ModelFile
@@ -22,7 +23,7 @@ from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES, COLUMNS
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.ggml.trees import tree_layout
-from orthrus_gguf.runtime.protocol import TreeCache, ar_segment, depths, diffusion_segment, path_to
+from orthrus_gguf.runtime.protocol import ar_segment, depths, diffusion_segment, path_to
 
 TOKENS: list[int] = np.random.default_rng(0).integers(0, 300, 300).tolist()
 CACHE_PAIRS = list(product(CACHE_TYPES, CACHE_TYPES))
@@ -46,10 +47,8 @@ def model(path: Path) -> Iterator[GgmlModel]:
         yield model
 
 
-def cache_of(model: GgmlModel, start: int, capacity: int = 4096) -> GgmlCache:
-    cache = model.new_cache(capacity)
-    model.forward([ar_segment(TOKENS[:start], 0, wanted=range(0))], cache)
-    return cache
+def cache_at(model: GgmlModel, start: int, capacity: int = 4096) -> GgmlCache:
+    return cache_of(model, TOKENS[:start], capacity)
 
 
 def row_tokens(parents: Sequence[int], seed: int = 0) -> list[int]:
@@ -58,33 +57,29 @@ def row_tokens(parents: Sequence[int], seed: int = 0) -> list[int]:
 
 def one_by_one(model: GgmlModel, cache: GgmlCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Logits of `tokens` behind what the cache holds, each in a pass of its own."""
-    start = cache.length
-    rows = [
-        model.forward([ar_segment([token], start + i)], cache)[0].copy()
-        for i, token in enumerate(tokens)
-    ]
-    cache.truncate(start)
+    place = cache.checkpoint()
+    rows = [append(model, cache, [token]) for token in tokens]
+    cache.restore(place)
     return np.concatenate(rows)
 
 
 def assert_bits(model: GgmlModel, start: int, parents: Sequence[int], seed: int = 0) -> None:
     """Every row of a tree against the same path as plain rows; then go on from each leaf."""
     tokens = row_tokens(parents, seed)
-    cache, plain = cache_of(model, start), cache_of(model, start)
+    cache, plain = cache_at(model, start), cache_at(model, start)
     leaves = [row for row in range(len(parents)) if row not in parents]
     for leaf in leaves:
-        (logits,) = model.forward([ar_segment(tokens, start, parents=parents)], cache)
-        logits = logits.copy()
+        (logits,) = model.logits([ar_segment(cache, tokens, start, parents=parents)])
         assert cache.length == start
         path = path_to(leaf, parents)
         following = [5, 6, 7]
         alone = one_by_one(model, plain, [tokens[row] for row in path] + following)
         np.testing.assert_array_equal(logits[path], alone[: len(path)], f"{start}, path {path}")
-        cache.keep_path(path)
+        cache.commit(path)
         assert cache.length == start + len(path)
         behind = one_by_one(model, cache, following)
         np.testing.assert_array_equal(behind, alone[len(path) :], f"{start}, behind {path}")
-        cache.truncate(start)
+        back_to(cache, start)
 
 
 @pytest.mark.parametrize(("k", "v"), CACHE_PAIRS)
@@ -99,14 +94,8 @@ def test_edges_of_groups(model: GgmlModel, start: int) -> None:
     assert_bits(model, start, TREE)
 
 
-@st.composite
-def trees(draw: st.DrawFn) -> list[int]:
-    rows = draw(st.integers(1, 24))
-    return [-1, *(draw(st.integers(0, i)) for i in range(rows - 1))]
-
-
 @settings(deadline=None, max_examples=15)
-@given(trees(), st.integers(1, 140))
+@given(parents_of_trees(), st.integers(1, 140))
 def test_any_tree(model: GgmlModel, parents: list[int], start: int) -> None:
     assert_bits(model, start, parents, seed=start)
 
@@ -123,12 +112,11 @@ def test_several_threads(path: Path) -> None:
 
 
 def test_only_wanted_rows(model: GgmlModel) -> None:
-    cache = cache_of(model, 30)
+    cache = cache_at(model, 30)
     tokens = row_tokens(TREE)
-    (logits,) = model.forward([ar_segment(tokens, 30, parents=TREE)], cache)
-    expected = logits[4:9].copy()
-    segment = ar_segment(tokens, 30, parents=TREE, wanted=range(4, 9))
-    np.testing.assert_array_equal(model.forward([segment], cache)[0], expected)
+    (logits,) = model.logits([ar_segment(cache, tokens, 30, parents=TREE)])
+    segment = ar_segment(cache, tokens, 30, parents=TREE, wanted=range(4, 9))
+    np.testing.assert_array_equal(model.logits([segment])[0], logits[4:9])
 
 
 @pytest.mark.parametrize("poison", [np.inf, np.nan])
@@ -149,13 +137,13 @@ def test_damaged_rows_stay_among_themselves(
     clean = [row for row in range(len(TREE)) if 5 not in path_to(row, TREE)]
     with loaded(path, cache_type_v=cache_type_v) as model:
         for start in (40, 63):
-            cache = cache_of(model, start)
-            sane = ar_segment(row_tokens(TREE), start, parents=TREE)
-            expected = model.forward([sane], cache)[0].copy()
-            (logits,) = model.forward([ar_segment(damaged, start, parents=TREE)], cache)
+            cache = cache_at(model, start)
+            sane = ar_segment(cache, row_tokens(TREE), start, parents=TREE)
+            (expected,) = model.logits([sane])
+            (logits,) = model.logits([ar_segment(cache, damaged, start, parents=TREE)])
             assert not np.isfinite(logits[5]).any()
             np.testing.assert_array_equal(logits[clean], expected[clean])
-            np.testing.assert_array_equal(model.forward([sane], cache)[0], expected)
+            np.testing.assert_array_equal(model.logits([sane])[0], expected)
 
 
 # --- room, and what is refused ---
@@ -163,43 +151,47 @@ def test_damaged_rows_stay_among_themselves(
 
 def test_trees_are_cut_to_the_room_that_there_is(model: GgmlModel) -> None:
     """Capacity 100 and 128 rows for blocks: four groups of columns, of which two are free."""
-    cache = cache_of(model, 90, capacity=100)
-    assert isinstance(cache, TreeCache)
+    cache = cache_at(model, 90, capacity=100)
     assert cache.rows == 4 * COLUMNS
-    assert cache.fit_tree(TREE[:5]) == 5
-    assert cache.fit_tree(TREE) == 10, "trunk and two branches of one group each"
+    assert cache.fit(TREE[:5]) == 5
+    assert cache.fit(TREE) == 10, "trunk and two branches of one group each"
     tokens = row_tokens(TREE)
-    model.forward([ar_segment(tokens[:10], 90, parents=TREE[:10])], cache)
+    model.logits([ar_segment(cache, tokens[:10], 90, parents=TREE[:10])])
     with pytest.raises(ValueError, match=r"13 rows with 5 leaves at 90 needs 384 .* there are 256"):
-        model.forward([ar_segment(tokens, 90, parents=TREE)], cache)
+        model.logits([ar_segment(cache, tokens, 90, parents=TREE)])
+    with pytest.raises(ValueError, match="no AR rows are pending"):
+        cache.commit([0])
     assert cache.length == 90
 
 
 def test_the_deepest_row_must_fit_the_context(model: GgmlModel) -> None:
-    cache = cache_of(model, 96, capacity=100)
+    cache = cache_at(model, 96, capacity=100)
     with pytest.raises(ValueError, match="ends at 102, the cache has room for 100"):
-        model.forward([ar_segment(row_tokens(TREE), 96, parents=TREE)], cache)
+        model.logits([ar_segment(cache, row_tokens(TREE), 96, parents=TREE)])
 
 
 def test_only_paths_of_the_last_pass_are_kept(model: GgmlModel) -> None:
-    cache = cache_of(model, 20)
-    segment = ar_segment(row_tokens(TREE), 20, parents=TREE)
-    for rows in ([], [0, 2], [1], [0, 5, 6, 7, 8], [0, 99], [0, -1]):
-        model.forward([segment], cache)
-        with pytest.raises(ValueError, match="no path of the last pass's tree"):
-            cache.keep_path(rows)
+    cache = cache_at(model, 20)
+    segment = ar_segment(cache, row_tokens(TREE), 20, parents=TREE)
+    for rows in ([0, 2], [1], [0, 5, 6, 7, 8], [0, 99], [0, -1], [0, 1, 2, 3, 4, 11, 12]):
+        model.logits([segment])
+        with pytest.raises(ValueError, match="no path of the tree that is pending"):
+            cache.commit(rows)
         assert cache.length == 20
-    model.forward([segment], cache)
-    model.forward([diffusion_segment(5, 319, 16, 20)], cache)
-    with pytest.raises(ValueError, match="no path"):
-        cache.keep_path([0])
-    model.forward([segment], cache)
-    cache.truncate(20)
-    with pytest.raises(ValueError, match="no path"):
-        cache.keep_path([0])
+    model.logits([segment])
+    cache.commit([])
+    for forget in (
+        lambda: model.logits([diffusion_segment(cache, 5, 319, 16, 20)]),
+        lambda: cache.restore(cache.checkpoint()),
+    ):
+        model.logits([segment])
+        forget()
+        with pytest.raises(ValueError, match="no AR rows are pending"):
+            cache.commit([0])
+    assert cache.length == 20
 
 
-@given(trees(), st.integers(0, 300))
+@given(parents_of_trees(), st.integers(0, 300))
 def test_layouts(parents: list[int], start: int) -> None:
     """Regions keep to themselves, and hold their path in the order and lanes of a chain."""
     layout = tree_layout(parents, start)

@@ -22,11 +22,12 @@ _I64_BYTES = 8
 
 @dataclass(frozen=True)
 class CachedAttention:
-    """Stores keys and values of a pass and attends to them. `first` and `count` name its rows.
+    """Stores keys and values of one sequence's rows in a pass and attends to them.
 
+    `first` and `count` name rows among the sequence's own.
     graph: that stores are put into at once, so that they come before what reads them.
     columns: cache rows to attend to. mask: F16 [rows, columns], 0 or -inf.
-    key_rows, value_rows: where the rows go in the cache (see `graph.Inputs`).
+    key_rows, value_rows: where the rows go in the cache (see `graph.ShareInputs`).
     """
 
     api: Ggml
@@ -40,7 +41,7 @@ class CachedAttention:
     value_rows: int
 
     def store(self, k: int, v: int, layer: int, first: int, count: int) -> None:
-        """k, v [head_dim, n_head_kv, count] → the cache's rows for them."""
+        """k, v [head_dim, n_head_kv, count], clamped → the cache's rows for them."""
         api, layout = self.api, self.cache.layout
         self._store_by_head(k, self.cache.keys[layer], self.key_rows, first, count)
         values = self.cache.values[layer]
@@ -49,7 +50,7 @@ class CachedAttention:
             return
         elements = layout.kv_dim * count
         target = api.reshape_2d(self.context, values, 1, layout.kv_dim * self.cache.rows)
-        source = api.reshape_2d(self.context, self._clamped(v), 1, elements)
+        source = api.reshape_2d(self.context, v, 1, elements)
         self._set_rows(target, source, self.value_rows, first * layout.kv_dim, elements)
 
     def attend(self, q: int, layer: int, first: int, count: int) -> int:
@@ -73,7 +74,7 @@ class CachedAttention:
         """x [head_dim, n_head_kv, count] → a cache tensor that lies head by head."""
         api, c, layout = self.api, self.context, self.cache.layout
         target = api.reshape_3d(c, cache, layout.head_dim, self.cache.rows, layout.n_head_kv)
-        self._set_rows(target, api.permute(c, self._clamped(x), 0, 2, 1, 3), slots, first, count)
+        self._set_rows(target, api.permute(c, x, 0, 2, 1, 3), slots, first, count)
 
     def _set_rows(self, target: int, source: int, slots: int, first: int, count: int) -> None:
         chosen = self.api.view_1d(self.context, slots, count, first * _I64_BYTES)
@@ -95,6 +96,3 @@ class CachedAttention:
         sizes = (self.columns, layout.head_dim, layout.n_head_kv)
         strides = (row, row * layout.head_dim)
         return int(self.api.view_3d(self.context, tensor, *sizes, *strides, 0))
-
-    def _clamped(self, x: int) -> int:
-        return int(self.api.clamp(self.context, x, -STORED_LIMIT, STORED_LIMIT))

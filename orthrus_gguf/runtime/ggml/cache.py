@@ -1,4 +1,4 @@
-"""The AR keys and values of one session, in ggml tensors over lazily committed memory."""
+"""The AR keys and values of one sequence, in ggml tensors over lazily committed memory."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from orthrus_gguf.ggml.tensors import ALIGNMENT, Tensors, array_at
 from orthrus_gguf.runtime.ggml.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.runtime.ggml.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.limits import memory_bytes
-from orthrus_gguf.runtime.protocol import check_path
+from orthrus_gguf.runtime.passes import check_path
+from orthrus_gguf.runtime.protocol import Checkpoint
 
 _serials = itertools.count()
 
 
 class GgmlCache:
-    """See `segments.Cache`. Beyond `capacity` there is room for the rows of diffusion blocks.
+    """See `protocol.Cache`. Beyond `capacity` there is room for the rows of diffusion blocks.
 
     A pass writes the keys and values of its diffusion rows right after the committed rows, where
     the next AR rows overwrite them: they are never part of the cache, and need no memory or copies
@@ -42,7 +43,8 @@ class GgmlCache:
         self.element_offsets = np.arange(layout.kv_dim if layout.transposed else 1) * self.rows
         self._capacity = capacity
         self._length = 0
-        self._tree: TreeLayout | None = None
+        #: Rows that the last pass wrote and that nobody has committed yet, and how they lie.
+        self._pending: tuple[int, TreeLayout | None] | None = None
         stack = ExitStack()
         memory = _reserve(layout, capacity, self.rows)
         stack.callback(memory.close)
@@ -66,25 +68,50 @@ class GgmlCache:
     def capacity(self) -> int:
         return self._capacity
 
-    def truncate(self, length: int) -> None:
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a cache of {self._length} rows to {length}")
-        self._length = length
-        self._tree = None
+    def commit(self, rows: Sequence[int]) -> None:
+        """See `Cache.commit`. A chain's rows lie where they belong; a tree's path is copied."""
+        if self._pending is None:
+            raise ValueError("no AR rows are pending: the last pass on this cache ran none")
+        count, tree = self._pending
+        check_path(rows, count, None if tree is None else tree.parents)
+        if tree is not None:
+            self._copy([(tree.column(row), tree.start + i) for i, row in enumerate(rows)])
+        self._length += len(rows)
+        self._pending = None
 
-    def append(self, rows: int) -> None:
-        """Count `rows` more rows as held: a pass has written them."""
+    def checkpoint(self, length: int | None = None) -> Checkpoint:
+        """See `Cache.checkpoint`: anywhere up to where it stands."""
+        length = self._length if length is None else length
+        if not 0 <= length <= self._length:
+            raise ValueError(f"no place to come back to: {length} of {self._length} rows held")
+        return Checkpoint(length)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """See `Cache.restore`."""
+        self._length = self.checkpoint(checkpoint.length).length
+        self._pending = None
+
+    def assume(self, rows: int) -> None:
+        """See `Cache.assume`."""
         if not 0 <= rows <= self._capacity - self._length:
             raise ValueError(f"no room for {rows} rows after {self._length} of {self._capacity}")
         self._length += rows
-        self._tree = None
+        self._pending = None
 
-    def fit_tree(self, parents: Sequence[int]) -> int:
-        """See `TreeCache.fit_tree`. Branches take groups of rows beyond those in use."""
+    def fit(self, parents: Sequence[int]) -> int:
+        """See `Cache.fit`. Branches take groups of rows beyond those in use."""
         count = len(parents)
         while count > 1 and tree_layout(parents[:count], self._length).columns > self.rows:
             count -= 1
         return count
+
+    def hold(self, rows: int, tree: TreeLayout | None = None) -> None:
+        """Have that many rows, which a pass has written, wait for `commit`."""
+        self._pending = rows, tree
+
+    def drop(self) -> None:
+        """Forget what is pending."""
+        self._pending = None
 
     def make_room(self, tree: TreeLayout) -> None:
         """Prepare the regions of a tree that is about to run. Raises ValueError if one is cut."""
@@ -93,26 +120,20 @@ class GgmlCache:
                 f"a tree of {len(tree.parents)} rows with {len(tree.regions) + 1} leaves at"
                 f" {tree.start} needs {tree.columns} cache rows, there are {self.rows}"
             )
-        copied = np.arange(tree.edge, tree.start)
-        for region in tree.regions:
-            self._copy(copied, copied + (region - tree.edge))
+        self._copy(
+            [
+                (column, region + column - tree.edge)
+                for region in tree.regions
+                for column in range(tree.edge, tree.start)
+            ]
+        )
 
-    def plant(self, tree: TreeLayout | None) -> None:
-        """Remember the tree whose rows have been written, for `keep_path`; None forgets it."""
-        self._tree = tree
-
-    def keep_path(self, rows: Sequence[int]) -> None:
-        """See `TreeCache.keep_path`."""
-        tree = self._tree
-        check_path(rows, () if tree is None else tree.parents)
-        assert tree is not None
-        kept = np.arange(len(rows)) + tree.start
-        self._copy(np.array([tree.column(row) for row in rows]), kept)
-        self.append(len(rows))
-
-    def _copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
-        """Copy the keys and values of rows, in every layer."""
-        sources, targets = sources[sources != targets], targets[sources != targets]
+    def _copy(self, moves: Sequence[tuple[int, int]]) -> None:
+        """Copy the keys and values of rows, (from, to), in every layer."""
+        moves = [(source, target) for source, target in moves if source != target]
+        if not moves:
+            return
+        from_rows, to_rows = np.array(moves).T
         layout, offset = self.layout, 0
         sizes = [
             _tensor_bytes(layout, qtype, self.rows) for qtype in (layout.type_k, layout.type_v)
@@ -132,7 +153,7 @@ class GgmlCache:
                 offset,
                 (sum(sizes), self.rows * item, item),
             )
-            items[:, :, targets] = items[:, :, sources]
+            items[:, :, to_rows] = items[:, :, from_rows]
             offset += size
 
     def close(self) -> None:

@@ -1,75 +1,64 @@
 """One forward pass as a ggml graph.
 
 Rows run along ggml's third dimension throughout ([columns, 1, rows]); `multiply_rows` says why.
-The AR rows of a pass come first. Everything but attention runs over all rows at once.
+Everything but attention runs over all rows at once, or over all rows of a view; attention runs
+sequence by sequence, each over its own cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import gguf
 
-from orthrus_gguf.ggml.binding import ROPE_NEOX, Ggml
+from orthrus_gguf.ggml.binding import ROPE_ADJACENT, ROPE_HALVES, Ggml
 from orthrus_gguf.ggml.tensors import multiply_rows
+from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.runtime.ggml.attention import CachedAttention
+from orthrus_gguf.runtime.ggml.attention import STORED_LIMIT, CachedAttention
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
+from orthrus_gguf.runtime.ggml.shape import Shape, Share, Span
 from orthrus_gguf.runtime.ggml.weights import AttentionWeights, LayerWeights, Weights
-from orthrus_gguf.runtime.protocol import View
 
 _F16 = int(gguf.GGMLQuantizationType.F16)
 _I32 = int(gguf.GGMLQuantizationType.I32)
 _I64 = int(gguf.GGMLQuantizationType.I64)
 _F32_BYTES, _I32_BYTES = 4, 4
 
-#: More tensors (views included) than one layer, and all the rest, can create.
-TENSORS_PER_LAYER, OTHER_TENSORS = 128, 64
+_ROPE_MODES = {Pairing.HALVES: ROPE_HALVES, Pairing.ADJACENT: ROPE_ADJACENT}
+
+#: More tensors (views included) than one layer creates besides those of each further sequence's
+#: rows of one view, than these create, and than all the rest.
+TENSORS_PER_LAYER, TENSORS_PER_GROUP, OTHER_TENSORS = 128, 48, 64
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What passes have in common that can use the same graph.
+class ShareInputs:
+    """Input tensors about one sequence's rows, AR rows first.
 
-    ar_rows, diffusion_rows: rows of each view. wanted: rows whose logits are wanted, over both.
-    columns: cache rows that attention spans, hidden ones included. stores: keys that a tree writes,
-    some rows' at several places; 0 where each row's are written once.
+    key_rows: I64 [rows], where keys go in the cache. value_rows: the same for values; where these
+    lie transposed, I64 [rows * kv_dim], element by element. mask: F16 [rows, columns].
+    stored: I32 [stores] for a tree, the rows that key_rows and value_rows, as long, are about.
     """
 
-    ar_rows: int
-    diffusion_rows: int
-    wanted: int
-    columns: int
-    stores: int = 0
-
-    @property
-    def rows(self) -> int:
-        return self.ar_rows + self.diffusion_rows
-
-    def groups(self) -> list[tuple[View, int, int]]:
-        """(view, first row, number of rows) of the views present."""
-        ar, diffusion = self.ar_rows, self.diffusion_rows
-        groups = [(View.AR, 0, ar), (View.DIFFUSION, ar, diffusion)]
-        return [group for group in groups if group[2]]
+    key_rows: int
+    value_rows: int
+    mask: int
+    stored: int | None
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Input tensors of a graph. All must be set before every run: their memory is reused in it.
 
-    tokens, positions: I32 [rows]. key_rows: I64 [rows], where keys go in the cache. value_rows: the
-    same for values; where these lie transposed, I64 [rows * kv_dim], element by element.
-    mask: F16 [rows, columns]. wanted: I32 [wanted], None when all rows are wanted, or none.
-    stored: I32 [stores] for a tree, the rows that key_rows and value_rows, as long, are about.
+    tokens, positions: I32 [rows]. wanted: I32 [wanted], None when all rows are wanted, or none.
     """
 
     tokens: int
     positions: int
-    key_rows: int
-    value_rows: int
-    mask: int
     wanted: int | None
-    stored: int | None
+    shares: tuple[ShareInputs, ...]
 
 
 @dataclass(frozen=True)
@@ -77,95 +66,142 @@ class Graph:
     """A graph that has no memory for its tensors' data yet.
 
     context: to free when done. logits: the output, float32 [wanted, n_vocab] in numpy's order;
-    None when no row is wanted.
+    None when no row is wanted. taps: float32 [rows, n_embd] each, in the order of the shape's.
     """
 
     context: int
     graph: int
     inputs: Inputs
     logits: int | None
+    taps: tuple[int, ...]
+
+
+def tensor_count(n_layers: int, shape: Shape) -> int:
+    """More tensors than the graph of a pass of this shape has."""
+    further = sum(len(span.groups) - 1 for span in shape.spans())
+    return (
+        n_layers * (TENSORS_PER_LAYER + further * TENSORS_PER_GROUP)
+        + OTHER_TENSORS
+        + (8 * len(shape.shares))
+    )
 
 
 def build_graph(
-    api: Ggml, config: ModelConfig, weights: Weights, cache: GgmlCache, shape: Shape
+    api: Ggml, config: ModelConfig, weights: Weights, caches: Sequence[GgmlCache], shape: Shape
 ) -> Graph:
-    """The graph of a pass of this shape, on this cache."""
-    tensors = TENSORS_PER_LAYER * config.n_layers + OTHER_TENSORS
+    """The graph of a pass of this shape, on these caches, one per share."""
+    tensors = tensor_count(config.n_layers, shape)
     headers = tensors * api.tensor_overhead() + api.graph_overhead_custom(tensors, False)
     context = api.new_context(headers + 1024)
     graph = api.new_graph_custom(context, tensors, False)
-    inputs = _inputs(api, context, cache, shape)
-    attention = CachedAttention(
-        api,
-        context,
-        graph,
-        cache,
-        config.n_head,
-        shape.columns,
-        inputs.mask,
-        inputs.key_rows,
-        inputs.value_rows,
+    inputs = _inputs(api, context, caches, shape)
+    attention = [
+        CachedAttention(
+            api,
+            context,
+            graph,
+            cache,
+            config.n_head,
+            share.columns,
+            own.mask,
+            own.key_rows,
+            own.value_rows,
+        )
+        for cache, share, own in zip(caches, shape.shares, inputs.shares, strict=True)
+    ]
+    builder = _Builder(
+        api, context, graph, config, weights, shape, shape.spans(), inputs, attention, {}
     )
-    logits = _Builder(api, context, config, shape, inputs, attention).run(weights)
-    if logits is not None:
-        api.set_output(logits)
-        api.build_forward_expand(graph, logits)
-    return Graph(context, graph, inputs, logits)
+    logits = builder.run()
+    return Graph(context, graph, inputs, logits, tuple(builder.taps[tap] for tap in shape.taps))
 
 
-def _inputs(api: Ggml, context: int, cache: GgmlCache, shape: Shape) -> Inputs:
+def _inputs(api: Ggml, context: int, caches: Sequence[GgmlCache], shape: Shape) -> Inputs:
     def column(qtype: int, count: int) -> int:
-        return int(api.new_tensor_1d(context, qtype, count))
+        tensor: int = api.new_tensor_1d(context, qtype, count)
+        api.set_input(tensor)
+        return tensor
 
-    rows, wanted, layout = shape.rows, shape.wanted, cache.layout
-    stores = shape.stores or rows
-    inputs = Inputs(
-        tokens=column(_I32, rows),
-        positions=column(_I32, rows),
-        key_rows=column(_I64, stores),
-        value_rows=column(_I64, stores * layout.kv_dim if layout.transposed else stores),
-        mask=api.new_tensor_2d(context, _F16, shape.columns, rows),
-        wanted=column(_I32, wanted) if 0 < wanted < rows else None,
-        stored=column(_I32, stores) if shape.stores else None,
+    def of_share(cache: GgmlCache, share: Share) -> ShareInputs:
+        layout, stores = cache.layout, share.stores or share.rows
+        mask = api.new_tensor_2d(context, _F16, share.columns, share.rows)
+        api.set_input(mask)
+        return ShareInputs(
+            key_rows=column(_I64, stores),
+            value_rows=column(_I64, stores * layout.kv_dim if layout.transposed else stores),
+            mask=mask,
+            stored=column(_I32, stores) if share.stores else None,
+        )
+
+    return Inputs(
+        tokens=column(_I32, shape.rows),
+        positions=column(_I32, shape.rows),
+        wanted=column(_I32, shape.wanted) if 0 < shape.wanted < shape.rows else None,
+        shares=tuple(map(of_share, caches, shape.shares)),
     )
-    for tensor in vars(inputs).values():
-        if tensor is not None:
-            api.set_input(tensor)
-    return inputs
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """Where the operations of one graph are put together."""
+    """Where the operations of one graph are put together. attention: one per share.
+    taps: filled on the way."""
 
     api: Ggml
     context: int
+    graph: int
     config: ModelConfig
+    weights: Weights
     shape: Shape
+    spans: list[Span]
     inputs: Inputs
-    attention: CachedAttention
+    attention: list[CachedAttention]
+    taps: dict[int, int]
 
-    def run(self, weights: Weights) -> int | None:
+    def run(self) -> int | None:
         """All layers → logits, None when no row is wanted."""
-        embedded = self.api.get_rows(self.context, weights.token_embd, self.inputs.tokens)
-        x = self._as_rows(embedded, self.config.n_embd, self.shape.rows)
-        for index, layer in enumerate(weights.layers[:-1]):
-            x = self._layer(x, layer, index)
-        last = len(weights.layers) - 1
-        if not self.shape.wanted:
-            self._store(self._norm(x, weights.layers[last].attn_norm), weights.layers[last], last)
+        config, layers = self.config, self.weights.layers
+        embedded = self.api.get_rows(self.context, self.weights.token_embd, self.inputs.tokens)
+        self._tap(0, embedded)
+        x = self._as_rows(embedded, config.n_embd, self.shape.rows)
+        last = config.n_layers - 1
+        for index in range(last):
+            x = self._layer(x, layers[index], index)
+            self._tap(index + 1, x)
+        # Behind the last layer's keys and values, only rows that somebody asks about are computed.
+        behind = [tap for tap in self.shape.taps if tap > last]
+        if not self.shape.wanted and not behind:
+            self._store(self._norm(x, layers[last].attn_norm), layers[last], last)
             return None
-        x = self._layer(x, weights.layers[last], last)
-        normed = self._norm(x, weights.output_norm)
-        return self._multiply(weights.output, normed, self.config.n_embd, self.shape.wanted)
+        x = self._layer(x, layers[last], last, only_wanted=not behind)
+        self._tap(config.n_layers, x)
+        if behind == [config.n_layers] and self.shape.wanted:
+            x = self._pick(x)
+        normed = self._norm(x, self.weights.output_norm)
+        self._tap(config.n_layers + 1, normed)
+        if not self.shape.wanted:
+            return None
+        if config.n_layers + 1 in behind:
+            normed = self._pick(normed)
+        logits = self._multiply(self.weights.output, normed, config.n_embd, self.shape.wanted)
+        return self._out(logits)
 
-    def _layer(self, x: int, layer: LayerWeights, index: int) -> int:
-        """x [n_embd, 1, rows] → the same after one layer; the last keeps only the wanted rows."""
+    def _tap(self, tap: int, x: int) -> None:
+        """Keep `x` as an output if somebody asks for it."""
+        if tap in self.shape.taps:
+            self.taps[tap] = self._out(x)
+
+    def _out(self, x: int) -> int:
+        self.api.set_output(x)
+        self.api.build_forward_expand(self.graph, x)
+        return x
+
+    def _layer(self, x: int, layer: LayerWeights, index: int, *, only_wanted: bool = False) -> int:
+        """x [n_embd, 1, rows] → the same after one layer, or only the wanted rows of it."""
         api, c, config, rows = self.api, self.context, self.config, self.shape.rows
         normed = self._norm(x, layer.attn_norm)
         self._store(normed, layer, index)
         mixed = self._attend(normed, layer, index)
-        if index == config.n_layers - 1 and self.inputs.wanted is not None:
+        if only_wanted:
             x, mixed, rows = self._pick(x), self._pick(mixed), self.shape.wanted
         x = api.add(c, x, mixed)
         normed = self._norm(x, layer.ffn_norm)
@@ -175,54 +211,78 @@ class _Builder:
         return int(api.add(c, x, down))
 
     def _store(self, normed: int, layer: LayerWeights, index: int) -> None:
-        """Keys and values of all rows → the cache, each by its view's weights."""
-        config = self.config
-        for view, first, count in self.shape.groups():
-            weights, x = layer.attention[view], self._rows(normed, first, count)
-            k = self._heads(weights.k, x, config.n_head_kv, count)
-            k = self._rotate(self._norm(k, weights.k_norm), first, count)
-            v = self._heads(weights.v, x, config.n_head_kv, count)
-            if self.inputs.stored is not None:  # a tree, which is alone
-                k, v, count = self._repeat(k), self._repeat(v), self.shape.stores
-            self.attention.store(k, v, index, first, count)
+        """Keys and values of all rows → their caches, each by its view's weights."""
+        heads = self.config.n_head_kv
+        for span in self.spans:
+            weights, x = layer.attention[span.view], self._rows(normed, span.first, span.count)
+            k = self._heads(weights.k, weights.k_bias, x, heads, span.count)
+            k = self._clamped(self._placed(k, weights.k_norm, span))
+            v = self._clamped(self._heads(weights.v, weights.v_bias, x, heads, span.count))
+            for group in span.groups:
+                own_k, own_v = (
+                    self._of_group(a, heads, group.first, group.count, span.count) for a in (k, v)
+                )
+                count, stored = group.count, self.inputs.shares[group.share].stored
+                if stored is not None:
+                    stores = self.shape.shares[group.share].stores
+                    own_k, own_v = (self._repeat(a, count, stored, stores) for a in (own_k, own_v))
+                    count = stores
+                self.attention[group.share].store(own_k, own_v, index, group.own_first, count)
 
-    def _repeat(self, x: int) -> int:
-        """x [head_dim, n_head_kv, rows] → the rows to be stored, [head_dim, n_head_kv, stores]."""
+    def _repeat(self, x: int, rows: int, stored: int, stores: int) -> int:
+        """x [head_dim, n_head_kv, rows] of a tree → the rows to store, [head_dim, n_head_kv,
+        stores]."""
         api, c, config = self.api, self.context, self.config
-        sizes = (config.head_dim, config.n_head_kv)
-        flat = api.reshape_2d(c, x, config.head_dim * config.n_head_kv, self.shape.rows)
-        picked = api.get_rows(c, flat, self.inputs.stored)
-        return int(api.reshape_3d(c, picked, *sizes, self.shape.stores))
+        flat = api.reshape_2d(c, x, config.head_dim * config.n_head_kv, rows)
+        picked = api.get_rows(c, flat, stored)
+        return int(api.reshape_3d(c, picked, config.head_dim, config.n_head_kv, stores))
 
     def _attend(self, normed: int, layer: LayerWeights, index: int) -> int:
         """Attention of all rows, each by its view's weights → [n_embd, 1, rows]."""
-        outputs = []
-        for view, first, count in self.shape.groups():
-            weights: AttentionWeights = layer.attention[view]
-            q = self._heads(weights.q, self._rows(normed, first, count), self.config.n_head, count)
-            q = self._rotate(self._norm(q, weights.q_norm), first, count)
-            mixed = self.attention.attend(q, index, first, count)
-            width = self.config.n_head * self.config.head_dim
-            outputs.append(self._multiply(weights.output, mixed, width, count))
-        if len(outputs) == 1:
-            return outputs[0]
-        return int(self.api.concat(self.context, *outputs, 2))
+        config = self.config
+        heads, width, outputs = config.n_head, config.n_head * config.head_dim, []
+        for span in self.spans:
+            weights: AttentionWeights = layer.attention[span.view]
+            x = self._rows(normed, span.first, span.count)
+            q = self._heads(weights.q, weights.q_bias, x, heads, span.count)
+            q = self._placed(q, weights.q_norm, span)
+            parts = []
+            for group in span.groups:
+                own = self._of_group(q, heads, group.first, group.count, span.count)
+                attention = self.attention[group.share]
+                mixed = attention.attend(own, index, group.own_first, group.count)
+                if len(span.groups) > 1:
+                    mixed = self._as_rows(mixed, width, group.count)
+                parts.append(mixed)
+            outputs.append(self._multiply(weights.output, self._joined(parts), width, span.count))
+        return self._joined(outputs)
 
-    def _heads(self, weights: int, x: int, heads: int, count: int) -> int:
+    def _joined(self, parts: Sequence[int]) -> int:
+        """[columns, 1, rows] of all parts, in order. Halves first: each row is copied few times."""
+        if len(parts) == 1:
+            return parts[0]
+        half = len(parts) // 2
+        first, second = self._joined(parts[:half]), self._joined(parts[half:])
+        return int(self.api.concat(self.context, first, second, 2))
+
+    def _heads(self, weights: int, bias: int | None, x: int, heads: int, count: int) -> int:
         """A projection of `count` rows, as [head_dim, heads, count]."""
         projected = self._multiply(weights, x, self.config.n_embd, count)
+        if bias is not None:
+            projected = self.api.add(self.context, projected, bias)
         return int(self.api.reshape_3d(self.context, projected, self.config.head_dim, heads, count))
 
-    def _rotate(self, x: int, first: int, count: int) -> int:
-        """Rotary embedding of x [head_dim, heads, count], with llama.cpp's arguments."""
+    def _placed(self, x: int, norm: int | None, span: Span) -> int:
+        """x [head_dim, heads, count], normed where the architecture has it, and rotated, with
+        llama.cpp's arguments."""
         api, c, rope = self.api, self.context, self.config.rope
         rotated = api.rope_ext(
             c,
-            x,
-            api.view_1d(c, self.inputs.positions, count, first * _I32_BYTES),
-            None,
+            x if norm is None else self._norm(x, norm),
+            api.view_1d(c, self.inputs.positions, span.count, span.first * _I32_BYTES),
+            self.weights.freq_factors,
             self.config.head_dim,
-            ROPE_NEOX,
+            _ROPE_MODES[self.config.architecture.pairing],
             rope.original_context or self.config.n_ctx_train,
             rope.freq_base,
             1 / rope.factor,
@@ -237,6 +297,9 @@ class _Builder:
         normed = self.api.rms_norm(self.context, x, self.config.rms_eps)
         return int(self.api.mul(self.context, normed, weight))
 
+    def _clamped(self, x: int) -> int:
+        return int(self.api.clamp(self.context, x, -STORED_LIMIT, STORED_LIMIT))
+
     def _multiply(self, weights: int, x: int, columns: int, rows: int) -> int:
         return multiply_rows(self.api, self.context, weights, x, columns, rows)
 
@@ -248,8 +311,18 @@ class _Builder:
         width = n_embd * _F32_BYTES
         return int(self.api.view_3d(self.context, x, n_embd, 1, count, width, width, first * width))
 
+    def _of_group(self, x: int, heads: int, first: int, count: int, total: int) -> int:
+        """Rows `first` to `first + count` of x [head_dim, heads, total]."""
+        if count == total:
+            return x
+        size = self.config.head_dim
+        row, head = heads * size * _F32_BYTES, size * _F32_BYTES
+        return int(self.api.view_3d(self.context, x, size, heads, count, head, row, first * row))
+
     def _pick(self, x: int) -> int:
         """The wanted rows of x [n_embd, 1, rows]."""
+        if self.inputs.wanted is None:
+            return x
         n_embd = self.config.n_embd
         flat = self.api.reshape_2d(self.context, x, n_embd, self.shape.rows)
         picked = self.api.get_rows(self.context, flat, self.inputs.wanted)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import STATUS_SUCCESS
 from orthrus_gguf.ggml.library import Library, load_library
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.cache_layout import (
     BATCH_ROWS,
@@ -22,17 +25,35 @@ from orthrus_gguf.runtime.ggml.cache_layout import (
     columns_for,
     spare_rows,
 )
-from orthrus_gguf.runtime.ggml.graph import Shape
-from orthrus_gguf.runtime.ggml.graph_pool import GraphPool
-from orthrus_gguf.runtime.ggml.passes import Piece, cut
+from orthrus_gguf.runtime.ggml.graph_pool import GraphPool, ReadyGraph
+from orthrus_gguf.runtime.ggml.inputs import ShareRows
+from orthrus_gguf.runtime.ggml.results import Gathered, Taps
+from orthrus_gguf.runtime.ggml.shape import Shape, Share
 from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
 from orthrus_gguf.runtime.ggml.trees import TreeLayout, padded_stores, tree_layout
 from orthrus_gguf.runtime.ggml.weights import Weights
-from orthrus_gguf.runtime.protocol import Logits, Segment, View, check_segments
+from orthrus_gguf.runtime.passes import Piece, cut
+from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Sequence:
+    """One sequence in a call: its cache, where its blocks' rows go, and its AR rows.
+
+    reach: cache rows that its attention may see at most.
+    """
+
+    cache: GgmlCache
+    end: int
+    reach: int
+    ar_rows: int = 0
+    tree: TreeLayout | None = None
 
 
 class GgmlModel:
-    """See `segments.Model`. Use as a context manager, or close it.
+    """See `protocol.Model`. Use as a context manager, or close it.
 
     One pass runs at a time; calls from several threads wait for one another.
     """
@@ -99,18 +120,17 @@ class GgmlModel:
         weakref.finalize(cache, self._graphs.forget, cache.serial)
         return cache
 
-    def forward(self, segments: Sequence[Segment], cache: GgmlCache) -> list[Logits]:
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         """See `Model.forward`."""
-        with self._lock:
-            self._check_open()
-            self._check(segments, cache)
-            length = cache.length
-            cache.plant(None)
-            try:
-                return self._run(segments, cache)
-            except BaseException:
-                cache.truncate(min(length, cache.length))
-                raise
+
+        def draw(segment: Segment, logits: Logits, taps: Taps | None) -> Choices:
+            return Choices(draw_choices(segment, logits), taps)
+
+        return self._run(segments, draw, with_taps=True)
+
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        """See `Model.logits`."""
+        return self._run(segments, lambda _, logits, __: logits.copy(), with_taps=False)
 
     def close(self) -> None:
         """Free everything but the caches handed out, which can only be closed from now on."""
@@ -132,10 +152,25 @@ class GgmlModel:
         if not self._finalizer.alive:
             raise OrthrusError("the model is closed; load it again")
 
-    def _check(self, segments: Sequence[Segment], cache: GgmlCache) -> None:
-        if cache.closed or cache.layout is not self._layout:
-            raise ValueError("the cache is closed, or belongs to another model")
-        check_segments(segments, cache)
+    def _sequences(self, segments: Sequence[Segment]) -> dict[int, _Sequence]:
+        """The sequences of a call by their cache's id, in order, with nothing pending."""
+        found: dict[int, _Sequence] = {}
+        for segment in segments:
+            cache = segment.cache
+            if not isinstance(cache, GgmlCache) or cache.layout is not self._layout or cache.closed:
+                raise ValueError("the cache is closed, or belongs to another model")
+            own = found.get(id(cache))
+            if own is None:
+                cache.drop()
+                own = found[id(cache)] = _Sequence(cache, cache.length, cache.length)
+            own.reach += len(segment)
+            if segment.view is View.AR:
+                own.ar_rows = len(segment)
+                own.end += own.ar_rows
+        return found
+
+    def _check(self, segments: Sequence[Segment]) -> None:
+        check_segments(segments)
         for segment in segments:
             low, high = min(segment.tokens), max(segment.tokens)
             if low < 0 or high >= self.config.n_vocab:
@@ -143,6 +178,10 @@ class GgmlModel:
                     f"token {low if low < 0 else high} is outside the vocabulary of "
                     f"{self.config.n_vocab}; the tokenizer does not belong to this model"
                 )
+            if segment.taps and not 0 <= min(segment.taps) <= max(segment.taps) <= (
+                self.config.n_layers + 1
+            ):
+                raise ValueError(f"taps {segment.taps}: expected 0..{self.config.n_layers + 1}")
             if segment.view is View.DIFFUSION:
                 if not self.config.has_heads:
                     raise OrthrusError(
@@ -153,59 +192,86 @@ class GgmlModel:
                         f"block of {len(segment)} rows, at most {self._spare_rows} fit"
                     )
 
-    def _max_ar_rows(self, segments: Sequence[Segment], cache: GgmlCache) -> int:
+    def _run(
+        self,
+        segments: Sequence[Segment],
+        result: Callable[[Segment, Logits, Taps | None], T],
+        *,
+        with_taps: bool,
+    ) -> list[T]:
+        """Run the passes of a call; what `result` makes of each segment's logits and taps.
+
+        It gets logits as they lie in the graph's memory, which the next pass overwrites.
+        """
+        with self._lock:
+            sequences = self._sequences(segments)
+            self._check_open()
+            self._check(segments)
+            for segment in segments:
+                if segment.parents is not None:
+                    own = sequences[id(segment.cache)]
+                    own.tree = tree_layout(segment.parents, segment.start)
+                    own.cache.make_room(own.tree)
+            gathered, found = Gathered(with_taps=with_taps), {}
+            for pieces in cut(segments, self._max_ar_rows(sequences), self._spare_rows):
+                ready = self._run_pass(pieces, sequences, with_taps=with_taps)
+                for index, logits, taps in gathered.add(pieces, ready):
+                    found[index] = result(segments[index], logits, taps)
+            for own in sequences.values():
+                if own.ar_rows:
+                    own.cache.hold(own.ar_rows, own.tree)
+        return [
+            found[index] if index in found else result(segment, self._no_logits, None)
+            for index, segment in enumerate(segments)
+        ]
+
+    @property
+    def _no_logits(self) -> Logits:
+        return np.empty((0, self.config.n_vocab), np.float32)
+
+    def _max_ar_rows(self, sequences: dict[int, _Sequence]) -> int:
         """AR rows of one pass that keep its attention scores within SCORE_BYTES."""
-        reach = columns_for(cache.length + sum(map(len, segments)))
+        reach = columns_for(max(own.reach for own in sequences.values()))
         return ar_rows(self.config, self._layout, reach, self._batch_rows)
 
-    def _run(self, segments: Sequence[Segment], cache: GgmlCache) -> list[Logits]:
-        found: list[list[Logits]] = [[] for _ in segments]
-        passes = cut(segments, self._max_ar_rows(segments, cache), self._spare_rows)
-        for number, pieces in enumerate(passes, 1):
-            logits = self._run_pass(pieces, cache)
-            if logits is None:
-                continue
-            if number < len(passes):
-                logits = logits.copy()  # the next pass reuses this memory
-            row = 0
-            for piece in pieces:
-                count = len(piece.wanted)
-                if count:
-                    found[piece.index].append(logits[row : row + count])
-                row += count
-        return [self._joined(parts) for parts in found]
-
-    def _joined(self, parts: list[Logits]) -> Logits:
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([np.empty((0, self.config.n_vocab), np.float32), *parts])
-
-    def _run_pass(self, pieces: Sequence[Piece], cache: GgmlCache) -> Logits | None:
-        ar_rows = sum(piece.count for piece in pieces if piece.segment.view is View.AR)
-        diffusion_rows = sum(piece.count for piece in pieces) - ar_rows
-        reach, stores = cache.length + ar_rows + diffusion_rows, 0
-        wanted = sum(len(piece.wanted) for piece in pieces)
-        tree = self._tree(pieces, cache)
-        if tree is not None:
-            cache.make_room(tree)
-            reach, stores = tree.columns, padded_stores(len(tree.stores))
-        columns = min(columns_for(reach), cache.rows)
-        ready = self._graphs.get(cache, Shape(ar_rows, diffusion_rows, wanted, columns, stores))
-        ready.inputs.fill(pieces, cache.length, cache.element_offsets, tree)
+    def _run_pass(
+        self, pieces: Sequence[Piece], sequences: dict[int, _Sequence], *, with_taps: bool
+    ) -> ReadyGraph:
+        parts = [
+            (own, [piece for piece in pieces if piece.segment.cache is own.cache])
+            for own in sequences.values()
+        ]
+        parts = [part for part in parts if part[1]]
+        taps = {tap for piece in pieces for tap in piece.segment.taps} if with_taps else ()
+        shape = Shape(
+            tuple(_share(own, own_pieces) for own, own_pieces in parts),
+            sum(len(piece.wanted) for piece in pieces),
+            tuple(sorted(taps)),
+        )
+        ready = self._graphs.get([own.cache for own, _ in parts], shape)
+        ready.inputs.fill(
+            pieces, [ShareRows(own_pieces, own.end, own.tree) for own, own_pieces in parts]
+        )
         with self._pool.lock:
             status = self._api.backend_graph_compute(self._backend, ready.graph)
         if status != STATUS_SUCCESS:
             raise OrthrusError(
-                f"ggml could not run a pass of {ar_rows + diffusion_rows} rows (status {status}); "
+                f"ggml could not run a pass of {shape.rows} rows (status {status}); "
                 "memory may have run out: choose a smaller context with -c"
             )
-        if tree is None:
-            cache.append(ar_rows)
-        else:
-            cache.plant(tree)
-        return ready.logits
+        return ready
 
-    def _tree(self, pieces: Sequence[Piece], cache: GgmlCache) -> TreeLayout | None:
-        """Where the rows of a pass go if they are a tree."""
-        parents = pieces[0].segment.parents
-        return None if parents is None else tree_layout(parents, cache.length)
+
+def _share(own: _Sequence, pieces: Sequence[Piece]) -> Share:
+    """What a sequence has in a pass, with as many columns as its rows and blocks reach."""
+    ar = diffusion = stores = reach = 0
+    for piece in pieces:
+        if piece.segment.view is View.AR:
+            ar, reach = piece.count, piece.start + piece.count
+        else:
+            diffusion += piece.count
+            reach = max(reach, own.end + piece.offset + piece.count)
+    if own.tree is not None:
+        reach, stores = own.tree.columns, padded_stores(len(own.tree.stores))
+    columns = min(columns_for(reach), own.cache.rows)
+    return Share(own.cache.serial, ar, diffusion, columns, stores)

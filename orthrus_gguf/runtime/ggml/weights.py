@@ -28,20 +28,26 @@ IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0 TQ2_0 MXFP4
 #: gguf packages do not know them all. Q8_1 and Q8_K are only ever the other operand.
 MULTIPLIABLE = frozenset(_MULTIPLIABLE.split())
 
+_PROJECTIONS = ("q", "k", "v", "output")
+
 #: Rows of one matrix of each type that are tried for row invariance when a model is loaded.
 SAMPLE_ROWS = 24
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """One view's attention of one layer; every field is a ggml tensor."""
+    """One view's attention of one layer; every field is a ggml tensor, or None where the
+    architecture has none."""
 
     q: int
     k: int
     v: int
     output: int
-    q_norm: int
-    k_norm: int
+    q_norm: int | None
+    k_norm: int | None
+    q_bias: int | None
+    k_bias: int | None
+    v_bias: int | None
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,10 @@ class LayerWeights:
 class Weights:
     """All weights of a model, used where the file's mapping holds them.
 
-    types: of the matrices. copied_bytes: what had to be copied: norms that are not F32, which ggml
-    could not multiply with, and tensors at addresses that ggml refuses (files may be aligned to
-    less than 32 bytes).
+    types: of the matrices. freq_factors: what RoPE's frequencies are divided by, F32
+    [head_dim / 2], or None. copied_bytes: what had to be copied: vectors that are not F32, which
+    ggml could not calculate with, and tensors at addresses that ggml refuses (files may be aligned
+    to less than 32 bytes).
     """
 
     def __init__(self, library: Library, file: ModelFile) -> None:
@@ -71,12 +78,13 @@ class Weights:
         self._memory: list[NDArray[np.uint8]] = []  # keeps mapping and copies alive
         self.copied_bytes = 0
         self.types = _checked_types(library, file)
-        self._tensors = Tensors(library.api, len(file.tensors))
+        self._tensors = Tensors(library.api, len(file.tensors) + 1)
         try:
             config = file.config
             self.token_embd = self._place("token_embd")
             self.output_norm = self._place("output_norm")
             self.output = self.token_embd if config.tied else self._place("output")
+            self.freq_factors = self._freq_factors()
             self.layers = [self._layer(f"blk.{index}.") for index in range(config.n_layers)]
         except BaseException:
             self.close()
@@ -95,11 +103,27 @@ class Weights:
         return LayerWeights(attention, *(self._place(prefix + name) for name in names))
 
     def _attention(self, prefix: str, suffix: str) -> AttentionWeights:
-        names = ("q", "k", "v", "output", "q_norm", "k_norm")
-        return AttentionWeights(*(self._place(f"{prefix}attn_{name}{suffix}") for name in names))
+        def place(name: str, part: str = "weight", *, there: bool = True) -> int | None:
+            return self._place(f"{prefix}attn_{name}{suffix}", part) if there else None
 
-    def _place(self, name: str) -> int:
-        info = self._file.tensors[name + ".weight"]
+        arch = self._file.config.architecture
+        matrices = (self._place(f"{prefix}attn_{name}{suffix}") for name in _PROJECTIONS)
+        norms = (place(name, there=arch.qk_norms) for name in ("q_norm", "k_norm"))
+        biases = (place(name, "bias", there=arch.qkv_biases) for name in ("q", "k", "v"))
+        return AttentionWeights(*matrices, *norms, *biases)
+
+    def _freq_factors(self) -> int | None:
+        """The config's, wherever they come from."""
+        factors = self._file.config.rope.freq_factors
+        if factors is None:
+            return None
+        data = aligned_bytes(4 * len(factors))
+        data.view(np.float32)[:] = factors
+        self._memory.append(data)
+        return self._tensors.place(int(_F32), (len(factors),), data.ctypes.data)
+
+    def _place(self, name: str, part: str = "weight") -> int:
+        info = self._file.tensors[f"{name}.{part}"]
         data, qtype = self._file.data(info.name), info.type
         if len(info.shape) == 1 and qtype is not _F32:
             data, qtype = quants.dequantize(data, qtype).astype(np.float32).view(np.uint8), _F32
