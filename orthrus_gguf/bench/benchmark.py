@@ -1,7 +1,9 @@
-"""Timing of passes, prompts and generations on one loaded model, and what machine it was.
+"""Timing of passes, prompts and generations on one loaded model.
 
-Figures are medians over repetitions, after one repetition that does not count. Nothing is compared
-here: ratios belong to runs on the same machine, and who reads them decides.
+Passes are those of the decode loop, greedy: of an AR pass the rows that follow the token drawn are
+drawn, of a block all of them, with confidences and second choices. Figures are medians over
+repetitions, after one repetition that does not count. Nothing is compared here: ratios belong to
+runs on the same machine, and who reads them decides.
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from orthrus_gguf.decode import Plan, Strategy, decode, prefill
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy
+from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.runtime.protocol import Model, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 GREEDY = SamplingSettings(temperature=0)
@@ -76,12 +81,18 @@ def run_benchmark(model: Model, settings: BenchmarkSettings) -> Iterator[Measure
         )
     cache: Any = model.new_cache(settings.context)
     tokens = _tokens(model, settings.context)
-    depth = settings.depth
+    depth, sampler = settings.depth, Sampler(GREEDY)
+
+    def sequence(length: int) -> TokenSequence:
+        return TokenSequence(model.config, cache, sampler, tokens[:length])
+
+    def read(length: int) -> None:
+        drive(model, prefill(sequence(length), batch=settings.batch))
 
     def rewind() -> None:
-        cache.truncate(min(depth, cache.length))
+        cache.restore(cache.checkpoint(min(depth, cache.length)))
         if cache.length < depth:
-            prefill(model, cache, tokens[:depth], batch=settings.batch)
+            read(depth)
 
     def timed(test: str, rows: int, run: Callable[[], object]) -> Measurement:
         seconds = []
@@ -93,29 +104,27 @@ def run_benchmark(model: Model, settings: BenchmarkSettings) -> Iterator[Measure
         return Measurement(test, rows, tuple(seconds[1:]))
 
     if settings.prompt:
-        prompt = tokens[: depth + settings.prompt]
-        yield timed(
-            f"pp{settings.prompt}",
-            settings.prompt,
-            lambda: prefill(model, cache, prompt, batch=settings.batch),
-        )
+        length = depth + settings.prompt
+        yield timed(f"pp{settings.prompt}", settings.prompt, partial(read, length))
     if settings.generate:
         yield timed(
             f"tg{settings.generate}",
             settings.generate,
-            lambda: _generate(model, cache, tokens[: depth + 1], settings.generate),
+            lambda: _generate(model, sequence(depth + 1), settings.generate),
         )
-    passes = {f"ar {n}": ar_segment(tokens[depth : depth + n], depth) for n in settings.rows}
-    if (mask := model.config.mask_token) is not None:
-        for n in settings.rows:
-            passes[f"diffusion {n}"] = diffusion_segment(tokens[depth], mask, n, depth)
+    start = sequence(depth + 1)
+    passes = {
+        f"ar {n}": start.verify_segment(Tree(tuple(tokens[depth + 1 : depth + n])))
+        for n in settings.rows
+    }
+    if model.config.has_heads:
+        passes |= {f"diffusion {n}": start.block_segment(n) for n in settings.rows}
     for test, segment in passes.items():
-        yield timed(test, len(segment), partial(model.forward, [segment], cache))
+        yield timed(test, len(segment), partial(model.forward, [segment]))
 
 
-def _generate(model: Model, cache: Any, tokens: list[int], n: int) -> None:
-    sampler = Sampler(GREEDY)
-    for _ in decode(model, cache, sampler, list(tokens), Plan(Strategy.AR, 0), n):
+def _generate(model: Model, sequence: TokenSequence, n: int) -> None:
+    for _ in decode(model, sequence, FixedPolicy(PLAIN, model.config), n):
         pass
 
 

@@ -14,12 +14,13 @@ from typing import Any
 from tqdm import tqdm
 
 from orthrus_gguf.auto.calibration import MachineCosts
-from orthrus_gguf.auto.controller import Controller
-from orthrus_gguf.bench.comparison import plots, prompts, report, spelling
+from orthrus_gguf.bench.comparison import plots, prompts, report
+from orthrus_gguf.bench.comparison.entries import DEFAULT, default, entries, spread
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.drafting.plan import SPELLING, Plan, parse_all
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
@@ -44,7 +45,7 @@ error. Plain decoding (ar) always takes part.
 How strategies are spelt:
 
 """
-    + spelling.SPELLING
+    + SPELLING
 )
 
 #: Values of --output.
@@ -88,7 +89,7 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--strategies",
         metavar="NAME,…",
-        help=f"spelt as above (default: {','.join(spelling.DEFAULT)})",
+        help=f"spelt as above (default: {','.join(DEFAULT)})",
     )
     group.add_argument(
         "--widths",
@@ -133,7 +134,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
 def _run(args: argparse.Namespace) -> int:
     path = options.model_path(args)
     texts = prompts.read_texts(args.prompts, args.domains)
-    named = None if args.strategies is None else spelling.parse_all(args.strategies)
+    named = None if args.strategies is None else parse_all(args.strategies)
     if args.plots is not None:
         _prepare_folder(args.plots)
     with ModelFile.open(path, args.heads) as file:
@@ -143,7 +144,7 @@ def _run(args: argparse.Namespace) -> int:
         chosen = prompts.encode(texts, tokenizer, template)
         n_ctx = _context(file, chosen, args.n_gen)
         sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
-        named = spelling.spread(named or spelling.default(file.config), args.widths)
+        named = spread(named or default(file.config), args.widths)
         settings = replace(options.runtime_settings(args), context=n_ctx)
         with closing(load_model(file, settings)) as model:
             session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
@@ -160,22 +161,18 @@ def _run(args: argparse.Namespace) -> int:
 
 def _compare(
     session: Session,
-    named: Sequence[spelling.Spelling],
+    named: Sequence[Plan],
     costs: Callable[[], MachineCosts],
     chosen: Sequence[prompts.Prompt],
     sampling: SamplingSettings,
     args: argparse.Namespace,
 ) -> list[Turn]:
     """All turns; how far they are on stderr."""
-
-    def controller(lookup: bool) -> Controller:
-        return Controller(costs(), session.model.config.block_size, lookup=lookup)
-
-    entries = spelling.entries(named, session, controller)
-    warm_up(session, entries, chosen[0], sampling)
-    total = args.repetitions * len(chosen) * len(entries)
+    compared = entries(named, session.model.config, costs)
+    warm_up(session, compared, chosen[0], sampling)
+    total = args.repetitions * len(chosen) * len(compared)
     turns = run_turns(
-        session, entries, chosen, sampling, max_tokens=args.n_gen, rounds=args.repetitions
+        session, compared, chosen, sampling, max_tokens=args.n_gen, rounds=args.repetitions
     )
     return list(tqdm(turns, "comparing", total, unit=" texts", leave=False, disable=None))
 

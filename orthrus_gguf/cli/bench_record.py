@@ -15,7 +15,7 @@ from orthrus_gguf.bench.simulation.recording import Origin, Recording, Text
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
-from orthrus_gguf.decode import Strategy, plan_for
+from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
 from orthrus_gguf.engine import Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import check_target
@@ -121,8 +121,8 @@ def _sizes(rows: Sequence[int] | None, block_size: int) -> tuple[int, ...]:
 
 def _record(session: Session, prompt: Prompt, n_gen: int, sizes: Sequence[int]) -> Text | None:
     """One prompt; None if its text ends at once."""
-    plan = plan_for(session.model, Strategy.TWO_PASS, None)
-    generation = session.generate(Request(prompt.tokens, GREEDY, plan, n_gen))
+    policy = FixedPolicy(Plan(Strategy.TWO_PASS), session.model.config)
+    generation = session.generate(Request(prompt.tokens, GREEDY, policy, n_gen))
     for _ in generation:
         pass
     output = generation.result.output

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from orthrus_gguf.auto.calibration import MachineCosts, read_curve
 from orthrus_gguf.auto.costs import Costs
-from orthrus_gguf.bench.comparison import spelling
 from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES
 from orthrus_gguf.bench.prediction.passes import Activations, PredictedCurve
 from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
@@ -23,10 +22,11 @@ from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
 from orthrus_gguf.bench.simulation.recording import Recording, load
 from orthrus_gguf.bench.simulation.report import Simulation, as_json, markdown
-from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies
+from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies, runs
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.drafting.plan import SPELLING, parse_all
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.shapes import QWEN3_SHAPES
@@ -40,6 +40,8 @@ the real decode loop and the real controller. Nothing is measured: assumptions a
   orthrus-bench simulate --acceptance qwen3-8b --costs rtx-3090,rtx-4090,h200
   orthrus-bench simulate model.npz --costs model.gguf      (its passes are timed here)
   orthrus-bench simulate model.npz --costs flat            (rows are free)
+
+Beside the controller (auto), its control is shown: a naive bandit over eight fixed strategies.
 
 How strategies are spelt:
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench simulate", DESCRIPTION + spelling.SPELLING)
+    parser = base_parser("orthrus-bench simulate", DESCRIPTION + SPELLING)
     group = parser.add_argument_group("drafts")
     group.add_argument(
         "recording", nargs="?", type=Path, metavar="REC.npz", help="made by orthrus-bench record"
@@ -117,8 +119,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.strategies is None:
         strategies = default_strategies(recording.block_size, lookup=recording.origin.real)
     else:
-        strategies = spelling.parse_all(args.strategies)
-    total = len(hardware) * len(recording.domains()) * (len(strategies) + 1)
+        strategies = parse_all(args.strategies)
+    total = len(hardware) * len(recording.domains()) * runs(strategies)
     done = []
     with tqdm(total=total, desc="simulating", leave=False, disable=None) as bar:
         for item in hardware:

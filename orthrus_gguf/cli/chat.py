@@ -61,7 +61,7 @@ def _turn(
     print(flush=True)
     result = generation.result
     if statistics:
-        say("\n" + statistics_block(request, result))
+        say("\n" + statistics_block(loaded.plan, request, result))
     if show_drafts:
         say(summary(result, colours=has_colours(sys.stdout, sys.stderr)))
     if loaded.template is None:

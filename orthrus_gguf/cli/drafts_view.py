@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TextIO
 
-from orthrus_gguf.drafting.draft import Source
 from orthrus_gguf.engine import Generation, Origin, Result, origins
 
 #: SGR codes; plain text keeps the terminal's own colour.
@@ -61,18 +60,12 @@ def summary(result: Result, *, colours: bool) -> str:
             f"        {tokens[origin]:6d} {paint(name, origin) if colours else name}"
             f" {_percent(tokens[origin], len(result.output))}  {meaning}"
         )
-    drafts, offered, accepted = Counter[Source](), Counter[Source](), Counter[Source]()
-    for cycle in result.cycles:
-        if cycle.source is not None:
-            drafts[cycle.source] += 1
-            offered[cycle.source] += len(cycle.drafts)
-            accepted[cycle.source] += cycle.accepted
-    lines.append(f"drafts  {sum(drafts.values()):6d}")
+    sources = result.statistics.sources
+    lines.append(f"drafts  {sum(cycles for _, cycles, _, _ in sources):6d}")
     lines += [
-        f"        {drafts[source]:6d} {source.value:<9} {_percent(accepted[source], count)}"
-        f"  {accepted[source]} of {count} tokens accepted"
-        for source in Source
-        if (count := offered[source])
+        f"        {cycles:6d} {source.name:<9} {_percent(accepted, offered)}"
+        f"  {accepted} of {offered} tokens accepted"
+        for source, cycles, offered, accepted in sources
     ]
     return "\n".join(lines)
 

@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from tqdm import tqdm
 
 from orthrus_gguf.auto.calibration import MachineCosts
-from orthrus_gguf.auto.controller import Controller
+from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.cli import options
-from orthrus_gguf.decode import Plan, Strategy, plan_for
+from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy
+from orthrus_gguf.drafting.policy import Policy
+from orthrus_gguf.drafting.registry import optional_names
 from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import load_model
 from orthrus_gguf.runtime.protocol import Model
@@ -33,7 +36,8 @@ DRAFT_FLAGS = ("--draft-blocks", "--draft-cut", "--draft-tail", "--draft-tree")
 class Loaded:
     """A model with everything that the flags settle for all of its generations.
 
-    template: None for a completion model and with `--raw`.
+    template: None for a completion model and with `--raw`. plan: what the flags ask for, with the
+    defaults of this model; policy: what follows it, for all of its generations.
     """
 
     file: ModelFile
@@ -41,7 +45,8 @@ class Loaded:
     template: ChatTemplate | None
     model: Model
     session: Session
-    plan: Plan | Controller
+    plan: Plan
+    policy: Policy
     sampling: SamplingSettings
     max_tokens: int
     stop: tuple[str, ...]
@@ -64,7 +69,7 @@ class Loaded:
         return Request(
             prompt=tuple(self.tokenizer.encode(prompt)),
             sampling=self.sampling,
-            plan=self.plan,
+            policy=self.policy,
             max_tokens=self.max_tokens,
             stop=self.stop,
         )
@@ -88,26 +93,26 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     """Open `path` and load the model as `args` say; `resources` closes everything again."""
     started = time.perf_counter()
     file = resources.enter_context(ModelFile.open(path, args.heads))
-    file.prefetch(heads=_strategy_name(args) not in (options.AUTO, Strategy.AR.value))
+    file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
     tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
+    plan = _plan(args, file.config)
     n_ctx = args.ctx_size or file.config.n_ctx_train
     settings = replace(options.runtime_settings(args), context=n_ctx)
     with loading_bar() as on_progress:
         model = load_model(file, settings, on_progress=on_progress, say=say)
     resources.enter_context(closing(model))
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
-    if args.draft_tree and not session.verifies_trees:
-        raise OrthrusError(f"--draft-tree: {model.description} verifies chains only; leave it out")
     return Loaded(
         file=file,
         tokenizer=tokenizer,
         template=template,
         model=model,
         session=session,
-        plan=_plan(args, model, file),
+        plan=plan,
+        policy=policy_for(plan, model.config, lambda: _costs(model, file)),
         sampling=sampling,
         max_tokens=args.predict,
         stop=tuple(args.stop),
@@ -136,33 +141,49 @@ def say(text: str) -> None:
 def _strategy_name(args: argparse.Namespace) -> str:
     """The strategy asked for. A width alone asks for drafts."""
     given: str | None = args.strategy
-    return given or (options.AUTO if args.draft_width is None else Strategy.TWO_PASS.value)
+    return given or (AUTO if args.draft_width is None else Strategy.TWO_PASS.value)
 
 
-def _plan(args: argparse.Namespace, model: Model, file: ModelFile) -> Plan | Controller:
-    """What the flags ask for."""
+def _plan(args: argparse.Namespace, config: ModelConfig) -> Plan:
+    """What the flags ask for. Raises OrthrusError for what makes no sense, naming the flag."""
     name = _strategy_name(args)
-    if name == options.AUTO:
+    wanted = {drafter: getattr(args, drafter.replace("-", "_")) for drafter in optional_names()}
+    if name == AUTO:
         _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
-        costs = MachineCosts(model, identity(file), say)
-        costs.prepare()
-        return Controller(costs, model.config.block_size, lookup=args.lookup is not False)
-    strategy = Strategy(name)
+        return Plan(None, also=tuple(n for n, said in wanted.items() if said is False))
+    strategy, width = Strategy(name), args.draft_width
     if strategy is Strategy.AR:
         _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
     else:
         two_pass = strategy is Strategy.TWO_PASS
         _refuse(args, name, "--draft-blocks" if two_pass else "--draft-tree")
+        if not config.has_heads:
+            raise OrthrusError(
+                f"strategy {name}: {config.name} has no diffusion heads; use --strategy ar, or name"
+                " a heads file with --heads"
+            )
+        if width is not None and not 1 <= width <= (config.block_size or 0):
+            raise OrthrusError(
+                f"--draft-width {width}: must lie in 1..{config.block_size}, the model's block size"
+            )
     if not 0 <= args.draft_cut < 1:
         raise OrthrusError(f"--draft-cut {args.draft_cut}: expected a probability, 0 <= P < 1")
-    plan = plan_for(model, strategy, args.draft_width, blocks=args.draft_blocks)
-    return replace(
-        plan,
-        lookup=bool(args.lookup),
+    return Plan(
+        strategy,
+        width,
+        args.draft_blocks,
+        also=tuple(n for n, said in wanted.items() if said),
         tail=args.draft_tail,
-        cut=args.draft_cut,
         tree=args.draft_tree or 0,
-    )
+        cut=args.draft_cut,
+    ).fitted(config)
+
+
+def _costs(model: Model, file: ModelFile) -> MachineCosts:
+    """What passes cost here, measured now if it is not remembered."""
+    costs = MachineCosts(model, identity(file), say)
+    costs.prepare()
+    return costs
 
 
 def _refuse(args: argparse.Namespace, strategy: str, *flags: str) -> None:

@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from orthrus_gguf.decode import PROMPT_BATCH, Strategy
-from orthrus_gguf.drafting.policy import FUSED_BLOCKS
+from orthrus_gguf.decode import PROMPT_BATCH
+from orthrus_gguf.drafting.plan import FUSED_BLOCKS, NAMES
+from orthrus_gguf.drafting.registry import KINDS, optional_names
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings
 from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
-
-#: Value of --strategy that leaves the choice to the controller.
-AUTO = "auto"
 
 #: Key in the file → field of SamplingSettings (which is also the flag's `dest`).
 FILE_DEFAULTS = {
@@ -83,7 +81,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding (never changes the text)")
     group.add_argument(
         "--strategy",
-        choices=[AUTO, *(strategy.value for strategy in Strategy)],
+        choices=list(NAMES),
         help="auto measures this machine and does what is fastest; ar is plain decoding; two-pass"
         " drafts with the diffusion heads, then verifies; fused drafts and verifies in one pass"
         " (default: auto; two-pass if --draft-width is given)",
@@ -119,11 +117,12 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         help="two-pass: verify a tree of N draft tokens, of a draft's first and second choices, at"
         " most --draft-width deep (default: none, the first choices only)",
     )
-    group.add_argument(
-        "--lookup",
-        action=argparse.BooleanOptionalAction,
-        help="also draft by looking up what followed the last tokens before (default: only auto)",
-    )
+    for name in optional_names():
+        group.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            help=f"also draft {KINDS[name].words} (default: only auto)",
+        )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from orthrus_gguf.auto.controller import Controller
-from orthrus_gguf.decode import Plan, Policy
+from orthrus_gguf.drafting.plan import AUTO, Plan
+from orthrus_gguf.drafting.policy import Policy
+from orthrus_gguf.drafting.registry import optional_names
 from orthrus_gguf.engine import Request, Result
 
 
-def describe_plan(plan: Plan | Policy) -> str:
+def describe_plan(plan: Plan) -> str:
     """A plan in a few words: "fused, width 15, 3 blocks, with lookup"."""
-    if not isinstance(plan, Plan):
-        return "auto"
+    if plan.strategy is None:
+        return AUTO
     parts = [plan.strategy.value]
     if plan.width:
         parts.append(f"width {plan.width}")
@@ -20,27 +22,28 @@ def describe_plan(plan: Plan | Policy) -> str:
         parts.append(f"{plan.blocks} block{'s' if plan.blocks > 1 else ''}")
     if plan.tree:
         parts.append(f"tree of {plan.tree}")
-    if plan.lookup:
-        parts.append("with lookup")
+    parts += [f"with {name}" for name in plan.also]
     return ", ".join(parts)
 
 
-def explain(plan: Plan | Policy) -> str:
-    """What the controller did: phases of one plan, in the order of the text."""
-    if not isinstance(plan, Controller):
+def explain(plan: Plan, policy: Policy) -> str:
+    """What the controller did: phases of one prospect, in the order of the text."""
+    if not isinstance(policy, Controller):
         return f"nothing was decided while decoding: {describe_plan(plan)}, as the flags say"
     lines = ["what was decided, expected and achieved (tokens per second):"]
     lines += [
         f"  {phase.tokens:6d} tokens in {phase.cycles:5d} cycles: expected"
-        f" {phase.outlook.rate:8.1f}, achieved {phase.tokens / phase.seconds:8.1f}"
-        f"  ({describe_plan(phase.outlook.plan)})"
-        for phase in plan.phases
+        f" {phase.prospect.rate:8.1f}, achieved {phase.tokens / phase.seconds:8.1f}"
+        f"  ({describe_plan(phase.prospect.plan)})"
+        for phase in policy.phases
         if phase.seconds > 0
     ]
     return "\n".join(lines)
 
 
-def statistics_block(request: Request, result: Result, load_seconds: float | None = None) -> str:
+def statistics_block(
+    plan: Plan, request: Request, result: Result, load_seconds: float | None = None
+) -> str:
     """The block that ends a run, a line each for load, prompt, output and drafts."""
     stats, timings, sampling = result.statistics, result.timings, request.sampling
     mode = "greedy" if sampling.greedy else f"seed {sampling.seed}"
@@ -50,7 +53,7 @@ def statistics_block(request: Request, result: Result, load_seconds: float | Non
         f"prompt  {timings.prompt * 1e3:10.1f} ms  {stats.prompt_tokens:6d} tokens{cached}"
         f"  {_rate(timings.prompt_per_second)}",
         f"output  {timings.generation * 1e3:10.1f} ms  {stats.output_tokens:6d} tokens"
-        f"  {_rate(timings.generated_per_second)}  ({describe_plan(request.plan)}, {mode})",
+        f"  {_rate(timings.generated_per_second)}  ({describe_plan(plan)}, {mode})",
     ]
     if stats.offered:
         shares = " ".join(f"{100 * share:.0f}" for share in stats.acceptance_by_position)
@@ -67,21 +70,21 @@ def _rate(per_second: float | None) -> str:
     return "    –" if per_second is None else f"{per_second:9.1f} tok/s"
 
 
-def _plan_json(plan: Plan | Policy) -> dict[str, Any]:
-    if not isinstance(plan, Plan):
-        return {"strategy": "auto", "draft_width": None}
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    if plan.strategy is None:
+        return {"strategy": AUTO, "draft_width": None}
     return {
         "strategy": plan.strategy.value,
-        "draft_width": plan.width,
-        "draft_blocks": plan.blocks,
+        "draft_width": plan.width or 0,
+        "draft_blocks": plan.blocks or 0,
         "draft_cut": plan.cut,
         "draft_tail": plan.tail,
         "draft_tree": plan.tree,
-        "lookup": plan.lookup,
+        **{name: name in plan.also for name in optional_names()},
     }
 
 
-def result_json(request: Request, result: Result) -> dict[str, Any]:
+def result_json(plan: Plan, request: Request, result: Result) -> dict[str, Any]:
     """Everything about a run, in plain JSON types."""
     sampling = request.sampling
     return {
@@ -94,7 +97,7 @@ def result_json(request: Request, result: Result) -> dict[str, Any]:
         "stats": result.statistics.to_json(),
         "timings": result.timings.to_json(),
         "settings": {
-            **_plan_json(request.plan),
+            **_plan_json(plan),
             "max_tokens": request.max_tokens,
             "stop": list(request.stop),
             "temperature": sampling.temperature,

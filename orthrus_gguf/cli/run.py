@@ -157,7 +157,7 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
     if args.json:
         for _ in generation:
             pass
-        report = result_json(request, generation.result)
+        report = result_json(loaded.plan, request, generation.result)
         report["timings"]["load_ms"] = loaded.seconds * 1e3
         report["model"] = {
             "name": loaded.file.config.name,
@@ -173,11 +173,11 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
         print(flush=True)
         if not args.no_perf:
             say(f"\n{loaded.banner}")
-            say(statistics_block(request, generation.result, loaded.seconds))
+            say(statistics_block(loaded.plan, request, generation.result, loaded.seconds))
         if args.show_drafts:
             say(summary(generation.result, colours=has_colours(sys.stdout, sys.stderr)))
         if args.explain:
-            say(explain(loaded.plan))
+            say(explain(loaded.plan, loaded.policy))
     return 0
 
 

@@ -48,17 +48,25 @@ class Strategy(Enum):
 
 NAMES = (AUTO, *(strategy.value for strategy in Strategy))
 
-SPELLING = """\
+
+def _named(spelling: str, words: str) -> str:
+    """Lines of `SPELLING`, one for each drafter that plans name."""
+    return "".join(
+        f"\n  {spelling.format(name):<22}{words.format(registry.KINDS[name].words)}"
+        for name in registry.optional_names()
+    )
+
+
+SPELLING = f"""\
   STRATEGY[@WIDTH[xBLOCKS]][+OPTION…]
   ar, two-pass, fused   a fixed plan
   auto                  the controller, which chooses strategy and widths itself
   @7                    two-pass, fused: verifies at most 7 draft tokens per cycle
-  @7x2, @x2             fused: at most 2 blocks ride in a pass
-  +lookup               also drafts what followed the last tokens before
+  @7x2, @x2             fused: at most 2 blocks ride in a pass{_named("+{}", "also drafts {}")}
   +tail                 also tries what a refused draft said further on
   +tree=16              two-pass: verifies a tree of 16 first and second choices, WIDTH deep
-  +cut=0.1              ends a draft where its confidence falls below 0.1
-  +no-lookup            auto: without the look-ups that it weighs too"""
+  +cut=0.1              ends a draft where its confidence falls below 0.1\
+{_named("+no-{}", "auto: does not draft {}")}"""
 
 _SHAPE = re.compile(
     r"(?P<name>[^@+]*)(?P<at>@(?P<width>\d{0,6})(?:x(?P<blocks>\d{1,6}))?)?(?P<rest>\+.*)?"
@@ -113,12 +121,12 @@ class Plan:
         block = config.block_size
         if not config.has_heads or block is None:
             raise OrthrusError(
-                f"strategy {self.text}: {config.name} has no diffusion heads; name a heads file"
+                f"strategy {self.text!r}: {config.name} has no diffusion heads; name a heads file"
                 " with --heads, or use ar or auto"
             )
         if self.width is not None and not 1 <= self.width <= block:
             raise OrthrusError(
-                f"strategy {self.text}: the width must lie in 1..{block}, the block size of"
+                f"strategy {self.text!r}: the width must lie in 1..{block}, the block size of"
                 f" {config.name}"
             )
         fused = self.strategy is Strategy.FUSED

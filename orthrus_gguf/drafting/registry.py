@@ -21,11 +21,13 @@ from orthrus_gguf.model.config import ModelConfig
 class Kind:
     """make: a drafter for a new sequence. heads: whether it needs diffusion heads. optional: plans
     name it, as `+name`, or leave it to `auto`, which goes without it at `+no-name`; the others come
-    with the strategies. margin: of its source (`Source.margin`)."""
+    with the strategies. words: what an optional one drafts, for help texts. margin: of its source
+    (`Source.margin`)."""
 
     make: Callable[[ModelConfig], Drafter]
     heads: bool = False
     optional: bool = True
+    words: str = ""
     margin: float = 1.0
 
 
@@ -33,7 +35,9 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "carried": Kind(CarriedBlocks, heads=True, optional=False),
     "tail": Kind(TailDrafter, optional=False),
-    "lookup": Kind(LookupDrafter, margin=LOOKUP.margin),
+    "lookup": Kind(
+        LookupDrafter, words="what followed the last tokens before", margin=LOOKUP.margin
+    ),
     "block": Kind(BlockDrafter, heads=True, optional=False),
 }
 

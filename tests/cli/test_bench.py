@@ -69,9 +69,9 @@ def test_the_cache_is_as_deep_as_asked_before_every_test() -> None:
     model, seen = ToyModel(), []
     forward = model.forward
 
-    def spy(segments, cache):  # type: ignore[no-untyped-def]
+    def spy(segments):  # type: ignore[no-untyped-def]
         seen.append((segments[0].start, len(segments[0])))
-        return forward(segments, cache)
+        return forward(segments)
 
     model.forward = spy  # type: ignore[method-assign]
     list(run_benchmark(model, BenchmarkSettings(0, 0, (3,), depth=7, repetitions=2, batch=4)))

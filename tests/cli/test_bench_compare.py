@@ -12,7 +12,8 @@ import pytest
 from orthrus_gguf.cli.bench import main
 from orthrus_gguf.cli.run import main as run_main
 from orthrus_gguf.runtime.load import load_model
-from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.protocol import Choices, View
+from orthrus_gguf.sampling import Choice
 
 PROMPTS = {"code": ["def read(self, size=-1):\n", "class Queue:\n"], "chat": ["import os\n"]}
 TASK = ("-t", "1", "-n", "12")
@@ -117,12 +118,12 @@ def test_texts_that_differ_are_one_line_and_exit_code_1(
         loaded: Any = load_model(*args)
         forward = loaded.forward
 
-        def wrong(segments: Any, cache: Any) -> Any:
-            logits = forward(segments, cache)
-            first = segments[0]
-            if first.view is View.AR and first.start and len(first) > 1:
-                return [-logits[0], *logits[1:]]
-            return logits
+        def wrong(segments: Any) -> Any:
+            first, *others = forward(segments)
+            segment = segments[0]
+            if segment.view is View.AR and segment.start and len(segment) > 1:
+                first = Choices((Choice(0),) * len(first))
+            return [first, *others]
 
         loaded.forward = wrong
         return loaded

@@ -41,7 +41,7 @@ def test_simulate_a_recording(recorded: Path, capsys: pytest.CaptureFixture[str]
     assert "rows are free; drafts: " in out
     assert "RTX 3090, Qwen3-8B Q4_K_M, 512 tokens of context (predicted); drafts: " in out
     assert out.count("\nCheck: auto is never below ") == 2
-    for name in ("ar", "two-pass@15", "fused@15x2", "auto", "auto+no-lookup"):
+    for name in ("ar", "two-pass@15", "fused@15x2", "auto", "auto+no-lookup", "bandit"):
         assert out.count(f"\n| {name} | ") == 2
     beneath = out[out.index("Assumptions (SIMULATION, not a measurement):") :]
     for word in ("virtual clock", "blocks of 8, 16 rows", "936 GB/s", "whatever its rows"):
@@ -53,7 +53,7 @@ def test_json(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(capsys.readouterr().out)
     assert data["label"] == "SIMULATION, not a measurement"
     (simulation,) = data["simulations"]
-    assert len(simulation["outcomes"]) == 2 * 5
+    assert len(simulation["outcomes"]) == 2 * 6
     assert {o["output_tokens"] for o in simulation["outcomes"]} == {1 + 2 * 23, 24}
 
 

@@ -17,8 +17,10 @@ import pytest
 
 from orthrus_gguf.cli.drafts_view import has_colours, paint, painted, summary, text_origins
 from orthrus_gguf.cli.run import main
+from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
-from orthrus_gguf.drafting.policy import Cycle
+from orthrus_gguf.drafting.lookup import LOOKUP
 from orthrus_gguf.engine import Origin, Result
 from orthrus_gguf.stats import Timings, count
 
@@ -69,10 +71,10 @@ def cycle(source: Source, drafts: int, accepted: int) -> Cycle:
 
 
 CYCLES = [
-    cycle(Source.BLOCK, 4, 2),
-    cycle(Source.BLOCK, 0, 0),
-    cycle(Source.LOOKUP, 3, 3),
-    cycle(Source.BLOCK, 4, 4),
+    cycle(BLOCK, 4, 2),
+    cycle(BLOCK, 0, 0),
+    cycle(LOOKUP, 3, 3),
+    cycle(BLOCK, 4, 4),
 ]
 
 
@@ -96,6 +98,12 @@ def test_the_summary_counts_by_origin_and_by_source() -> None:
     coloured = summary(result(CYCLES, 10), colours=True)
     assert paint("corrected", Origin.CORRECTED) in coloured
     assert ESCAPES.sub("", coloured) == summary(result(CYCLES, 10), colours=False)
+
+
+def test_a_new_source_shows_up() -> None:
+    oracle = Source("oracle", "an oracle", "#123456", 0.9)
+    shown = summary(result([cycle(oracle, 4, 1)], 3), colours=False)
+    assert shown.endswith("\n             1 oracle     25 %  1 of 4 tokens accepted")
 
 
 def test_a_summary_of_nothing() -> None:

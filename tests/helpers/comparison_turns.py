@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from orthrus_gguf.bench.comparison.prompts import Prompt
 from orthrus_gguf.bench.comparison.runner import Turn
-from orthrus_gguf.decode import Cycle
+from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.cycle import Cycle, Pass
 from orthrus_gguf.drafting.draft import Draft, Source
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.lookup import LOOKUP
 from orthrus_gguf.engine import Result
 from orthrus_gguf.stats import Timings, count
 
 
-def cycle(accepted: int, drafts: int, *passes: Pass, source: Source = Source.BLOCK) -> Cycle:
+def cycle(accepted: int, drafts: int, *passes: Pass, source: Source = BLOCK) -> Cycle:
     tokens = tuple(range(drafts))
     draft = Draft(source, tokens, (0.5,) * drafts)
     return Cycle(3, tokens, accepted, tuple(range(accepted + 1)), draft, passes)
@@ -35,7 +36,7 @@ def plain(n: int) -> list[Cycle]:
 DRAFTED = [
     cycle(2, 2, Pass(0, 3, 10, 0.1), Pass(3, 0, 10, 0.2)),
     cycle(0, 2, Pass(0, 3, 13, 0.2), Pass(3, 0, 13, 0.4)),
-    cycle(1, 1, Pass(2, 4, 14, 0.5), source=Source.LOOKUP),
+    cycle(1, 1, Pass(2, 4, 14, 0.5), source=LOOKUP),
 ]
 
 TURNS = [

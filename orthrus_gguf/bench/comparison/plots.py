@@ -14,11 +14,12 @@ from orthrus_gguf.bench.comparison.summary import (
     Activity,
     Summary,
     activity,
+    add_up,
     observed_costs,
     summarize,
 )
+from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.drafting.draft import Source
-from orthrus_gguf.drafting.policy import Pass
 
 #: Colours that stay apart for every kind of colour vision (Okabe and Ito), and the baseline's.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -30,14 +31,6 @@ PASS_COLOURS = {
     Activity.DRAFT: COLOURS[1],
     Activity.VERIFY: COLOURS[0],
     Activity.FUSED: COLOURS[2],
-}
-SOURCE_COLOURS = dict(zip(Source, (*COLOURS[:4], COLOURS[5]), strict=True))
-WORDS = {
-    Source.BLOCK: "draft pass",
-    Source.LAST: "carried, guess A",
-    Source.NEXT: "carried, guess B",
-    Source.TAIL: "stale tail",
-    Source.LOOKUP: "look-up",
 }
 
 INSTALL = "pip install 'orthrus-gguf[bench]'"
@@ -149,6 +142,7 @@ def costs(title: str, turns: Sequence[Turn], curve: CostCurve) -> Any:
 def widths(title: str, turns: Sequence[Turn]) -> Any:
     """Width of every cycle of the first round in its order, coloured by where drafts came from."""
     first = [turn for turn in turns if turn.round == 0]
+    sources = [source for source, *_ in add_up([t.result.statistics for t in first]).sources]
     names = [
         name
         for name in dict.fromkeys(turn.entry for turn in first)
@@ -156,21 +150,25 @@ def widths(title: str, turns: Sequence[Turn]) -> Any:
     ]
     figure, panels = _figure(title, 10, 1.6 + 1.7 * max(len(names), 1), rows=max(len(names), 1))
     for name, axes in zip(names, panels, strict=False):
-        _timeline(axes, [turn for turn in first if turn.entry == name])
+        _timeline(axes, [turn for turn in first if turn.entry == name], sources)
         axes.set_ylabel(f"{name}\nwidth", fontsize=8)
     panels[-1].set_xlabel("cycle")
     figure.legend(
-        handles=_source_handles(), frameon=False, ncols=3, loc="outside lower center", fontsize=8
+        handles=_source_handles(sources),
+        frameon=False,
+        ncols=3,
+        loc="outside lower center",
+        fontsize=8,
     )
     return figure
 
 
-def _timeline(axes: Any, turns: Sequence[Turn]) -> None:
+def _timeline(axes: Any, turns: Sequence[Turn], sources: Sequence[Source]) -> None:
     """One strategy: the width of each cycle, and in black, how much of it was accepted."""
     cycles = [cycle for turn in turns for cycle in turn.result.cycles]
-    for source, colour in SOURCE_COLOURS.items():
-        heights = [len(cycle.drafts) if cycle.source is source else 0 for cycle in cycles]
-        axes.stairs(heights, fill=True, color=colour)
+    for source in sources:
+        heights = [len(cycle.drafts) if cycle.source == source else 0 for cycle in cycles]
+        axes.stairs(heights, fill=True, color=source.colour)
     axes.stairs([cycle.accepted for cycle in cycles], fill=True, color="black", alpha=0.65)
     end = 0
     for i, turn in enumerate(turns):
@@ -184,12 +182,11 @@ def _timeline(axes: Any, turns: Sequence[Turn]) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
 
 
-def _source_handles() -> list[Any]:
+def _source_handles(sources: Sequence[Source]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=colour, linewidth=3, label=WORDS[source])
-        for source, colour in SOURCE_COLOURS.items()
+        Line2D([], [], color=source.colour, linewidth=3, label=source.words) for source in sources
     ]
     return [*handles, Line2D([], [], color="black", linewidth=3, label="accepted")]
 

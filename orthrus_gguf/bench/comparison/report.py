@@ -160,7 +160,7 @@ def _turn_json(turn: Turn) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "widths": [len(cycle.drafts) for cycle in result.cycles],
         "accepted": [cycle.accepted for cycle in result.cycles],
-        "sources": [c.source.value if c.source else None for c in result.cycles],
+        "sources": [c.source.name if c.source else None for c in result.cycles],
     }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from orthrus_gguf.bench.comparison.entries import Entry
 from orthrus_gguf.bench.comparison.prompts import Prompt
-from orthrus_gguf.bench.comparison.spelling import Entry
 from orthrus_gguf.engine import Request, Result, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.sampling import SamplingSettings

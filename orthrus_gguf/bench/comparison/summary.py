@@ -10,14 +10,15 @@ from itertools import zip_longest
 from typing import TypeVar
 
 from orthrus_gguf.bench.comparison.runner import Turn
-from orthrus_gguf.decode import Strategy
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.cycle import Pass
+from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.drafting.plan import PLAIN
 from orthrus_gguf.stats import Statistics
 
 _T = TypeVar("_T")
 
 #: The strategy that all others are compared with.
-BASELINE = Strategy.AR.value
+BASELINE = PLAIN.text
 
 
 class Activity(Enum):
@@ -140,7 +141,16 @@ def add_up(parts: Sequence[Statistics]) -> Statistics:
         forwards=sum(part.forwards for part in parts),
         offered=_column_sums(part.offered for part in parts),
         confirmed=_column_sums(part.confirmed for part in parts),
+        sources=_by_source(parts),
     )
+
+
+def _by_source(parts: Sequence[Statistics]) -> tuple[tuple[Source, int, int, int], ...]:
+    found: dict[Source, tuple[int, int, int]] = {}
+    for source, cycles, drafted, accepted in (entry for part in parts for entry in part.sources):
+        a, b, c = found.get(source, (0, 0, 0))
+        found[source] = a + cycles, b + drafted, c + accepted
+    return tuple((source, *counts) for source, counts in found.items())
 
 
 def _column_sums(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:

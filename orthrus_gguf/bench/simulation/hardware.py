@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orthrus_gguf.auto.costs import CostCurve
 from orthrus_gguf.bench.prediction.passes import PredictedCurve
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.cycle import Pass
 
 #: Seconds of every pass on hardware where rows are free. Only ratios matter there.
 FLAT = 1e-3

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from orthrus_gguf.bench.simulation.recording import COLUMNS, Choices, Text
-from orthrus_gguf.decode import prefill
-from orthrus_gguf.drafting.draft import Source, draft_segment, read_draft
-from orthrus_gguf.runtime.protocol import Model
+from orthrus_gguf.bench.simulation.recording import COLUMNS, RecordedRows, Text
+from orthrus_gguf.decode import drive, prefill
+from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.runtime.protocol import Choices, Model
 from orthrus_gguf.sampling import Sampler
 
 
@@ -36,27 +36,22 @@ def record_text(
     """
     tokens = [*prompt, *output]
     cache = model.new_cache(len(tokens))
-    prefill(model, cache, tokens[:-1])
+    drive(model, prefill(TokenSequence(model.config, cache, sampler, tokens[:-1])))
     anchors = len(output) - 1
     blocks = {rows: np.full((anchors, rows, COLUMNS), np.nan, np.float32) for rows in sizes}
     for anchor in reversed(range(anchors)):
         start = len(prompt) + anchor
-        cache.truncate(start)
-        for rows, choices in blocks.items():
-            segment = draft_segment(model.config, tokens[start], start, rows)
-            (logits,) = model.forward([segment], cache)
-            draft = read_draft(sampler, tokens[: start + 1], logits, Source.BLOCK)
-            _fill(choices[anchor], draft.tokens, draft.confidence, draft.second)
+        cache.restore(cache.checkpoint(start))
+        sequence = TokenSequence(model.config, cache, sampler, tokens[: start + 1])
+        for rows, recorded in blocks.items():
+            (choices,) = model.forward([sequence.block_segment(rows)])
+            _fill(recorded[anchor], choices)
     return Text(domain, tuple(prompt), tuple(output), blocks)
 
 
-def _fill(
-    row: Choices,
-    tokens: Sequence[int],
-    confidence: Sequence[float],
-    second: Sequence[tuple[int, float]],
-) -> None:
-    for i, (token, sure, (other, other_sure)) in enumerate(
-        zip(tokens, confidence, second, strict=True)
-    ):
-        row[i] = token, sure, other, other_sure
+def _fill(recorded: RecordedRows, choices: Choices) -> None:
+    """recorded: [rows, COLUMNS], NaN so far."""
+    for i, choice in enumerate(choices):
+        if choice is None:
+            break
+        recorded[i] = choice.token, choice.probability, choice.second, choice.second_probability

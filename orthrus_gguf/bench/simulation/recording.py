@@ -30,7 +30,7 @@ FORMAT = "orthrus-recording"
 #: is NaN.
 COLUMNS = 4
 
-Choices = NDArray[np.float32]
+RecordedRows = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Text:
     domain: str
     prompt: tuple[int, ...]
     output: tuple[int, ...]
-    blocks: Mapping[int, Choices]
+    blocks: Mapping[int, RecordedRows]
 
     @property
     def tokens(self) -> tuple[int, ...]:

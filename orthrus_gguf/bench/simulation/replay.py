@@ -10,15 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
-
 from orthrus_gguf.auto.costs import Costs
-from orthrus_gguf.bench.simulation.recording import COLUMNS, Text
+from orthrus_gguf.bench.simulation.recording import Text
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.shapes import QWEN3_SHAPES
-from orthrus_gguf.runtime.protocol import Logits, Segment, View, check_segments, depths
-from orthrus_gguf.sampling import Choice, Sampler, SamplingSettings
+from orthrus_gguf.runtime.protocol import (
+    Checkpoint,
+    Choices,
+    Logits,
+    Segment,
+    View,
+    check_segments,
+    depths,
+)
+from orthrus_gguf.sampling import Choice
+
+#: The answer where any will do.
+ANY = Choice(0, 0.0, 0, 0.0)
 
 
 class VirtualClock:
@@ -45,22 +53,24 @@ class ReplayCache:
     def capacity(self) -> int:
         return self._capacity
 
-    def truncate(self, length: int) -> None:
-        self._length = length
+    def commit(self, rows: Sequence[int]) -> None:
+        self._length += len(rows)
 
-    def append(self, rows: int) -> None:
-        self._length += rows
+    def checkpoint(self, length: int | None = None) -> Checkpoint:
+        return Checkpoint(self._length if length is None else min(length, self._length))
 
-    def fit_tree(self, parents: Sequence[int]) -> int:
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self._length = checkpoint.length
+
+    def fit(self, parents: Sequence[int]) -> int:
         return len(parents)
 
-    def keep_path(self, rows: Sequence[int]) -> None:
-        self._length += len(rows)
+    def assume(self, rows: int) -> None:
+        self._length += rows
 
 
 class ReplayModel:
-    """The `Model` protocol, from recorded texts. What it calls logits are recorded choices
-    [rows, COLUMNS], which `ReplaySampler` reads: exact, and small.
+    """The `Model` protocol, from recorded texts.
 
     A pass takes what `costs` say. `text` is the one that is being replayed; without one, every
     answer is token 0 (enough to be timed).
@@ -79,45 +89,36 @@ class ReplayModel:
     def new_cache(self, capacity: int) -> ReplayCache:
         return ReplayCache(capacity)
 
-    def forward(self, segments: Sequence[Segment], cache: ReplayCache) -> list[Logits]:
-        check_segments(segments, cache)
-        context = cache.length
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        check_segments(segments)
         ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in View)
-        if segments[0].parents is None:
-            cache.append(ar)
-        self._clock.now += self._costs.seconds(ar, diffusion, context)
-        return [self._answer(segment) for segment in segments]
+        self._clock.now += self._costs.seconds(ar, diffusion, segments[0].cache.length)
+        answers = ((self._answer(segment), segment.wanted) for segment in segments)
+        return [Choices(rows[wanted.start : wanted.stop]) for rows, wanted in answers]
 
-    def _answer(self, segment: Segment) -> Logits:
-        answer = np.zeros((len(segment), COLUMNS), np.float32)
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        raise ValueError("a recording holds choices, not logits")
+
+    def _answer(self, segment: Segment) -> tuple[Choice | None, ...]:
+        """One choice per row."""
         if self.text is None:
-            return answer
+            return (ANY,) * len(segment)
         if segment.view is View.AR:
             parents = segment.parents
             ahead = range(len(segment)) if parents is None else depths(parents)
             rest = self.text.tokens[segment.start + 1 :]
-            answer[:, 0] = [rest[i] if i < len(rest) else 0 for i in ahead]
-            return answer
+            return tuple(Choice(rest[i]) if i < len(rest) else ANY for i in ahead)
         anchor = segment.start - len(self.text.prompt)
         if not 0 <= anchor < len(self.text.output) - 1:
-            return answer
+            return (ANY,) * len(segment)
         rows = len(segment)
         recorded = min(size for size in self.text.blocks if size >= rows)
-        drafted: Logits = self.text.blocks[recorded][anchor, :rows]
-        return drafted
+        return tuple(map(_choice, self.text.blocks[recorded][anchor, :rows].tolist()))
 
 
-class ReplaySampler(Sampler):
-    """Reads recorded choices where a `Sampler` would draw them from logits."""
-
-    def __init__(self) -> None:
-        super().__init__(SamplingSettings(temperature=0))
-
-    def sample(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> int:
-        return int(logits[0])
-
-    def choose(self, logits: NDArray[np.float32], prefix: Sequence[int]) -> Choice | None:
-        token, probability, second, second_probability = logits.tolist()
-        if probability != probability:  # NaN: the draft ended here
-            return None
-        return Choice(int(token), probability, int(second), second_probability)
+def _choice(row: Sequence[float]) -> Choice | None:
+    """A recorded row; None where the draft ended."""
+    token, probability, second, second_probability = row
+    if probability != probability:  # NaN
+        return None
+    return Choice(int(token), probability, int(second), second_probability)

@@ -8,7 +8,7 @@ that matter here, with constants seen on a recording of the demo model:
   that all blocks share at a position (a hard word is hard for every block), plus noise of each
   block.
 - Behind a wrong token of a block, others are right less often: `STALE` times.
-- The drafter is less sure than it should be (`policy.prior_acceptance`): its confidence is the
+- The drafter is less sure than it should be (`plan.prior_acceptance`): its confidence is the
   square of the true probability. Where it is wrong, its second choice is often right (`SECOND`),
   and it gives it a smaller share (`SECOND_CLAIMED`) of what the first choice leaves.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.bench.simulation.acceptance_tables import AcceptanceTable
-from orthrus_gguf.bench.simulation.recording import COLUMNS, Choices, Origin, Recording, Text
+from orthrus_gguf.bench.simulation.recording import COLUMNS, Origin, RecordedRows, Recording, Text
 from orthrus_gguf.model.shapes import BLOCK_SIZE, MASK_TOKEN
 
 TEXTS, LENGTH = 8, 512
@@ -160,7 +160,7 @@ def _text(rng: np.random.Generator, domain: str, process: _Process, shift: float
     true, wrong = output[process.position], rng.integers(0, MASK_TOKEN, (2, *right.shape))
     second_right = ~right & (rng.random(right.shape) < np.where(stale, SECOND / 2, SECOND))
     sure = probability**2
-    choices: Choices = np.empty((*right.shape, COLUMNS), np.float32)
+    choices: RecordedRows = np.empty((*right.shape, COLUMNS), np.float32)
     choices[..., 0] = np.where(right, true, wrong[0])
     choices[..., 1] = sure
     choices[..., 2] = np.where(second_right, true, wrong[1])

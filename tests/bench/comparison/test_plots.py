@@ -5,13 +5,18 @@ from __future__ import annotations
 import importlib.util
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
-from comparison_turns import TURNS
+from comparison_turns import TURNS, cycle, turn
+from matplotlib.colors import to_hex
 
 from orthrus_gguf.auto.costs import CostCurve
 from orthrus_gguf.bench.comparison import plots
 from orthrus_gguf.bench.comparison.summary import summarize
+from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.drafting.lookup import LOOKUP
 
 CURVE = CostCurve((1, 4), (0.1, 0.2), 10, (0.0, 0.0), 4, 0.3, 0.5)
 
@@ -68,12 +73,33 @@ def test_costs() -> None:
 
 
 def test_widths() -> None:
-    (axes,) = plots.widths("", TURNS).axes  # one panel: plain decoding has no widths
+    figure = plots.widths("", TURNS)
+    (axes,) = figure.axes  # one panel: plain decoding has no widths
     drawn = [patch.get_data().values.tolist() for patch in axes.patches]
-    assert drawn[0] == [2, 2, 0, 2, 2, 0]  # Source.BLOCK, both prompts of the first round
-    assert drawn[4] == [0, 0, 1, 0, 0, 1]  # Source.LOOKUP
-    assert drawn[5] == [2, 0, 1, 2, 0, 1]  # accepted
+    assert drawn == [
+        [2, 2, 0, 2, 2, 0],  # BLOCK, both prompts of the first round
+        [0, 0, 1, 0, 0, 1],  # LOOKUP
+        [2, 0, 1, 2, 0, 1],  # accepted
+    ]
+    colours = [to_hex(patch.get_facecolor()) for patch in axes.patches[:2]]
+    assert colours == [BLOCK.colour.lower(), LOOKUP.colour.lower()]
     assert [text.get_text() for text in axes.texts] == ["code", "list"]
+    assert legend(figure) == [BLOCK.words, LOOKUP.words, "accepted"]
+
+
+def test_a_new_source_brings_its_words_and_its_colour() -> None:
+    source = Source("oracle", "an oracle", "#123456", 0.9)
+    turns = [turn("oracle", "code 1", 1.0, [cycle(1, 3, source=source)])]
+    figure = plots.widths("", turns)
+    patch, _ = figure.axes[0].patches
+    assert patch.get_data().values.tolist() == [3]
+    assert to_hex(patch.get_facecolor()) == "#123456"
+    assert legend(figure) == ["an oracle", "accepted"]
+
+
+def legend(figure: Any) -> list[str]:
+    (found,) = figure.legends
+    return [text.get_text() for text in found.get_texts()]
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

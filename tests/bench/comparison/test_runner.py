@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from toy_model import VOCAB, ToyCache, ToyModel
+from toy_model import VOCAB, ToyModel, toy_config
 
+from orthrus_gguf.bench.comparison.entries import Entry
 from orthrus_gguf.bench.comparison.prompts import Prompt
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
-from orthrus_gguf.bench.comparison.spelling import Entry
-from orthrus_gguf.decode import Cycle, Plan, Strategy
-from orthrus_gguf.drafting.policy import FixedPolicy
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy, parse
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.protocol import Logits, Segment, View
@@ -28,7 +28,7 @@ class Watched(FixedPolicy):
     """Counts the cycles that it learns from."""
 
     def __init__(self) -> None:
-        super().__init__(Plan(Strategy.FUSED, 3, 2, tail=True))
+        super().__init__(Plan(Strategy.FUSED, 3, 2, tail=True), toy_config())
         self.seen = 0
 
     def observe(self, cycle: Cycle) -> None:
@@ -38,8 +38,8 @@ class Watched(FixedPolicy):
 class Leaky(ToyModel):
     """A row of its AR passes is not what it would be alone."""
 
-    def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
-        logits = super().forward(segments, cache)
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        logits = super().logits(segments)
         if segments[0].view is View.AR and segments[0].start and len(segments[0]) > 2:
             logits[0][1] = -logits[0][1]
         return logits
@@ -58,6 +58,10 @@ class ToyTokenizer:
         return False
 
 
+def entry(spelling: str) -> Entry:
+    return Entry(spelling, FixedPolicy(parse(spelling), toy_config()))
+
+
 def session(model: ToyModel) -> Session:
     tokenizer: Any = ToyTokenizer()
     return Session(model, tokenizer, 64)
@@ -72,8 +76,8 @@ def run(model: ToyModel, entries: list[Entry], sampling: SamplingSettings = GREE
 def test_turns_rotate_within_a_prompt() -> None:
     watched = Watched()
     entries = [
-        Entry("ar", Plan(Strategy.AR, 0)),
-        Entry("two-pass@3", Plan(Strategy.TWO_PASS, 3)),
+        entry("ar"),
+        entry("two-pass@3"),
         Entry("watched", watched),
     ]
     sampling = SamplingSettings(temperature=1, seed=3)
@@ -95,7 +99,7 @@ def test_turns_rotate_within_a_prompt() -> None:
 
 
 def test_a_text_that_differs_ends_the_comparison() -> None:
-    entries = [Entry("ar", Plan(Strategy.AR, 0)), Entry("two-pass@3", Plan(Strategy.TWO_PASS, 3))]
+    entries = [entry("ar"), entry("two-pass@3")]
     with pytest.raises(OrthrusError, match="prompt 'code 1': two-pass@3 and ar differ from") as it:
         run(Leaky(), entries)
     assert "\n" not in str(it.value)
@@ -103,7 +107,7 @@ def test_a_text_that_differs_ends_the_comparison() -> None:
 
 def test_where_texts_part() -> None:
     """The message names the first token that differs, or says that one text has ended."""
-    entries = [Entry("ar", Plan(Strategy.AR, 0))]
+    entries = [entry("ar")]
     model = ToyModel()
     turns = run_turns(session(model), entries, PROMPTS, GREEDY, max_tokens=8, rounds=2)
     first = next(turns)
@@ -127,7 +131,7 @@ def _other(right: Sequence[int], prefix: Sequence[int]) -> Logits:
 
 def test_warm_up_runs_every_entry() -> None:
     model, watched = ToyModel(), Watched()
-    entries = [Entry("ar", Plan(Strategy.AR, 0)), Entry("watched", watched)]
+    entries = [entry("ar"), Entry("watched", watched)]
     warm_up(session(model), entries, PROMPTS[0], GREEDY)
     assert watched.seen > 0
     assert model.forwards > watched.seen + 7

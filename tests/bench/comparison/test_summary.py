@@ -14,7 +14,7 @@ from orthrus_gguf.bench.comparison.summary import (
     observed_costs,
     summarize,
 )
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.cycle import Pass
 
 
 def of(strategy: str, domain: str | None = None) -> Summary:
@@ -120,3 +120,7 @@ def test_json() -> None:
     assert report["turns"][0]["accepted"] == [2, 0, 1]
     assert report["turns"][0]["sources"] == ["block", "block", "lookup"]
     assert report["turns"][1]["sources"] == [None] * 6
+    assert summary["stats"]["sources"] == {
+        "block": {"cycles": 8, "drafted": 16, "accepted": 8},
+        "lookup": {"cycles": 4, "drafted": 4, "accepted": 4},
+    }

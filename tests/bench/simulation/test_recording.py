@@ -13,8 +13,7 @@ from orthrus_gguf.bench.simulation.recording import Recording, load
 from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
 from orthrus_gguf.bench.simulation.strategies import run
 from orthrus_gguf.bench.simulation.synthetic import MIXED, synthesize
-from orthrus_gguf.decode import Plan, Strategy
-from orthrus_gguf.drafting.policy import prior_acceptance
+from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy, prior_acceptance
 from orthrus_gguf.errors import OrthrusError
 
 
@@ -76,8 +75,8 @@ def test_acceptance_is_as_published(seed: int) -> None:
         for domain, published in table.tokens_per_cycle.items():
             clock = VirtualClock()
             model = ReplayModel(FlatCosts(), clock, 32)
-            plan = Plan(Strategy.TWO_PASS, 31)
-            outcome = run(model, clock, domain, domains[domain], "two-pass", plan)
+            policy = FixedPolicy(Plan(Strategy.TWO_PASS, 31), model.config)
+            outcome = run(model, clock, domain, domains[domain], "two-pass", policy)
             assert outcome.statistics.tokens_per_cycle == pytest.approx(published, rel=0.06)
 
 

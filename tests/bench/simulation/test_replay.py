@@ -13,7 +13,10 @@ from orthrus_gguf.bench.simulation.record import record_text
 from orthrus_gguf.bench.simulation.recording import Text
 from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
 from orthrus_gguf.bench.simulation.strategies import replay
-from orthrus_gguf.decode import Cycle, Plan, Strategy, decode, prefill
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.protocol import Model
@@ -27,14 +30,14 @@ GREEDY = SamplingSettings(temperature=0)
 CASES = (7, 8)
 
 PLANS = [
-    Plan(Strategy.AR, 0),
+    Plan(Strategy.AR),
     Plan(Strategy.TWO_PASS, 15),
     Plan(Strategy.TWO_PASS, 4, cut=0.05),
-    Plan(Strategy.TWO_PASS, 15, tail=True, lookup=True),
+    Plan(Strategy.TWO_PASS, 15, also=("lookup",), tail=True),
     Plan(Strategy.TWO_PASS, 6, tree=12),
     Plan(Strategy.FUSED, 15, 4),
     Plan(Strategy.FUSED, 7, 2, tail=True),
-    Plan(Strategy.FUSED, 3, 1, lookup=True),
+    Plan(Strategy.FUSED, 3, 1, also=("lookup",)),
 ]
 
 
@@ -49,10 +52,11 @@ def model(demo_file: Callable[..., Path]) -> Iterator[Model]:
 def run(model: Model, prompt: list[int], plan: Plan) -> tuple[list[int], list[Cycle]]:
     """Tokens and cycles of the real thing."""
     # A cache with little room cuts trees, which a replay does not know of.
-    cache, sampler = model.new_cache(1024), Sampler(GREEDY)
-    tokens = [*prompt, sampler.sample(prefill(model, cache, prompt), prompt)]
-    cycles = list(decode(model, cache, sampler, tokens, plan, N_NEW - 1))
-    return tokens, cycles
+    cache = model.new_cache(1024)
+    sequence = TokenSequence(model.config, cache, Sampler(GREEDY), list(prompt))
+    drive(model, prefill(sequence))
+    cycles = list(decode(model, sequence, FixedPolicy(plan, model.config), N_NEW - 1))
+    return sequence.tokens, cycles
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +65,16 @@ def texts(model: Model, golden: dict[str, Any]) -> list[Text]:
     found = []
     for case in CASES:
         prompt = golden["cases"][case]["prompt_ids"]
-        tokens, _ = run(model, prompt, Plan(Strategy.AR, 0))
+        tokens, _ = run(model, prompt, Plan(Strategy.AR))
         output, sizes = tokens[len(prompt) :], range(2, BLOCK + 1)
         found.append(record_text(model, Sampler(GREEDY), "golden", prompt, output, sizes))
     return found
+
+
+def replayed(text: Text, plan: Plan, clock: VirtualClock) -> list[Cycle]:
+    """Cycles of the replay."""
+    model = ReplayModel(FlatCosts(), clock, BLOCK)
+    return list(replay(model, clock, text, FixedPolicy(plan, model.config)))
 
 
 def passes(cycles: list[Cycle]) -> list[list[tuple[int, int, int]]]:
@@ -81,13 +91,14 @@ def test_replays_are_exact(model: Model, texts: list[Text], plan: Plan) -> None:
         tokens, real = run(model, list(text.prompt), plan)
         assert tuple(tokens) == text.tokens
         clock = VirtualClock()
-        replayed = list(replay(ReplayModel(FlatCosts(), clock, BLOCK), clock, text, plan))
-        assert [c.start for c in replayed] == [c.start for c in real]
-        assert [c.drafts for c in replayed] == [c.drafts for c in real]
-        assert [c.draft.source for c in replayed] == [c.draft.source for c in real]
-        assert [c.accepted for c in replayed] == [c.accepted for c in real]
-        assert passes(replayed) == passes(real)
-        assert guesses(replayed) == guesses(real)
+        again = replayed(text, plan, clock)
+        assert [c.start for c in again] == [c.start for c in real]
+        assert [c.drafts for c in again] == [c.drafts for c in real]
+        assert [c.draft.source for c in again] == [c.draft.source for c in real]
+        assert [c.accepted for c in again] == [c.accepted for c in real]
+        assert [c.tokens for c in again] == [c.tokens for c in real]
+        assert passes(again) == passes(real)
+        assert guesses(again) == guesses(real)
         assert clock.now == pytest.approx(FLAT * sum(len(c.passes) for c in real))
 
 
@@ -96,9 +107,8 @@ def test_cycles_are_those_of_the_official_implementation(
 ) -> None:
     """The golden cycle starts, as far as room is not yet short: their texts are longer."""
     for case, text in zip(CASES, texts, strict=True):
-        clock = VirtualClock()
-        model = ReplayModel(FlatCosts(), clock, BLOCK)
-        starts = [c.start for c in replay(model, clock, text, Plan(Strategy.TWO_PASS, BLOCK - 1))]
+        cycles = replayed(text, Plan(Strategy.TWO_PASS, BLOCK - 1), VirtualClock())
+        starts = [c.start for c in cycles]
         expected = golden["cases"][case]["cycle_starts"]
         full = [start for start in starts if start + BLOCK < len(text.tokens)]
         assert len(full) > 5
@@ -108,7 +118,5 @@ def test_cycles_are_those_of_the_official_implementation(
 def test_narrow_blocks_are_parts_of_wider_ones(texts: list[Text]) -> None:
     text = texts[0]
     coarse = Text(text.domain, text.prompt, text.output, {BLOCK: text.blocks[BLOCK]})
-    clock = VirtualClock()
-    model = ReplayModel(FlatCosts(), clock, BLOCK)
-    cycle = next(iter(replay(model, clock, coarse, Plan(Strategy.TWO_PASS, 3))))
+    cycle, *_ = replayed(coarse, Plan(Strategy.TWO_PASS, 3), VirtualClock())
     assert list(cycle.draft.tokens) == text.blocks[BLOCK][0, :4, 0].tolist()

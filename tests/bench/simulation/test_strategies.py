@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from orthrus_gguf.auto.costs import CostCurve
-from orthrus_gguf.bench.comparison.spelling import parse
 from orthrus_gguf.bench.prediction.cards import CARDS
 from orthrus_gguf.bench.prediction.passes import PredictedCurve
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
@@ -25,8 +24,15 @@ from orthrus_gguf.bench.simulation.report import (
     markdown,
     verdict,
 )
-from orthrus_gguf.bench.simulation.strategies import Outcome, Simulator, default_strategies
+from orthrus_gguf.bench.simulation.strategies import (
+    CONTROL,
+    Outcome,
+    Simulator,
+    default_strategies,
+    runs,
+)
 from orthrus_gguf.bench.simulation.synthetic import synthesize
+from orthrus_gguf.drafting.plan import parse
 from orthrus_gguf.model.shapes import QWEN3_SHAPES
 
 BLOCK = 4
@@ -123,3 +129,17 @@ def test_the_default_compares_everything() -> None:
     names = [spelling.text for spelling in default_strategies(32, lookup=True)]
     assert len(names) == len(set(names))
     assert {"two-pass@7", "two-pass@31", "fused@31x4", "fused@7x1", "auto", "ar+lookup"} <= {*names}
+    assert "two-pass@31+tree=16" in names
+
+
+def test_the_control_stands_beside_controllers() -> None:
+    """A naive bandit: it learns which plan is best, but tries all of them, and knows no more."""
+    drafts = recording(4, 2001)
+    outcomes = simulate(FlatCosts(), drafts, ["fused@3x4", "auto"])
+    assert [o.strategy for o in outcomes] == ["ar", "fused@3x4", "auto", CONTROL]
+    assert len(outcomes) == runs([parse("fused@3x4"), parse("auto")])
+    plain, best, auto, control = (o.tokens_per_second for o in outcomes)
+    assert plain < 0.5 * best < control < min(best, auto)
+    assert [o.decided for o in outcomes] == [False, False, True, True]
+    assert CONTROL not in [o.strategy for o in simulate(FlatCosts(), drafts, ["fused@3x4"])]
+    assert runs([parse("fused@3x4")]) == 2
