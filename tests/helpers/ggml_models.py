@@ -15,7 +15,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.protocol import Logits, Segment, ar_segment
+from orthrus_gguf.runtime.protocol import Cache, Logits, Segment, ar_segment
 
 TYPES = gguf.GGMLQuantizationType
 
@@ -48,7 +48,7 @@ def cache_of(model: GgmlModel, tokens: Sequence[int], capacity: int) -> GgmlCach
     return cache
 
 
-def append(model: GgmlModel, cache: GgmlCache, tokens: Sequence[int], *others: Segment) -> Logits:
+def append(model: GgmlModel, cache: Cache, tokens: Sequence[int], *others: Segment) -> Logits:
     """Logits of `tokens` behind what the cache holds, which are committed; in company of others."""
     segment = ar_segment(cache, tokens, cache.length)
     logits = model.logits([segment, *others])[0]
@@ -56,6 +56,6 @@ def append(model: GgmlModel, cache: GgmlCache, tokens: Sequence[int], *others: S
     return logits
 
 
-def back_to(cache: GgmlCache, length: int) -> None:
+def back_to(cache: Cache, length: int) -> None:
     """Keep the first rows of a cache."""
     cache.restore(cache.checkpoint(length))
