@@ -33,12 +33,14 @@ class Architecture:
 
     qk_norms: RMSNorm on the heads of q and k (`attn_q_norm`, `attn_k_norm`).
     qkv_biases: `attn_q`, `attn_k` and `attn_v` have biases.
+    freq_base: RoPE's, where a file does not say; None if it must.
     """
 
     name: str
     qk_norms: bool
     qkv_biases: bool
     pairing: Pairing
+    freq_base: float | None = None
 
     def layer_kinds(self, n_layers: int) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
@@ -47,6 +49,8 @@ class Architecture:
 
 QWEN3 = Architecture("qwen3", qk_norms=True, qkv_biases=False, pairing=Pairing.HALVES)
 QWEN2 = Architecture("qwen2", qk_norms=False, qkv_biases=True, pairing=Pairing.HALVES)
-LLAMA = Architecture("llama", qk_norms=False, qkv_biases=False, pairing=Pairing.ADJACENT)
+LLAMA = Architecture(
+    "llama", qk_norms=False, qkv_biases=False, pairing=Pairing.ADJACENT, freq_base=10_000.0
+)
 
 ARCHITECTURES = {arch.name: arch for arch in (QWEN3, QWEN2, LLAMA)}

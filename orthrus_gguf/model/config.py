@@ -14,11 +14,9 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.reader import Value
-from orthrus_gguf.model.architectures import QWEN3, Architecture
+from orthrus_gguf.model.architectures import ARCHITECTURES, QWEN3, Architecture
 
-ARCHITECTURES = (keys.ARCH_ORTHRUS, keys.ARCH_QWEN3)
-
-# Sanity limits, far above any Qwen3 and far below what could exhaust memory by itself.
+# Sanity limits, far above any model and far below what could exhaust memory by itself.
 MAX_LAYERS = 1024
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 1024
@@ -39,19 +37,25 @@ TOKEN_ID_KEYS = (
 
 #: Keys of features that are not supported, and the values that leave them unused.
 NEUTRAL = {
-    "{arch}.rope.scale_linear": (0, 1),
     gguf.Keys.Attention.SLIDING_WINDOW: (0,),
+    gguf.Keys.Attention.CAUSAL: (True,),
+    gguf.Keys.LLM.EXPERT_COUNT: (0,),
 }
+
+#: An older name of `rope.scaling.factor`, for linear scaling only.
+SCALE_LINEAR = "{arch}.rope.scale_linear"
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding (NeoX pairing). `factor` is 1 unless YaRN scales the context.
+    """Rotary embedding; the architecture says which elements are a pair (`Pairing`).
 
-    The YaRN fields have the meaning and defaults of llama.cpp's `yarn_*` settings, resolved:
-    `ext_factor` is 0 without YaRN and 1 with it (unless the file says otherwise), and
-    `attn_factor` comes before YaRN's own magnitude correction, like `ggml_rope_ext`'s argument.
-    `freq_factors` divide the frequency of each pair (`rope_freqs.weight`, as llama3 scaling has it).
+    `factor` divides all frequencies where the context is scaled linearly, some of them with YaRN;
+    without scaling it is 1. The YaRN fields have the meaning and defaults of llama.cpp's `yarn_*`
+    settings, resolved: `ext_factor` is 0 without YaRN and 1 with it (unless the file says
+    otherwise), and `attn_factor` comes before YaRN's own magnitude correction, like
+    `ggml_rope_ext`'s argument. `freq_factors` divide the frequency of each pair, as llama3 scaling
+    has it (`rope_freqs.weight`).
     """
 
     freq_base: float
@@ -66,7 +70,7 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of one Qwen3 / Orthrus model (sizes in elements)."""
+    """Shape and constants of one model, with or without Orthrus heads (sizes in elements)."""
 
     name: str
     n_layers: int
@@ -108,7 +112,7 @@ class ModelConfig:
         contradicts another.
         """
         fields = Fields(metadata, path)
-        arch = architecture(fields)
+        arch, record = architecture(fields)
         _check_neutral(fields, arch)
         _check_vocabulary(fields, n_vocab)
         llm, attention = gguf.Keys.LLM, gguf.Keys.Attention
@@ -139,24 +143,39 @@ class ModelConfig:
             head_dim=_head_dim(fields, arch, n_embd // n_head),
             n_vocab=n_vocab,
             rms_eps=fields.positive(key(attention.LAYERNORM_RMS_EPS)),
-            rope=_rope(fields, arch, n_ctx_train),
+            rope=_rope(fields, arch, record, n_ctx_train),
             tied=tied,
             block_size=block_size,
             mask_token=mask_token,
+            architecture=record,
         )
 
 
-def architecture(fields: Fields) -> str:
-    """The file's architecture, one of ARCHITECTURES."""
+def architecture(fields: Fields) -> tuple[str, Architecture]:
+    """The prefix of the file's keys, and what its layers have.
+
+    Files with heads are `orthrus`; they say which architecture their base has, unless it is qwen3.
+    """
     key = gguf.Keys.General.ARCHITECTURE
-    arch = fields.text(key)
-    if arch not in ARCHITECTURES:
+    prefix = fields.text(key)
+    known = ", ".join(map(repr, ARCHITECTURES))
+    if prefix in ARCHITECTURES:
+        return prefix, ARCHITECTURES[prefix]
+    if prefix != keys.ARCH_ORTHRUS:
         raise fields.error(
             key,
-            f"expected {' or '.join(map(repr, ARCHITECTURES))}, found {describe(arch)}",
-            "only Qwen3 models and their Orthrus versions are supported",
+            f"expected {keys.ARCH_ORTHRUS!r} or one of {known}, found {describe(prefix)}",
+            "models of other architectures are not supported",
         )
-    return arch
+    key = keys.BASE_ARCHITECTURE
+    base = fields.text(key, QWEN3.name)
+    if base not in ARCHITECTURES:
+        raise fields.error(
+            key,
+            f"expected one of {known}, found {describe(base)}",
+            "heads for bases of other architectures are not supported",
+        )
+    return prefix, ARCHITECTURES[base]
 
 
 def _check_neutral(fields: Fields, arch: str) -> None:
@@ -168,7 +187,7 @@ def _check_neutral(fields: Fields, arch: str) -> None:
         value = fields.metadata[key]
         if not isinstance(value, (int, float)) or value not in harmless:
             raise fields.error(
-                key, f"{describe(value)} is not supported", "use a standard Qwen3 conversion"
+                key, f"{describe(value)} is not supported", "models that use it cannot run here"
             )
 
 
@@ -195,28 +214,35 @@ def _head_dim(fields: Fields, arch: str, default: int) -> int:
     return head_dim
 
 
-def _rope(fields: Fields, arch: str, n_ctx_train: int) -> Rope:
-    """RoPE settings; only YaRN scaling is known."""
+def _rope(fields: Fields, arch: str, record: Architecture, n_ctx_train: int) -> Rope:
+    """RoPE settings, but for the frequency factors, which are a tensor."""
     rope = gguf.Keys.Rope
     key = partial(keys.model_key, arch=arch)
-    freq_base = fields.positive(key(rope.FREQ_BASE))
+    freq_base = fields.positive(key(rope.FREQ_BASE), record.freq_base)
     scaling = fields.text(key(rope.SCALING_TYPE), "linear")  # llama.cpp's default
-    factor = fields.number(key(rope.SCALING_FACTOR), 1.0) or 1.0  # there, 0 means unset
+    factor_key = key(rope.SCALING_FACTOR)
+    if factor_key not in fields.metadata and key(SCALE_LINEAR) in fields.metadata:
+        factor_key = key(SCALE_LINEAR)
+    factor = fields.number(factor_key, 1.0) or 1.0  # in llama.cpp, 0 means unset
     attn_factor = fields.positive(key(rope.SCALING_ATTN_FACTOR), 1.0)
-    if scaling == "none" or (scaling == "linear" and factor == 1.0):
+    if scaling not in ("none", "linear", "yarn"):
+        raise fields.error(
+            key(rope.SCALING_TYPE),
+            f"expected 'yarn', 'linear' or 'none', found {describe(scaling)}",
+            "this RoPE scaling is not supported",
+        )
+    if scaling != "none" and factor < 1.0:
+        raise fields.error(factor_key, f"expected at least 1, found {factor}")
+    if scaling != "yarn":
         if attn_factor != 1.0:
             raise fields.error(
                 key(rope.SCALING_ATTN_FACTOR), f"{attn_factor} without YaRN is not supported"
             )
-        return Rope(freq_base)
-    if scaling != "yarn":
+        return Rope(freq_base, factor=factor if scaling == "linear" else 1.0)
+    if freq_base <= 1.0:
         raise fields.error(
-            key(rope.SCALING_TYPE),
-            f"expected 'yarn' or 'none', found {describe(scaling)}",
-            "this RoPE scaling is not supported",
+            key(rope.FREQ_BASE), f"expected a number above 1 with YaRN, found {freq_base}"
         )
-    if factor < 1.0:
-        raise fields.error(key(rope.SCALING_FACTOR), f"expected at least 1, found {factor}")
     ext_factor = fields.number(key(rope.SCALING_YARN_EXT_FACTOR), -1.0)
     return Rope(
         freq_base,

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 
 import gguf
 import numpy as np
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.gguf.fields import Fields, describe
+from orthrus_gguf.gguf.fields import MAX_NUMBER, Fields, describe
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
+from orthrus_gguf.model.belong import differences
 from orthrus_gguf.model.config import ModelConfig, architecture
 from orthrus_gguf.model.tensors import (
+    FLOAT_TYPES,
     OUTPUT,
+    ROPE_FREQS,
     TOKEN_EMBD,
     base_tensors,
     check_tensors,
@@ -27,9 +31,6 @@ from orthrus_gguf.model.tensors import (
 )
 
 ADAPTER = gguf.GGUFType.ADAPTER
-
-#: What must be equal for heads to have been trained on a base.
-_IDENTITY = ("n_layers", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "rms_eps")
 
 
 class ModelFile:
@@ -58,10 +59,10 @@ class ModelFile:
 
     @classmethod
     def open(cls, path: str | Path, heads: str | Path | None = None) -> ModelFile:
-        """Open a model: one GGUF file, or a Qwen3 base and the heads that belong to it.
+        """Open a model: one GGUF file, or a base and the heads that belong to it.
 
-        A `qwen3` file without heads gives a model without the diffusion view. Raises OrthrusError
-        if a file cannot be read, is no supported model, or if the two do not belong together.
+        A stock file without heads gives a model without the diffusion view. Raises OrthrusError if
+        a file cannot be read, is no supported model, or if the two do not belong together.
         """
         with ExitStack() as stack:
             base_file = stack.enter_context(GGUFFile.open(path))
@@ -108,9 +109,9 @@ def _single_config(file: GGUFFile) -> ModelConfig:
     _check_base(file)
     arch = file.metadata.get(gguf.Keys.General.ARCHITECTURE)
     twins = any(map(is_diffusion_tensor, file.tensors))
-    if twins and arch == keys.ARCH_QWEN3:
+    if twins and arch != keys.ARCH_ORTHRUS:
         raise OrthrusError(
-            f"{file.path}: holds diffusion tensors, but its general.architecture is 'qwen3', "
+            f"{file.path}: holds diffusion tensors, but its general.architecture is {arch!r}, "
             "expected 'orthrus'; convert the model again with orthrus-convert"
         )
     config = _base_config(file, has_heads=arch == keys.ARCH_ORTHRUS)
@@ -122,7 +123,7 @@ def _single_config(file: GGUFFile) -> ModelConfig:
                 "blk.0.attn_q_diff.weight; convert the model again with orthrus-convert"
             )
         expected |= diffusion_tensors(config)
-    check_tensors(file.path, file.tensors, expected)
+    check_tensors(file.path, file.tensors, expected, config.architecture.name)
     return config
 
 
@@ -134,46 +135,39 @@ def _pair_config(base: GGUFFile, heads: GGUFFile) -> ModelConfig:
             f"{base.path}: already holds diffusion heads; leave out the heads file {heads.path}"
         )
     config = _base_config(base, has_heads=False)
-    check_tensors(base.path, base.tensors, base_tensors(config))
+    arch = config.architecture.name
+    check_tensors(base.path, base.tensors, base_tensors(config), arch)
     _check_heads(heads)
-    # Constants that the heads share with their base, for files that do not repeat them.
-    shared: dict[str, Value] = {
-        keys.model_key(gguf.Keys.LLM.CONTEXT_LENGTH, keys.ARCH_ORTHRUS): config.n_ctx_train,
-        keys.model_key(gguf.Keys.LLM.FEED_FORWARD_LENGTH, keys.ARCH_ORTHRUS): config.n_ff,
-        keys.model_key(gguf.Keys.Attention.LAYERNORM_RMS_EPS, keys.ARCH_ORTHRUS): config.rms_eps,
-    }
-    theirs = ModelConfig.from_metadata(
-        shared | dict(heads.metadata),
-        path=heads.path,
-        n_vocab=config.n_vocab,
-        tied=config.tied,
-        has_heads=True,
-    )
-    differences = _differences(config, theirs)
-    if differences:
+    theirs = _heads_config(heads, config)
+    unlike = differences(config, theirs)
+    if unlike:
         raise OrthrusError(
-            f"{heads.path}: these heads do not belong to {base.path}: {differences}; "
+            f"{heads.path}: these heads do not belong to {base.path}: {unlike}; "
             "use the heads and the base of the same model"
         )
-    check_tensors(heads.path, heads.tensors, diffusion_tensors(config))
     for name in heads.tensors:
         if name in base.tensors:
             raise OrthrusError(
                 f"{heads.path}: tensor {name!r} is also in {base.path}, heads must not replace it; "
                 "make the heads file again with orthrus-convert --split"
             )
+    check_tensors(heads.path, heads.tensors, diffusion_tensors(config), arch)
     return replace(config, block_size=theirs.block_size, mask_token=theirs.mask_token)
 
 
-def _differences(base: ModelConfig, heads: ModelConfig) -> str:
-    """What keeps the heads from belonging to the base, in words; empty if nothing does."""
-    pairs = [(name, getattr(base, name), getattr(heads, name)) for name in _IDENTITY]
-    pairs += [
-        (f"rope {name}", value, getattr(heads.rope, name))
-        for name, value in asdict(base.rope).items()
-    ]
-    return ", ".join(
-        f"{name} is {theirs}, the base has {ours}" for name, ours, theirs in pairs if ours != theirs
+def _heads_config(heads: GGUFFile, base: ModelConfig) -> ModelConfig:
+    """What a heads file says of itself; constants that it shares with its base it need not say."""
+    shared: dict[str, Value] = {
+        keys.model_key(gguf.Keys.LLM.CONTEXT_LENGTH, keys.ARCH_ORTHRUS): base.n_ctx_train,
+        keys.model_key(gguf.Keys.LLM.FEED_FORWARD_LENGTH, keys.ARCH_ORTHRUS): base.n_ff,
+        keys.model_key(gguf.Keys.Attention.LAYERNORM_RMS_EPS, keys.ARCH_ORTHRUS): base.rms_eps,
+    }
+    return ModelConfig.from_metadata(
+        shared | dict(heads.metadata),
+        path=heads.path,
+        n_vocab=base.n_vocab,
+        tied=base.tied,
+        has_heads=True,
     )
 
 
@@ -186,9 +180,10 @@ def _check_base(file: GGUFFile) -> None:
         return
     kind = fields.text(gguf.Keys.Adapter.TYPE, "unknown")
     if kind == keys.ADAPTER_HEADS:
+        _, base = architecture(fields)
         raise OrthrusError(
             f"{file.path}: holds only diffusion heads; "
-            f"open their base model, with --heads {file.path}"
+            f"open their base model ({base.name}), with --heads {file.path}"
         )
     raise fields.error(
         gguf.Keys.General.TYPE,
@@ -234,10 +229,31 @@ def _base_config(file: GGUFFile, *, has_heads: bool) -> ModelConfig:
             f"{file.path}: tensor {TOKEN_EMBD} is missing; the file holds no whole model: "
             "download or convert it again"
         )
-    return ModelConfig.from_metadata(
+    config = ModelConfig.from_metadata(
         file.metadata,
         path=file.path,
         n_vocab=file.tensors[TOKEN_EMBD].shape[0],
         tied=OUTPUT not in file.tensors,
         has_heads=has_heads,
     )
+    if ROPE_FREQS not in file.tensors:
+        return config
+    return replace(config, rope=replace(config.rope, freq_factors=_freq_factors(file, config)))
+
+
+def _freq_factors(file: GGUFFile, config: ModelConfig) -> tuple[float, ...]:
+    """What RoPE's frequencies are divided by, one number per pair."""
+    info, pairs = file.tensors[ROPE_FREQS], config.head_dim // 2
+    if info.shape != (pairs,) or info.type not in FLOAT_TYPES:
+        raise OrthrusError(
+            f"{file.path}: tensor {ROPE_FREQS}: expected {pairs} floats, one per pair of a head, "
+            f"found {info.type.name} {info.shape}; convert the model again"
+        )
+    factors = dequantize(file.data(ROPE_FREQS).reshape(1, -1), info.type).ravel()
+    wrong = [value for value in factors.tolist() if not 0 < value <= MAX_NUMBER]
+    if wrong:
+        raise OrthrusError(
+            f"{file.path}: tensor {ROPE_FREQS}: expected numbers above 0, found {wrong[0]}; "
+            "convert the model again"
+        )
+    return tuple(factors.tolist())

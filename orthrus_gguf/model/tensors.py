@@ -8,50 +8,84 @@ from pathlib import Path
 import gguf
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 
 TOKEN_EMBD = "token_embd.weight"
 OUTPUT = "output.weight"
+OUTPUT_NORM = "output_norm.weight"
+#: Divides the frequency of each pair of RoPE (`Rope.freq_factors`).
+ROPE_FREQS = "rope_freqs.weight"
 
 _TYPES = gguf.GGMLQuantizationType
 FLOAT_TYPES = frozenset({_TYPES.F32, _TYPES.F16, _TYPES.BF16})
 _NOT_WEIGHTS = frozenset({_TYPES.I8, _TYPES.I16, _TYPES.I32, _TYPES.I64})
 
+#: Beginnings of names of which no unknown one may be left out of account.
+_MATTERS = ("blk.", "output", "token_embd", "position_embd", "rope_")
+
 
 def base_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape (numpy order) of every tensor of the AR model, in llama.cpp's order."""
-    tensors: dict[str, tuple[int, ...]] = {TOKEN_EMBD: (config.n_vocab, config.n_embd)}
+    tensors: dict[str, tuple[int, ...]] = {}
+    if config.rope.freq_factors is not None:
+        tensors[ROPE_FREQS] = (config.head_dim // 2,)
+    tensors[TOKEN_EMBD] = (config.n_vocab, config.n_embd)
     tensors |= _per_layer(config, _layer_shapes(config))
-    tensors["output_norm.weight"] = (config.n_embd,)
+    tensors[OUTPUT_NORM] = (config.n_embd,)
     if not config.tied:
         tensors[OUTPUT] = (config.n_vocab, config.n_embd)
     return tensors
 
 
 def diffusion_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape (numpy order) of the `_diff` twins, which only the diffusion view uses."""
-    shapes = _layer_shapes(config)
-    twins = {name: shapes[name.removesuffix("_diff")] for name in keys.DIFFUSION_TENSORS}
+    """Name -> shape (numpy order) of the `_diff` twins, which only the diffusion view uses.
+
+    Every tensor of the attention has one, biases and norms of q and k included.
+    """
+    twins = {twin_of(name): shape for name, shape in _attention_shapes(config).items()}
     return _per_layer(config, twins)
+
+
+def twin_of(name: str) -> str:
+    """The diffusion view's stand-in: `….attn_q.bias` -> `….attn_q_diff.bias`."""
+    stem, _, part = name.rpartition(".")
+    return f"{stem}_diff.{part}"
+
+
+def is_diffusion_tensor(name: str) -> bool:
+    """True for `blk.N.<...>_diff.<weight or bias>`."""
+    return name.startswith("blk.") and name.endswith(("_diff.weight", "_diff.bias"))
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name within the layer -> shape of what each view has of its own."""
+    arch = config.architecture
+    rows = {
+        "q": config.n_head * config.head_dim,
+        "k": config.n_head_kv * config.head_dim,
+        "v": config.n_head_kv * config.head_dim,
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, n in rows.items():
+        shapes[f"attn_{part}.weight"] = (n, config.n_embd)
+        if arch.qkv_biases:
+            shapes[f"attn_{part}.bias"] = (n,)
+    shapes["attn_output.weight"] = (config.n_embd, rows["q"])
+    if arch.qk_norms:
+        shapes |= {f"attn_{part}_norm.weight": (config.head_dim,) for part in "qk"}
+    return shapes
 
 
 def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name within the layer -> shape of the AR tensors of one layer."""
-    q_rows, kv_rows = config.n_head * config.head_dim, config.n_head_kv * config.head_dim
     return {
-        "attn_norm": (config.n_embd,),
-        "attn_q": (q_rows, config.n_embd),
-        "attn_k": (kv_rows, config.n_embd),
-        "attn_v": (kv_rows, config.n_embd),
-        "attn_output": (config.n_embd, q_rows),
-        "attn_q_norm": (config.head_dim,),
-        "attn_k_norm": (config.head_dim,),
-        "ffn_norm": (config.n_embd,),
-        "ffn_gate": (config.n_ff, config.n_embd),
-        "ffn_up": (config.n_ff, config.n_embd),
-        "ffn_down": (config.n_embd, config.n_ff),
+        "attn_norm.weight": (config.n_embd,),
+        **_attention_shapes(config),
+        "ffn_norm.weight": (config.n_embd,),
+        "ffn_gate.weight": (config.n_ff, config.n_embd),
+        "ffn_up.weight": (config.n_ff, config.n_embd),
+        "ffn_down.weight": (config.n_embd, config.n_ff),
     }
 
 
@@ -59,24 +93,23 @@ def _per_layer(
     config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     return {
-        f"blk.{index}.{name}.weight": shape
+        f"blk.{index}.{name}": shape
         for index in range(config.n_layers)
         for name, shape in shapes.items()
     }
 
 
-def is_diffusion_tensor(name: str) -> bool:
-    """True for `blk.N.<...>_diff.weight`."""
-    return name.startswith("blk.") and name.endswith("_diff.weight")
-
-
 def check_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+    architecture: str,
 ) -> None:
     """Raise OrthrusError unless `tensors` of the file `path` hold all that is `expected`.
 
-    Tensors beyond those are ignored, except where ignoring them would change the results: other
-    parts of an expected tensor (biases, scales) and further layers.
+    Tensors beyond those are ignored, except where ignoring them would change the results: all that
+    stand in a layer, and further parts of embedding, output and RoPE. architecture: the base's
+    name, for messages.
     """
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -89,7 +122,7 @@ def check_tensors(
         _check_tensor(path, tensors[name], shape)
     layers = {name.split(".")[1] for name in expected if name.startswith("blk.")}
     for name in tensors:
-        if name in expected:
+        if name in expected or not name.startswith(_MATTERS):
             continue
         parts = name.split(".")
         if parts[0] == "blk" and len(parts) > 2 and parts[1] not in layers:
@@ -97,11 +130,11 @@ def check_tensors(
                 f"{path}: tensor {name!r} belongs to no layer: the metadata says {len(layers)} "
                 "layers; convert the model again"
             )
-        if name.rpartition(".")[0] + ".weight" in expected:
-            raise OrthrusError(
-                f"{path}: tensor {name!r} is not supported (attention biases and weight scales are "
-                "not part of Qwen3); use a standard conversion of the model"
-            )
+        raise OrthrusError(
+            f"{path}: tensor {name!r} is not supported: {architecture} models have no such part "
+            "here (its biases, scales, experts or norms would be left out); use a standard "
+            "conversion of the model"
+        )
 
 
 def _check_tensor(path: Path, info: TensorInfo, shape: tuple[int, ...]) -> None:
@@ -113,7 +146,7 @@ def _check_tensor(path: Path, info: TensorInfo, shape: tuple[int, ...]) -> None:
     if len(shape) == 1 and info.type not in FLOAT_TYPES:
         raise OrthrusError(
             f"{path}: tensor {info.name}: expected F32, F16 or BF16, found {info.type.name}; "
-            "convert the model again with its norms unquantized"
+            "convert the model again with its norms and biases unquantized"
         )
     if info.type in _NOT_WEIGHTS:
         raise OrthrusError(

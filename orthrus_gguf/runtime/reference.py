@@ -17,33 +17,32 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
-from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig, Rope
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.drawing import draw_choices
-from orthrus_gguf.runtime.protocol import (
-    Checkpoint,
-    Choices,
-    Logits,
-    Segment,
-    View,
-    check_segments,
-    path_to,
-)
+from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
+from orthrus_gguf.runtime.reference_cache import ReferenceCache
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention weights of one view of one layer; matrices are [out, in]."""
+    """Attention weights of one view of one layer; matrices are [out, in].
+
+    Norms and biases are None where the architecture has none.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     output: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,94 +57,6 @@ class Layer:
     ffn_down: Tensor
 
 
-class ReferenceCache:
-    """AR keys and values per layer, float32, each [capacity, n_head_kv, head_dim].
-
-    Of pending rows, the path to the one that ran last lies behind the committed rows, and every row
-    is kept besides, so that another path can be put there.
-    """
-
-    def __init__(self, config: ModelConfig, capacity: int) -> None:
-        shape = (config.n_layers, capacity, config.n_head_kv, config.head_dim)
-        try:
-            # Pages of an untouched allocation cost nothing, so the full size can be reserved.
-            self.k, self.v = torch.empty(shape), torch.empty(shape)
-        except RuntimeError as error:
-            gib = 2 * 4 * math.prod(shape) / 2**30
-            raise OrthrusError(
-                f"a context of {capacity} tokens needs {gib:.1f} GiB of key/value cache, which"
-                " cannot be allocated; choose a smaller one with -c"
-            ) from error
-        self._length = 0
-        self._parents: tuple[int, ...] = ()  # of the pending rows
-        self._rows: list[tuple[Tensor, Tensor]] = []  # k, v of each [n_layers, n_head_kv, head_dim]
-        self._path: list[int] = []  # rows at the positions from `length` on
-
-    @property
-    def length(self) -> int:
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        return self.k.shape[1]
-
-    def commit(self, rows: Sequence[int]) -> None:
-        """See `Cache.commit`."""
-        if not self._parents:
-            raise ValueError("no rows are pending")
-        check_path(rows, self._parents)
-        self._put(list(rows))
-        self._length += len(rows)
-        self.pend(())
-
-    def checkpoint(self, length: int | None = None) -> Checkpoint:
-        """See `Cache.checkpoint`."""
-        length = self._length if length is None else length
-        if not 0 <= length <= self._length:
-            raise ValueError(f"no checkpoint at {length} in a cache of {self._length} rows")
-        return Checkpoint(length)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """See `Cache.restore`."""
-        self._length = self.checkpoint(checkpoint.length).length
-        self.pend(())
-
-    def fit(self, parents: Sequence[int]) -> int:
-        """See `Cache.fit`: rows of a tree need no room, only a path of it does."""
-        return len(parents)
-
-    def assume(self, rows: int) -> None:
-        """See `Cache.assume`."""
-        if not 0 <= rows <= self.capacity - self._length:
-            raise ValueError(f"no room for {rows} rows behind {self._length} of {self.capacity}")
-        self._length += rows
-        self.pend(())
-
-    def pend(self, parents: tuple[int, ...]) -> None:
-        """Begin an AR segment, whose rows will be added; drop what was pending."""
-        self._parents, self._rows, self._path = parents, [], []
-
-    def make_way(self) -> int:
-        """Put the ancestors of the next pending row where it sees them; return its position."""
-        parent = self._parents[len(self._rows)]
-        if parent != (self._path[-1] if self._path else -1):
-            self._put(path_to(parent, self._parents))
-        return self._length + len(self._path)
-
-    def add_row(self) -> None:
-        """Take what has been written at the position of `make_way` as the next pending row."""
-        position = self._length + len(self._path)
-        self._path.append(len(self._rows))
-        self._rows.append((self.k[:, position].clone(), self.v[:, position].clone()))
-
-    def _put(self, path: list[int]) -> None:
-        """Let these pending rows lie at the positions from `length` on."""
-        for i, row in enumerate(path):
-            if self._path[i : i + 1] != [row]:
-                self.k[:, self._length + i], self.v[:, self._length + i] = self._rows[row]
-        self._path = path
-
-
 @dataclass(frozen=True)
 class Results:
     """What a pass computes of a segment: logits of the wanted rows [wanted, n_vocab], and the taps
@@ -156,7 +67,7 @@ class Results:
 
 
 class ReferenceModel:
-    """An Orthrus (or plain Qwen3) model in float32 on the CPU."""
+    """A model, with or without Orthrus heads, in float32 on the CPU."""
 
     def __init__(self, file: ModelFile) -> None:
         self.config = file.config
@@ -261,21 +172,29 @@ class ReferenceModel:
 
     def _qkv(self, h: Tensor, w: Attention, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q [rows, n_head, head_dim]; k and v [rows, n_head_kv, head_dim]."""
-        c = self.config
-        q = (h @ w.q.T).view(-1, c.n_head, c.head_dim)
-        k = (h @ w.k.T).view(-1, c.n_head_kv, c.head_dim)
-        v = (h @ w.v.T).view(-1, c.n_head_kv, c.head_dim)
-        q, k = self._norm(q, w.q_norm), self._norm(k, w.k_norm)
+
+        def heads(matrix: Tensor, bias: Tensor | None) -> Tensor:
+            out = h @ matrix.T
+            return (out if bias is None else out + bias).view(len(h), -1, self.config.head_dim)
+
+        q, k, v = heads(w.q, w.q_bias), heads(w.k, w.k_bias), heads(w.v, w.v_bias)
+        if w.q_norm is not None:
+            q = self._norm(q, w.q_norm)
+        if w.k_norm is not None:
+            k = self._norm(k, w.k_norm)
         return self._rotate(q, positions), self._rotate(k, positions), v
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, self.config.rms_eps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """NeoX rotary embedding of x [rows, heads, head_dim]: pairs are (i, i + head_dim / 2)."""
+        """Rotary embedding of x [rows, heads, head_dim], in the architecture's pairs."""
         angles = positions.double()[:, None] * self.inv_freq
         cos = (angles.cos() * self.rope_scale).float()[:, None]
         sin = (angles.sin() * self.rope_scale).float()[:, None]
+        if self.config.architecture.pairing is Pairing.ADJACENT:
+            even, odd = x[..., 0::2], x[..., 1::2]
+            return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
         low, high = x.chunk(2, dim=-1)
         return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
@@ -284,13 +203,6 @@ def _cache_of(segment: Segment) -> ReferenceCache:
     if not isinstance(segment.cache, ReferenceCache):
         raise TypeError(f"expected a cache of the reference runtime, found {segment.cache}")
     return segment.cache
-
-
-def check_path(rows: Sequence[int], parents: Sequence[int]) -> None:
-    """Raise ValueError unless `rows` are a path of the tree from its root on, or nothing."""
-    follows = [parents[row] if 0 <= row < len(parents) else None for row in rows]
-    if follows != [-1, *rows][: len(rows)]:
-        raise ValueError(f"rows {list(rows)} are no path from the first of {len(parents)} rows")
 
 
 def _choices(segment: Segment, results: Results) -> Choices:
@@ -312,13 +224,16 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     """Angle per position of each pair (float64, [head_dim/2]), and the factor on cos and sin.
 
-    With YaRN, frequencies that turn fewer than `beta_slow` times over the original context are
-    divided by `factor`, those above `beta_fast` are kept, and the ones between are blended
-    (Peng et al., arXiv 2309.00071, as implemented in llama.cpp and transformers).
+    Linear scaling divides all frequencies by `factor`. With YaRN, those that turn fewer than
+    `beta_slow` times over the original context are divided, those above `beta_fast` are kept, and
+    the ones between are blended (Peng et al., arXiv 2309.00071, as implemented in llama.cpp and
+    transformers). Frequency factors divide the frequencies before either.
     """
     half = head_dim // 2
     pairs = torch.arange(half, dtype=torch.float64)
     extrapolated = rope.freq_base ** (-pairs / half)
+    if rope.freq_factors is not None:
+        extrapolated = extrapolated / torch.tensor(rope.freq_factors, dtype=torch.float64)
     if rope.ext_factor == 0:
         return extrapolated / rope.factor, rope.attn_factor
 
@@ -344,13 +259,20 @@ def _layer(file: ModelFile, index: int) -> Layer:
 
 
 def _attention(file: ModelFile, prefix: str, suffix: str) -> Attention:
-    names = ("q", "k", "v", "output", "q_norm", "k_norm")
-    return Attention(*(_weight(file, f"{prefix}attn_{name}{suffix}") for name in names))
+    def part(name: str, kind: str = "weight") -> Tensor:
+        return _weight(file, f"{prefix}attn_{name}{suffix}", kind)
+
+    arch = file.config.architecture
+    return Attention(
+        *(part(name) for name in ("q", "k", "v", "output")),
+        *(part(name) if arch.qk_norms else None for name in ("q_norm", "k_norm")),
+        *(part(name, "bias") if arch.qkv_biases else None for name in ("q", "k", "v")),
+    )
 
 
-def _weight(file: ModelFile, name: str) -> Tensor:
+def _weight(file: ModelFile, name: str, kind: str = "weight") -> Tensor:
     """One tensor in float32, in numpy's (row-major) shape."""
-    info = file.tensors[name + ".weight"]
+    info = file.tensors[f"{name}.{kind}"]
     rows = math.prod(info.shape[:-1])
     values = dequantize(file.data(info.name).reshape(rows, -1), info.type)
     return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))

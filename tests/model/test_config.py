@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import ARCHITECTURES
 from orthrus_gguf.model.config import ModelConfig, Rope
-from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors, is_diffusion_tensor
 
 PATH = Path("models/some-model.gguf")
 
@@ -169,7 +171,11 @@ def test_wrong_type(key: str, value: Any) -> None:
         ("tokenizer.ggml.token_type", ["1"] * 100, "expected an array of integers"),
         ("tokenizer.ggml.scores", np.ones(100, np.int32), "expected an array of floats"),
         ("orthrus.attention.sliding_window", 4096, "4096 is not supported"),
-        ("orthrus.rope.scale_linear", 4.0, "4.0 is not supported"),
+        ("orthrus.attention.causal", False, "False is not supported"),
+        ("orthrus.expert_count", 8, "8 is not supported; models that use it cannot run here"),
+        ("orthrus.rope.scale_linear", 0.5, "expected at least 1, found 0.5"),
+        ("orthrus.base_architecture", "gemma", "expected one of 'qwen3', .* found 'gemma'; heads"),
+        ("orthrus.base_architecture", "orthrus", "found 'orthrus'"),
     ],
 )
 def test_out_of_range_or_contradictory(key: str, value: Any, expected: str) -> None:
@@ -182,6 +188,10 @@ def test_harmless_extras() -> None:
     extras = {
         "orthrus.rope.dimension_count": 32,
         "orthrus.attention.sliding_window": 0,
+        "orthrus.attention.causal": True,
+        "orthrus.expert_count": 0,
+        "orthrus.rope.scale_linear": 1.0,
+        "orthrus.base_architecture": "qwen3",
         "orthrus.something.new": 7,
         "tokenizer.ggml.scores": np.zeros(100, np.float32),
         "orthrus.attention.head_count_kv": np.full(3, 2, np.int32),
@@ -199,8 +209,9 @@ def test_layers_that_differ() -> None:
 
 
 def test_unknown_architecture() -> None:
-    message = refusal(ORTHRUS, {"general.architecture": "llama"})
-    assert "expected 'orthrus' or 'qwen3', found 'llama'; only Qwen3 models" in message
+    message = refusal(ORTHRUS, {"general.architecture": "qwen35"})
+    known = "'orthrus' or one of 'qwen3', 'qwen2', 'llama'"
+    assert f"expected {known}, found 'qwen35'; models of other architectures" in message
 
 
 def test_long_values_are_cut_in_messages() -> None:
@@ -254,6 +265,21 @@ def test_yarn_details() -> None:
 @pytest.mark.parametrize(
     "scaling",
     [
+        {"scaling.type": "linear", "scaling.factor": 4.0},
+        {"scaling.factor": 4.0},
+        {"scale_linear": 4.0},
+        {"scale_linear": 9.0, "scaling.factor": 4.0},
+    ],
+)
+def test_linear_scaling(scaling: Mapping[str, Any]) -> None:
+    """Under its new name or, where that is absent, under its old one."""
+    settings = {f"orthrus.rope.{key}": value for key, value in scaling.items()}
+    assert config(ORTHRUS, settings).rope == Rope(1e6, factor=4.0)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
         {"orthrus.rope.scaling.type": "none"},
         {"orthrus.rope.scaling.type": "none", "orthrus.rope.scaling.factor": 8.0},
         {"orthrus.rope.scaling.factor": 1.0},
@@ -268,9 +294,11 @@ def test_no_scaling(scaling: Mapping[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("scaling", "key", "expected"),
     [
-        ({"type": "linear", "factor": 2.0}, "type", "found 'linear'; this RoPE scaling is not"),
-        ({"factor": 2.0}, "type", "found 'linear'"),
-        ({"type": "longrope"}, "type", "found 'longrope'"),
+        ({"type": "linear", "factor": 0.5}, "factor", "expected at least 1, found 0.5"),
+        ({"factor": -2.0}, "factor", "expected at least 1, found -2.0"),
+        ({"factor": 2.0, "attn_factor": 1.2}, "attn_factor", "1.2 without YaRN is not supported"),
+        ({"type": "longrope"}, "type", "found 'longrope'; this RoPE scaling is not supported"),
+        ({"type": "llama3"}, "type", "expected 'yarn', 'linear' or 'none', found 'llama3'"),
         ({"type": 1}, "type", "expected a string, found 1"),
         ({"type": "yarn", "factor": 0.5}, "factor", "expected at least 1, found 0.5"),
         ({"type": "yarn", "factor": float("nan")}, "factor", "found nan"),
@@ -289,6 +317,67 @@ def test_scaling_refused(scaling: Mapping[str, Any], key: str, expected: str) ->
     message = refusal(ORTHRUS, {f"orthrus.rope.scaling.{k}": v for k, v in scaling.items()})
     assert f"metadata key orthrus.rope.scaling.{key}: " in message
     assert expected in message
+
+
+def test_yarn_needs_frequencies_that_fall() -> None:
+    message = refusal(ORTHRUS, {**YARN, "orthrus.rope.freq_base": 1.0})
+    assert "orthrus.rope.freq_base: expected a number above 1 with YaRN, found 1.0" in message
+
+
+def of_architecture(name: str) -> dict[str, Any]:
+    return {
+        **{key.replace("qwen3.", f"{name}."): value for key, value in QWEN3.items()},
+        "general.architecture": name,
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str) -> None:
+    """A stock file says it in general.architecture, one with heads beside `orthrus`."""
+    plain = config(of_architecture(name))
+    assert plain.architecture is ARCHITECTURES[name]
+    assert not plain.has_heads
+    with_heads = config(ORTHRUS, {"orthrus.base_architecture": name})
+    assert with_heads.architecture is ARCHITECTURES[name]
+    assert with_heads.has_heads
+    assert config(ORTHRUS).architecture is ARCHITECTURES["qwen3"]
+
+
+def test_what_old_llama_files_leave_out() -> None:
+    """The RoPE base of Llama 1 and 2; other architectures must name theirs."""
+    found = config(of_architecture("llama"), {"llama.rope.freq_base": None})
+    assert found.rope == Rope(10_000.0)
+    for name in ("qwen2", "qwen3"):
+        key = f"{name}.rope.freq_base"
+        assert f"{key}: is missing" in refusal(of_architecture(name), {key: None})
+
+
+def test_what_sets_the_architectures_apart() -> None:
+    """The tensors of a layer, written out."""
+    common = {"attn_norm", "attn_q", "attn_k", "attn_v", "attn_output"}
+    common |= {"ffn_norm", "ffn_gate", "ffn_up", "ffn_down"}
+    weights = {f"{name}.weight" for name in common}
+    more = {
+        "qwen3": {"attn_q_norm.weight", "attn_k_norm.weight"},
+        "qwen2": {"attn_q.bias", "attn_k.bias", "attn_v.bias"},
+        "llama": set(),
+    }
+    assert set(more) == set(ARCHITECTURES)
+    attention = {f"attn_{name}.weight" for name in ("q", "k", "v", "output")}
+    for name, own in more.items():
+        found = config(ORTHRUS, {"orthrus.base_architecture": name})
+        base, twins = base_tensors(found), diffusion_tensors(found)
+        assert {key.split(".", 2)[2] for key in base if key.startswith("blk.1.")} == weights | own
+        expected = {part.replace(".", "_diff.") for part in attention | own}
+        assert {key.split(".", 2)[2] for key in twins if key.startswith("blk.2.")} == expected
+        assert all(map(is_diffusion_tensor, twins))
+        assert not any(map(is_diffusion_tensor, base))
+    biased = config(ORTHRUS, {"orthrus.base_architecture": "qwen2"})
+    assert base_tensors(biased)["blk.0.attn_q.bias"] == (192,)
+    assert diffusion_tensors(biased)["blk.0.attn_v_diff.bias"] == (64,)
+    factors = replace(biased, rope=Rope(1e6, freq_factors=(1.0,) * 16))
+    assert next(iter(base_tensors(factors).items())) == ("rope_freqs.weight", (16,))
+    assert base_tensors(factors).keys() - base_tensors(biased).keys() == {"rope_freqs.weight"}
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,19 @@ import numpy as np
 import pytest
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import ARCHITECTURES
 from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 from tests.tiny_model import (
+    BASES,
     BLOCK_SIZE,
     LAYER,
     MASK,
     N_LAYERS,
     N_VOCAB,
     REMOVE,
+    SCALINGS,
     TWINS,
     diffusion_keys,
     random_tensors,
@@ -132,8 +137,8 @@ def test_same_yarn_on_both_sides(tmp_path: Path) -> None:
     with ModelFile.open(base, heads) as model:
         assert model.config.rope == Rope(1e6, factor=4, original_context=32, ext_factor=1)
     message = refusal(base, write_heads(tmp_path / "plain.gguf"))
-    assert "rope factor is 1.0, the base has 4.0" in message
-    assert "rope ext_factor is 0.0, the base has 1.0" in message
+    assert "rope factor is 1, the base has 4" in message
+    assert "rope ext_factor is 0, the base has 1" in message
 
 
 @pytest.mark.parametrize(
@@ -144,7 +149,7 @@ def test_same_yarn_on_both_sides(tmp_path: Path) -> None:
         ("feed_forward_length", np.uint32(65), "n_ff is 65, the base has 64"),
         ("attention.head_count", np.uint32(8), "n_head is 8, the base has 4"),
         ("attention.head_count_kv", np.uint32(4), "n_head_kv is 4, the base has 2"),
-        ("rope.freq_base", np.float32(1e4), "rope freq_base is 10000.0, the base has 1000000.0"),
+        ("rope.freq_base", np.float32(1e4), "rope freq_base is 10000, the base has 1000000"),
     ],
 )
 def test_heads_of_another_model(tmp_path: Path, key: str, value: Any, expected: str) -> None:
@@ -174,6 +179,8 @@ def test_heads_of_another_head_dim(tmp_path: Path) -> None:
         ({}, {TWIN: REMOVE}, f"tensor {TWIN} is missing, expected shape (64, 32)"),
         ({}, {TWIN: np.zeros((64, 64), np.float32)}, "expected shape (64, 32), found (64, 64)"),
         ({}, {"output_norm.weight": np.ones(32, np.float32)}, "heads must not replace it"),
+        ({}, {"blk.0.attn_q.weight": np.ones((64, 32), np.float32)}, "heads must not replace it"),
+        ({}, {"blk.0.attn_q_diff.bias": np.ones(64, np.float32)}, "bias' is not supported: qwen3"),
         ({"split.count": np.uint16(2)}, {}, "split into 2 files; merge them first"),
     ],
 )
@@ -192,7 +199,9 @@ def test_files_in_the_wrong_places(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base.gguf", "qwen3")
     heads = write_heads(tmp_path / "heads.gguf")
     alone = refusal(heads)
-    assert f"{heads}: holds only diffusion heads; open their base model" in alone
+    assert f"{heads}: holds only diffusion heads; open their base model (qwen3), with" in alone
+    of_llama = write_heads(tmp_path / "llama-heads.gguf", base="llama")
+    assert "open their base model (llama), with --heads" in refusal(of_llama)
     assert "holds only diffusion heads" in refusal(heads, base)
     assert f"{whole}: already holds diffusion heads; leave out" in refusal(whole, heads)
     assert f"{whole}: metadata key general.type: is not a heads file" in refusal(base, whole)
@@ -229,8 +238,8 @@ def test_one_part_is_whole(tmp_path: Path) -> None:
 
 def test_not_a_model(tmp_path: Path) -> None:
     """Architectures of others, files without one, and files without weights."""
-    llama = write_model(tmp_path / "llama.gguf", "llama")
-    assert "expected 'orthrus' or 'qwen3', found 'llama'" in refusal(llama)
+    other = write_model(tmp_path / "other.gguf", "gemma")
+    assert "'orthrus' or one of 'qwen3', 'qwen2', 'llama', found 'gemma'" in refusal(other)
     none = write_gguf(
         tmp_path / "imatrix.gguf",
         "?",
@@ -260,9 +269,100 @@ def test_orthrus_without_heads(tmp_path: Path) -> None:
     assert "is an Orthrus model, but holds no diffusion tensors" in refusal(path)
 
 
-def test_qwen3_with_heads(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "tiny.gguf", "qwen3", heads=True)
-    assert "holds diffusion tensors, but its general.architecture is 'qwen3'" in refusal(path)
+@pytest.mark.parametrize("base", BASES)
+def test_stock_architecture_with_heads(tmp_path: Path, base: str) -> None:
+    path = write_model(tmp_path / "tiny.gguf", base, heads=True)
+    assert f"holds diffusion tensors, but its general.architecture is {base!r}" in refusal(path)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("base", BASES)
+def test_every_base_and_its_heads(tmp_path: Path, base: str, scaling: str) -> None:
+    """In one file or in two: the same config and the same bytes."""
+    more: dict[str, Any] = {"n_head_kv": 1, "scaling": scaling}
+    whole = write_model(tmp_path / "tiny.gguf", base=base, tied=False, **more)
+    alone = write_model(tmp_path / "base.gguf", base, tied=False, **more)
+    heads = write_heads(tmp_path / "heads.gguf", base=base, **more)
+    with ModelFile.open(whole) as one, ModelFile.open(alone, heads) as two:
+        assert one.config == two.config
+        assert one.config.architecture is ARCHITECTURES[base]
+        assert (one.config.rope.freq_factors is not None) == (scaling == "llama3")
+        assert one.config.rope.factor == (4 if scaling in ("linear", "yarn") else 1)
+        assert one.config.rope.ext_factor == (scaling == "yarn")
+        assert set(one.tensors) == set(two.tensors)
+        assert set(one.tensors) == {*base_tensors(one.config), *diffusion_tensors(one.config)}
+        for name in one.tensors:
+            assert one.data(name).tobytes() == two.data(name).tobytes()
+    with ModelFile.open(alone) as plain:
+        assert plain.config == replace(one.config, block_size=None, mask_token=None)
+
+
+def test_heads_of_another_architecture(tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base.gguf", "llama")
+    message = refusal(base, write_heads(tmp_path / "heads.gguf"))
+    assert "architecture is qwen3, the base has llama; use the heads" in message
+    qwen2 = write_model(tmp_path / "qwen2.gguf", "qwen2")
+    message = refusal(qwen2, write_heads(tmp_path / "heads2.gguf", base="llama"))
+    assert "architecture is llama, the base has qwen2" in message
+    biasless = {f"blk.{i}.attn_v_diff.bias": REMOVE for i in range(N_LAYERS)}
+    message = refusal(qwen2, write_heads(tmp_path / "h3.gguf", base="qwen2", tensors=biasless))
+    assert "tensor blk.0.attn_v_diff.bias (and 1 more) is missing" in message
+
+
+def test_constants_up_to_single_precision(tmp_path: Path) -> None:
+    """Heads whose metadata was rounded on its way; a difference that means something is none."""
+    base = write_model(tmp_path / "base.gguf", "qwen3")
+    key = "orthrus.rope.freq_base"
+    for nearly, same in ((1e6 * (1 + 5e-7), True), (1e6 * (1 + 2e-6), False)):
+        heads = write_heads(tmp_path / "heads.gguf", metadata={key: np.float64(nearly)})
+        if same:
+            ModelFile.open(base, heads).close()
+        else:
+            assert "rope freq_base is 1000002, the base has 1000000" in refusal(base, heads)
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        (np.ones(7, np.float32), "expected 8 floats, one per pair of a head, found F32 (7,)"),
+        (np.ones((1, 8), np.float32), "found F32 (1, 8)"),
+        (np.ones(8, np.int32), "found I32 (8,)"),
+        (np.array([1] * 7 + [0], np.float32), "expected numbers above 0, found 0.0"),
+        (np.array([-1] + [1] * 7, np.float32), "found -1.0"),
+        (np.array([1] * 7 + [np.nan], np.float32), "found nan"),
+        (np.array([1] * 7 + [np.inf], np.float32), "found inf"),
+    ],
+)
+def test_wrong_frequency_factors(tmp_path: Path, factors: Any, expected: str) -> None:
+    path = write_model(tmp_path / "t.gguf", "llama", tensors={"rope_freqs.weight": factors})
+    message = refusal(path)
+    assert "tensor rope_freqs.weight: " in message
+    assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "shape"),
+    [
+        ("llama", "blk.0.attn_q.bias", (64,)),
+        ("llama", "blk.1.attn_output.bias", (32,)),
+        ("llama", "blk.0.ffn_gate_inp.weight", (8, 32)),
+        ("llama", "blk.0.ffn_gate_exps.weight", (8, 64, 32)),
+        ("llama", "blk.0.attn_q_norm.weight", (16,)),
+        ("llama", "output.bias", (40,)),
+        ("llama", "rope_factors_long.weight", (8,)),
+        ("qwen2", "blk.1.attn_output.bias", (32,)),
+        ("qwen2", "blk.1.attn_k_norm.weight", (16,)),
+        ("qwen2", "output_norm.bias", (32,)),
+        ("qwen3", "blk.0.attn_sinks.weight", (4,)),
+        ("qwen3", "token_embd_norm.weight", (32,)),
+    ],
+)
+def test_parts_that_the_architecture_lacks(
+    tmp_path: Path, base: str, name: str, shape: tuple[int, ...]
+) -> None:
+    """By name, since leaving them out would give other results."""
+    path = write_model(tmp_path / "t.gguf", base, tensors={name: np.ones(shape, np.float32)})
+    assert f"tensor {name!r} is not supported: {base} models have no such part" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from orthrus_gguf.runtime.protocol import (
     diffusion_segment,
     path_to,
 )
-from orthrus_gguf.runtime.reference import ReferenceCache, ReferenceModel, rope_frequencies
+from orthrus_gguf.runtime.reference import ReferenceModel, rope_frequencies
+from orthrus_gguf.runtime.reference_cache import ReferenceCache
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 DemoFile = Callable[..., Path]

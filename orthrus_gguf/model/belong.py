@@ -1,0 +1,48 @@
+"""Do heads and a base belong together, as far as shapes and constants tell?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from orthrus_gguf.model.config import ModelConfig
+
+#: Relative difference of two numbers that are still the same: a GGUF keeps single precision, a
+#: checkpoint's config double. (Half the distance of two neighbours in single precision is 6e-8.)
+TOLERANCE = 1e-6
+
+#: What must be equal for heads to have been trained on a base. The trained context may differ: it
+#: changes no arithmetic.
+_IDENTITY = ("n_layers", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "rms_eps")
+
+
+def differences(base: ModelConfig, heads: ModelConfig) -> str:
+    """What keeps the heads from belonging to the base, in words; empty if nothing does.
+
+    RoPE's frequency factors are a tensor of the base, which files of heads do not repeat: they are
+    compared only if both sides have them.
+    """
+    found = []
+    if base.architecture != heads.architecture:
+        found.append(
+            f"architecture is {heads.architecture.name}, the base has {base.architecture.name}"
+        )
+    pairs = [(name, getattr(base, name), getattr(heads, name)) for name in _IDENTITY]
+    theirs_of = asdict(heads.rope)
+    rope = asdict(base.rope).items()
+    pairs += [(f"rope {name}", v, theirs_of[name]) for name, v in rope if name != "freq_factors"]
+    found += [
+        f"{name} is {theirs:.7g}, the base has {ours:.7g}"
+        for name, ours, theirs in pairs
+        if not _same(ours, theirs)
+    ]
+    ours, theirs = base.rope.freq_factors, heads.rope.freq_factors
+    if ours is not None and theirs is not None:
+        unlike = [i for i, pair in enumerate(zip(ours, theirs, strict=False)) if not _same(*pair)]
+        if unlike:
+            i = unlike[0]
+            found.append(f"RoPE's factor {i} is {theirs[i]:.7g}, the base has {ours[i]:.7g}")
+    return ", ".join(found)
+
+
+def _same(one: float, two: float) -> bool:
+    return abs(one - two) <= TOLERANCE * max(abs(one), abs(two))
