@@ -1,11 +1,11 @@
 """Tiny models written with the gguf package, right or deliberately wrong.
 
 `write_model` writes a file of any architecture that runs here (`qwen3`, `qwen2`, `llama`, or
-`orthrus` with the architecture of its base), tied or not, with as many key/value heads as asked,
-with linear or YaRN scaling or with RoPE's frequency factors; `write_heads` the heads that belong
-to it. A tensor's weights depend on its name and shape alone, so that a base and its heads are the
-same model as one file of both. They run, on stock llama.cpp too: matrices keep the size of
-activations, and token ids are all that they need (`BASES`, `SCALINGS`: what to go through).
+`orthrus` with the architecture of its base), tied or not, with as many heads as asked, with linear
+or YaRN scaling or with RoPE's frequency factors; `write_heads` the heads that belong to it. A
+tensor's weights depend on its name and shape alone, so that a base and its heads are the same model
+as one file of both. They run, on stock llama.cpp too: matrices keep the size of activations, and
+token ids are all that they need (`BASES`, `SCALINGS`: what to go through).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 N_VOCAB, N_EMBD, N_FF, N_HEAD, N_HEAD_KV, HEAD_DIM, N_LAYERS = 40, 32, 64, 4, 2, 16, 2
 BLOCK_SIZE, MASK = 8, 39
 CONTEXT = 128
+HEADS = (N_HEAD, N_HEAD_KV)
 
 BASES = ("qwen3", "qwen2", "llama")
 SCALINGS = ("none", "linear", "yarn", "llama3")
@@ -45,27 +46,31 @@ TWINS = ("attn_q", "attn_k", "attn_v", "attn_output", "attn_q_norm", "attn_k_nor
 REMOVE = object()  # as a value in changes: leave the key or tensor out
 
 
-def layer_shapes(base: str = "qwen3", n_head_kv: int = N_HEAD_KV) -> dict[str, tuple[int, ...]]:
+def layer_shapes(
+    base: str = "qwen3", n_heads: tuple[int, int] = HEADS
+) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a layer, with `.weight` or `.bias`."""
+    q_rows, kv_rows = (16 * n for n in n_heads)
     shapes = {f"{name}.weight": shape for name, shape in LAYER.items()}
-    shapes["attn_k.weight"] = shapes["attn_v.weight"] = (16 * n_head_kv, 32)
+    shapes["attn_q.weight"], shapes["attn_output.weight"] = (q_rows, 32), (32, q_rows)
+    shapes["attn_k.weight"] = shapes["attn_v.weight"] = (kv_rows, 32)
     if base != "qwen3":
         del shapes["attn_q_norm.weight"], shapes["attn_k_norm.weight"]
     if base == "qwen2":
-        shapes["attn_q.bias"] = (64,)
-        shapes["attn_k.bias"] = shapes["attn_v.bias"] = (16 * n_head_kv,)
+        shapes["attn_q.bias"] = (q_rows,)
+        shapes["attn_k.bias"] = shapes["attn_v.bias"] = (kv_rows,)
     return shapes
 
 
-def shape_keys(arch: str, n_head_kv: int = N_HEAD_KV) -> dict[str, Any]:
+def shape_keys(arch: str, n_heads: tuple[int, int] = HEADS) -> dict[str, Any]:
     """The metadata that describes the tiny model's shape, as the converter writes it."""
     return {
         f"{arch}.block_count": np.uint32(N_LAYERS),
         f"{arch}.context_length": np.uint32(CONTEXT),
         f"{arch}.embedding_length": np.uint32(N_EMBD),
         f"{arch}.feed_forward_length": np.uint32(N_FF),
-        f"{arch}.attention.head_count": np.uint32(N_HEAD),
-        f"{arch}.attention.head_count_kv": np.uint32(n_head_kv),
+        f"{arch}.attention.head_count": np.uint32(n_heads[0]),
+        f"{arch}.attention.head_count_kv": np.uint32(n_heads[1]),
         f"{arch}.attention.key_length": np.uint32(HEAD_DIM),
         f"{arch}.attention.value_length": np.uint32(HEAD_DIM),
         f"{arch}.attention.layer_norm_rms_epsilon": np.float32(1e-6),
@@ -123,14 +128,14 @@ def random_tensors(
     base: bool,
     tied: bool,
     architecture: str = "qwen3",
-    n_head_kv: int = N_HEAD_KV,
+    n_heads: tuple[int, int] = HEADS,
 ) -> dict[str, NDArray[Any]]:
     """Random F32 weights in the converter's order, numpy shapes."""
     shapes: dict[str, tuple[int, ...]] = {}
     if base:
         shapes["token_embd.weight"] = (N_VOCAB, N_EMBD)
     for layer in range(N_LAYERS):
-        for name, shape in layer_shapes(architecture, n_head_kv).items():
+        for name, shape in layer_shapes(architecture, n_heads).items():
             part, kind = name.split(".")
             if base:
                 shapes[f"blk.{layer}.{name}"] = shape
@@ -160,7 +165,7 @@ def write_model(
     base: str | None = None,
     heads: bool | None = None,
     tied: bool = True,
-    n_head_kv: int = N_HEAD_KV,
+    n_heads: tuple[int, int] = HEADS,
     scaling: str = "none",
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
@@ -168,6 +173,8 @@ def write_model(
     """A whole model; with heads if it is an `orthrus` one, unless said. Returns `path`.
 
     base: what its layers are, one of BASES; unless said that of `arch`, and qwen3 for `orthrus`.
+    n_heads: of queries, and of keys and values. (llama.cpp runs qwen2 only with as many of queries
+        as fill the width: two.)
     scaling: of RoPE, one of SCALINGS.
     metadata, tensors: what to change, REMOVE to leave something out.
     """
@@ -176,7 +183,7 @@ def write_model(
     keys = {
         "general.type": "model",
         "general.name": "Tiny",
-        **shape_keys(arch, n_head_kv),
+        **shape_keys(arch, n_heads),
         **scaling_keys(arch, scaling),
         **tokenizer_keys(),
     }
@@ -185,7 +192,7 @@ def write_model(
     if heads:
         keys |= diffusion_keys()
     weights = scaling_tensors(scaling) | random_tensors(
-        heads=heads, base=True, tied=tied, architecture=base, n_head_kv=n_head_kv
+        heads=heads, base=True, tied=tied, architecture=base, n_heads=n_heads
     )
     return write_gguf(path, arch, keys | dict(metadata or {}), weights | dict(tensors or {}))
 
@@ -194,7 +201,7 @@ def write_heads(
     path: Path,
     *,
     base: str = "qwen3",
-    n_head_kv: int = N_HEAD_KV,
+    n_heads: tuple[int, int] = HEADS,
     scaling: str = "none",
     metadata: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Any] | None = None,
@@ -204,13 +211,11 @@ def write_heads(
         "general.type": "adapter",
         "adapter.type": "orthrus_heads",
         **base_keys(base),
-        **shape_keys("orthrus", n_head_kv),
+        **shape_keys("orthrus", n_heads),
         **scaling_keys("orthrus", scaling),
         **diffusion_keys(),
     }
-    weights = random_tensors(
-        heads=True, base=False, tied=True, architecture=base, n_head_kv=n_head_kv
-    )
+    weights = random_tensors(heads=True, base=False, tied=True, architecture=base, n_heads=n_heads)
     return write_gguf(path, "orthrus", keys | dict(metadata or {}), weights | dict(tensors or {}))
 
 

@@ -1,7 +1,7 @@
-"""Qwen3 with Orthrus heads in numpy float64, straight from the papers: an oracle for runtimes.
+"""Models with Orthrus heads in numpy float64, straight from the papers: an oracle for runtimes.
 
 It keeps no state and shares no code with any runtime: every row is computed from the tokens it
-sees, with explicit loops over heads.
+sees, with explicit loops over heads. What a layer has, it takes from the tensors that there are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ Array = NDArray[np.float64]
 
 
 class NumpyQwen3:
-    """ar(tokens) and block(context, block) give logits of all rows of a sequence, or of a block."""
+    """ar(tokens) and block(context, block) give logits of all rows of a sequence, or of a block;
+    ar_states and block_states what lies between: the residual stream at the input of each layer,
+    before the final norm and behind it, [n_layers + 2, rows, n_embd]."""
 
     def __init__(self, file: ModelFile) -> None:
         self.config = file.config
@@ -36,22 +38,33 @@ class NumpyQwen3:
 
     def ar(self, tokens: Sequence[int]) -> Array:
         """Logits [len(tokens), n_vocab] of a plain causal sequence."""
+        return self._logits(self.ar_states(tokens))
+
+    def ar_states(self, tokens: Sequence[int]) -> Array:
         causal = np.tri(len(tokens), dtype=bool)
         return self._run(list(tokens), list(range(len(tokens))), causal, [""] * len(tokens))
 
     def block(self, context: Sequence[int], block: Sequence[int]) -> Array:
         """Logits [len(block), n_vocab] of a diffusion block that sees `context` and itself."""
+        return self._logits(self.block_states(context, block))
+
+    def block_states(self, context: Sequence[int], block: Sequence[int]) -> Array:
         n, b = len(context), len(block)
         sees = np.tri(n + b, dtype=bool)
         sees[n:, n:] = True
         suffixes = [""] * n + ["_diff"] * b
-        return self._run([*context, *block], list(range(n + b)), sees, suffixes)[n:]
+        return self._run([*context, *block], list(range(n + b)), sees, suffixes)[:, n:]
+
+    def _logits(self, states: Array) -> Array:
+        logits: Array = states[-1] @ self.weights["token_embd" if self.config.tied else "output"].T
+        return logits
 
     def _run(
         self, tokens: list[int], positions: list[int], sees: NDArray[np.bool_], suffix: list[str]
     ) -> Array:
         c, w = self.config, self.weights
         x = w["token_embd"][tokens]
+        states = [x]
         for layer in range(c.n_layers):
             p = f"blk.{layer}."
             h = self._norm(x, w[p + "attn_norm"])
@@ -59,9 +72,10 @@ class NumpyQwen3:
                 self._rows(h, p + "attn_" + n, suffix).reshape(len(x), -1, c.head_dim)
                 for n in "qkv"
             )
-            for row, kind in enumerate(suffix):
-                q[row] = self._norm(q[row], w[f"{p}attn_q_norm{kind}"])
-                k[row] = self._norm(k[row], w[f"{p}attn_k_norm{kind}"])
+            if p + "attn_q_norm" in w:
+                for row, kind in enumerate(suffix):
+                    q[row] = self._norm(q[row], w[f"{p}attn_q_norm{kind}"])
+                    k[row] = self._norm(k[row], w[f"{p}attn_k_norm{kind}"])
             q, k = (self._rotate(a, positions) for a in (q, k))
             mixed = np.empty((len(x), c.n_head, c.head_dim))
             for head in range(c.n_head):
@@ -73,14 +87,18 @@ class NumpyQwen3:
             h = self._norm(x, w[p + "ffn_norm"])
             gate = h @ w[p + "ffn_gate"].T
             x = x + (gate / (1 + np.exp(-gate)) * (h @ w[p + "ffn_up"].T)) @ w[p + "ffn_down"].T
-        head_weights = w["token_embd"] if c.tied else w["output"]
-        logits: Array = self._norm(x, w["output_norm"]) @ head_weights.T
-        return logits
+            states.append(x)
+        return np.stack([*states, self._norm(x, w["output_norm"])])
 
     def _rows(self, h: Array, name: str, suffix: list[str]) -> Array:
-        """Each row times the matrix of its view."""
+        """Each row times the matrix of its view, plus that one's bias if there is one."""
         rows = zip(h, suffix, strict=True)
-        product: Array = np.stack([self.weights[name + kind] @ row for row, kind in rows])
+        product: Array = np.stack(
+            [
+                self.weights[name + kind] @ row + self.weights.get(f"{name}{kind}.bias", 0.0)
+                for row, kind in rows
+            ]
+        )
         return product
 
     def _norm(self, x: Array, weight: Array) -> Array:
@@ -88,19 +106,21 @@ class NumpyQwen3:
         return normed
 
     def _rotate(self, x: Array, positions: list[int]) -> Array:
-        """NeoX pairs (i, i + d/2); YaRN as in arXiv 2309.00071 when the config says so."""
+        """Pairs (i, i + d/2), or (2i, 2i + 1) in files of llama. Linear scaling divides every
+        frequency by the factor; YaRN as in arXiv 2309.00071; llama3 by a factor per pair."""
         rope, half = self.config.rope, self.config.head_dim // 2
         magnitude = 1 + 0.1 * math.log(rope.factor) if rope.ext_factor else 1.0
+        adjacent = self.config.architecture.name == "llama"
         out: Array = x.copy()
         for i in range(half):
-            speed = rope.freq_base ** (-i / half)
-            if rope.ext_factor:
-                kept = 1 - self._yarn_ramp(i)
-                speed = speed * kept + speed / rope.factor * (1 - kept)
+            speed = rope.freq_base ** (-i / half) / self.weights.get("rope_freqs", np.ones(half))[i]
+            kept = 1 - self._yarn_ramp(i) if rope.ext_factor else 0.0
+            speed = speed * kept + speed / rope.factor * (1 - kept)
+            one, two = (2 * i, 2 * i + 1) if adjacent else (i, i + half)
             for row, position in enumerate(positions):
                 cos, sin = (f(position * speed) * magnitude for f in (math.cos, math.sin))
-                a, b = x[row, :, i], x[row, :, i + half]
-                out[row, :, i], out[row, :, i + half] = a * cos - b * sin, b * cos + a * sin
+                a, b = x[row, :, one], x[row, :, two]
+                out[row, :, one], out[row, :, two] = a * cos - b * sin, b * cos + a * sin
         return out
 
     def _yarn_ramp(self, pair: int) -> float:

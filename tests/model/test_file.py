@@ -279,7 +279,7 @@ def test_stock_architecture_with_heads(tmp_path: Path, base: str) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_every_base_and_its_heads(tmp_path: Path, base: str, scaling: str) -> None:
     """In one file or in two: the same config and the same bytes."""
-    more: dict[str, Any] = {"n_head_kv": 1, "scaling": scaling}
+    more: dict[str, Any] = {"n_heads": (6, 1), "scaling": scaling}
     whole = write_model(tmp_path / "tiny.gguf", base=base, tied=False, **more)
     alone = write_model(tmp_path / "base.gguf", base, tied=False, **more)
     heads = write_heads(tmp_path / "heads.gguf", base=base, **more)

@@ -28,6 +28,7 @@ from orthrus_gguf.runtime.reference_cache import ReferenceCache
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 DemoFile = Callable[..., Path]
+ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampler(SamplingSettings(temperature=0))
 TREE = (-1, 0, 0, 1, 1, 3, 2, 6, 0)
 
@@ -131,6 +132,31 @@ def test_tokens_drafts_and_acceptance_equal_the_official_ones(
     assert output == case["output_ids"] == case["ar_output_ids"]
     assert starts == case["cycle_starts"]
     assert drafts == case["drafts"]
+
+
+def test_taps_are_the_official_models_hidden_states(model: ReferenceModel) -> None:
+    """Of a prompt, and of the rows of a verify pass that stay (tests/golden/README.md)."""
+    golden = dict(np.load(ROOT / "tests/golden/tiny-orthrus-stdlib-taps.npz"))
+    n_layers = model.config.n_layers
+    for case in ("case2", "case5"):
+        tokens = golden[f"{case}_tokens"].tolist()
+        prompt, kept = golden[f"{case}_prompt_taps"], golden[f"{case}_kept_taps"]
+        n, m = prompt.shape[1], kept.shape[1]
+        cache = model.new_cache(64)
+        first = ar_segment(cache, tokens[:n], 0, wanted=range(0), taps=(1, 3))
+        (choices,) = model.forward([first])
+        assert choices.taps is not None
+        np.testing.assert_allclose(choices.taps, prompt, rtol=0, atol=1e-4)
+        cache.commit(range(n))
+        verify = ar_segment(
+            cache, tokens[n:], n, taps=(3, n_layers + 1, 1), draw=Draw(GREEDY, tokens)
+        )
+        (choices,) = model.forward([verify])
+        assert choices.taps is not None
+        np.testing.assert_allclose(choices.taps[[2, 0], :m], kept, rtol=0, atol=1e-4)
+        (logits,) = model.logits([verify])
+        normed = torch.from_numpy(choices.taps[1])
+        np.testing.assert_allclose(normed @ model.output.T, logits, rtol=0, atol=1e-4)
 
 
 def test_rows_do_not_depend_on_their_company(model: ReferenceModel) -> None:
