@@ -23,8 +23,8 @@ from orthrus_gguf.text.vocab.vocabulary import Codec, Keys, TokenType, Vocabular
 class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`; safe to share between threads.
 
-    n_vocab: number of tokens. bos, eos: their ids, if any. add_bos: whether prompts begin with bos
-    unless told otherwise. eog: every id that ends a generation.
+    n_vocab: number of tokens. bos, eos: their ids, if any. add_bos, add_eos: whether prompts begin
+    with bos and end with eos unless told otherwise. eog: every id that ends a generation.
     """
 
     def __init__(self, vocabulary: Vocabulary, codec: Codec) -> None:
@@ -32,6 +32,7 @@ class Tokenizer:
         self.bos = vocabulary.bos
         self.eos = vocabulary.eos
         self.add_bos = vocabulary.add_bos
+        self.add_eos = vocabulary.add_eos
         self.eog = vocabulary.eog
         self.space_prefix = codec.space_prefix
         self._vocabulary = vocabulary
@@ -40,12 +41,20 @@ class Tokenizer:
         self._cut = _any_of(vocabulary.tokens[i] for i in always)
         self._cut_special = _any_of(vocabulary.tokens[i] for i in always | vocabulary.special)
 
-    def encode(self, text: str, *, special: bool = True, add_bos: bool | None = None) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        special: bool = True,
+        add_bos: bool | None = None,
+        add_eos: bool | None = None,
+    ) -> list[int]:
         """Token ids of `text`.
 
         special: whether control tokens that are spelt out in the text become those tokens; pass
             False for text that must not speak for the system. User-defined tokens always do.
-        add_bos: put bos first, unless the text brings its own; None means as the file says.
+        add_bos, add_eos: put bos first and eos last, unless the text brings its own; None means as
+            the file says.
         Raises OrthrusError for text that no UTF-8 stands for.
         """
         try:
@@ -64,10 +73,13 @@ class Tokenizer:
             elif part:
                 ids += self._codec.encode(part)
         if self.add_bos if add_bos is None else add_bos:
-            if self.bos is None:
-                raise OrthrusError("this vocabulary has no BOS token; do not ask for one")
-            if ids[:1] != [self.bos]:
-                ids.insert(0, self.bos)
+            bos = _wanted(self.bos, "BOS")
+            if ids[:1] != [bos]:
+                ids.insert(0, bos)
+        if self.add_eos if add_eos is None else add_eos:
+            eos = _wanted(self.eos, "EOS")
+            if ids[-1:] != [eos]:
+                ids.append(eos)
         return ids
 
     def decode(
@@ -151,6 +163,12 @@ def load_tokenizer(metadata: Mapping[str, Value], *, path: Path, n_vocab: int) -
         f"expected gpt2 (byte-level BPE) or llama (SentencePiece), found {model!r:.80}",
         "this kind of vocabulary is not supported",
     )
+
+
+def _wanted(id: int | None, name: str) -> int:
+    if id is None:
+        raise OrthrusError(f"this vocabulary has no {name} token; do not ask for one")
+    return id
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

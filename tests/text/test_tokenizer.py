@@ -210,6 +210,23 @@ def test_the_beginning_of_a_prompt(ours: Tokenizer, metadata: Metadata) -> None:
         load(without | {"tokenizer.ggml.add_bos_token": False}).encode("x", add_bos=True)
 
 
+def test_the_end_of_a_prompt(ours: Tokenizer, metadata: Metadata) -> None:
+    plain = ours.encode("hello")
+    assert not ours.add_eos
+    assert ours.encode("hello", add_eos=True) == [*plain, ENDOFTEXT]
+    metadata |= {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.eos_token_id": IM_END}
+    tokenizer = load(metadata)
+    assert tokenizer.encode("hello") == [*plain, IM_END]
+    assert tokenizer.encode("hello<|im_end|>") == [*plain, IM_END]
+    assert tokenizer.encode("hello", add_bos=True) == [ENDOFTEXT, *plain, IM_END]
+    assert tokenizer.encode("hello", add_eos=False) == plain
+    without: Metadata = {k: v for k, v in metadata.items() if not k.endswith("eos_token_id")}
+    with pytest.raises(OrthrusError, match=r"eos_token_id: is missing"):
+        load(without)
+    with pytest.raises(OrthrusError, match="no EOS"):
+        load(without | {"tokenizer.ggml.add_eos_token": False}).encode("x", add_eos=True)
+
+
 def test_text_that_is_not_unicode(ours: Tokenizer) -> None:
     with pytest.raises(OrthrusError, match=r"lone surrogate \('\\udcff'\) at character 2"):
         ours.encode("ab\udcff")
@@ -231,6 +248,13 @@ def without(key: str) -> Callable[[Metadata], None]:
     return change
 
 
+def with_key(key: str, value: Any) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        metadata[f"tokenizer.ggml.{key}"] = value
+
+    return change
+
+
 def put(at: int, item: Any) -> Callable[[Any], Any]:
     def edit(values: Any) -> Any:
         values[at] = item
@@ -247,7 +271,7 @@ BAD_BPE = [
     (without("model"), "model: is missing"),
     (edited("model", constant("bert")), "model: expected gpt2.*found 'bert'"),
     (without("pre"), "pre: is missing"),
-    (edited("pre", constant("tekken")), "pre: expected one of qwen2.*found 'tekken'"),
+    (edited("pre", constant("kimi-k2")), "pre: expected one of .* qwen2.*found 'kimi-k2'"),
     (without("tokens"), "tokens: is missing"),
     (edited("tokens", constant(7)), "tokens: expected an array of strings, found 7"),
     (edited("tokens", constant(np.arange(4096))), "tokens: expected an array of strings"),
@@ -273,6 +297,7 @@ BAD_BPE = [
     (edited("eos_token_id", constant(-1)), "eos_token_id: expected 0 to 4095, found -1"),
     (edited("eos_token_id", constant(True)), "eos_token_id: expected an integer, found True"),
     (edited("add_bos_token", constant(1)), "add_bos_token: expected a bool, found 1"),
+    (with_key("add_eos_token", 0), "add_eos_token: expected a bool, found 0"),
 ]
 
 

@@ -26,6 +26,7 @@ from vocabularies import (
 )
 
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
+from orthrus_gguf.text.vocab.pre_tokenizers import PRE_TOKENIZERS
 
 NASTY = [
     *("", " ", "  ", "\n", "\r\n", "\t\t", "a", "don't we'LL I'm", "'s 's\u2019s"),
@@ -168,15 +169,50 @@ def test_the_demo_vocabulary_equals_llama_cpp(demo: Metadata, tmp_path: Path) ->
             assert ours.decode(ids) == theirs.decode(ids) == text
 
 
-@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-2"])
-def test_pre_tokenizers_equal_llama_cpp(greedy: Metadata, tmp_path: Path, pre: str) -> None:
-    metadata = greedy | {"tokenizer.ggml.pre": pre}
+def names_by_meaning() -> list[list[str]]:
+    """Names of pre-tokenizers that cut alike, together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, pre in PRE_TOKENIZERS.items():
+        groups.setdefault(pre.patterns, []).append(name)
+    return [*groups.values()]
+
+
+@pytest.mark.parametrize("names", names_by_meaning(), ids=lambda names: str(names[0]))
+def test_pre_tokenizers_equal_llama_cpp(greedy: Metadata, tmp_path: Path, names: list[str]) -> None:
+    """The first name of each meaning on much text, the others on the start of it."""
+    metadata = dict(greedy)
     del metadata["tokenizer.ggml.add_bos_token"]
-    with both(tmp_path / "greedy.gguf", metadata) as (ours, theirs):
+    texts = corpus() if names[0] in ("qwen2", "llama-bpe", "gpt-2") else corpus()[::3]
+    for name in names:
+        metadata["tokenizer.ggml.pre"] = name
+        with both(tmp_path / f"{name}.gguf", metadata) as (ours, theirs):
+            assert ours.encode("hello") == theirs.encode("hello", special=True, add_bos=True)
+            for text in texts:
+                ids = theirs.encode(text, special=True)
+                assert ours.encode(text, add_bos=False) == ids, (name, ascii(text))
+        texts = texts[:60]
+
+
+def test_every_pair_of_pre_tokenizers_cuts_differently(greedy: Metadata) -> None:
+    """Otherwise the test above could not tell one from the other."""
+    tokens = greedy["tokenizer.ggml.tokens"]
+    assert isinstance(tokens, list)
+    seen: dict[str, str] = {}
+    for names in names_by_meaning():
+        metadata = greedy | {"tokenizer.ggml.pre": names[0]}
+        ours = load_tokenizer(metadata, path=Path("x"), n_vocab=len(tokens))
+        ids = str([ours.encode(text, add_bos=False) for text in corpus()[::3]])
+        assert ids not in seen, f"{names[0]} and {seen.get(ids)}"
+        seen[ids] = names[0]
+
+
+def test_eos_is_appended_as_llama_cpp_does(demo: Metadata, tmp_path: Path) -> None:
+    metadata = demo | {"tokenizer.ggml.add_eos_token": True, "tokenizer.ggml.add_bos_token": True}
+    with both(tmp_path / "demo.gguf", metadata) as (ours, theirs):
         assert ours.encode("hello") == theirs.encode("hello", special=True, add_bos=True)
-        for text in corpus():
-            ids = theirs.encode(text, special=True)
-            assert ours.encode(text, add_bos=False) == ids, ascii(text)
+        assert (
+            len(ours.encode("hello")) == len(ours.encode("hello", add_bos=False, add_eos=False)) + 2
+        )
 
 
 @pytest.mark.parametrize("space_prefix", [True, False])

@@ -6,7 +6,6 @@ import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -15,6 +14,7 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.fields import Fields
+from orthrus_gguf.text.vocab.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from orthrus_gguf.text.vocab.vocabulary import (
     Defaults,
     Keys,
@@ -24,40 +24,6 @@ from orthrus_gguf.text.vocab.vocabulary import (
 )
 
 Merges = list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How a named pre-tokenizer cuts text into words, and what else its name implies.
-
-    nfc: text is normalized first. ignore_merges: a word that is a token needs no merges.
-    add_bos: prompts begin with BOS where the file does not say.
-    """
-
-    regex: str
-    nfc: bool = False
-    ignore_merges: bool = False
-    add_bos: bool = False
-
-
-#: The values of `tokenizer.ggml.pre` that we support; each is tested against llama.cpp. (llama.cpp
-#: itself never normalizes: on text that is not NFC we follow Qwen's own tokenizer.json.)
-PRE_TOKENIZERS = {
-    "qwen2": PreTokenizer(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        nfc=True,
-    ),
-    "llama-bpe": PreTokenizer(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-        ignore_merges=True,
-        add_bos=True,
-    ),
-    "gpt-2": PreTokenizer(
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    ),
-}
 
 
 def _byte_characters() -> dict[int, int]:
@@ -80,11 +46,11 @@ class BPE:
         self._tokenizer = tokenizers.Tokenizer(model)
         if pre.nfc:
             self._tokenizer.normalizer = normalizers.NFC()
+        cuts = [
+            pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in pre.patterns
+        ]
         self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(pre.regex), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
+            [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
 
     def encode(self, text: str) -> list[int]:
@@ -104,7 +70,8 @@ def load(fields: Fields, n_vocab: int) -> tuple[Vocabulary, BPE]:
     if name not in PRE_TOKENIZERS:
         raise fields.error(
             Keys.PRE,
-            f"expected one of {', '.join(PRE_TOKENIZERS)}, found {name!r:.80}",
+            f"expected one of {len(PRE_TOKENIZERS)} names such as qwen2, llama-bpe, smollm and "
+            f"default, found {name!r:.80}",
             "this pre-tokenizer is not supported",
         )
     pre = PRE_TOKENIZERS[name]

@@ -92,7 +92,8 @@ class Vocabulary:
     index: id of each token's text. types: a `gguf.TokenType` per token.
     special: ids of control and unknown tokens. user_defined: ids of the other tokens that are found
     in text as a whole. eog: ids that end a generation; those found by their text are special even
-    where the file calls them user-defined, as in llama.cpp.
+    where the file calls them user-defined, as in llama.cpp. add_bos, add_eos: whether prompts
+    begin and end so.
     """
 
     tokens: list[str]
@@ -104,6 +105,7 @@ class Vocabulary:
     bos: int | None
     eos: int | None
     add_bos: bool
+    add_eos: bool
 
 
 def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabulary:
@@ -129,6 +131,9 @@ def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabul
     add_bos = read_bool(fields, Keys.ADD_BOS, defaults.add_bos)
     if add_bos and bos is None:
         raise fields.error(Keys.BOS_ID, f"is missing, though {Keys.ADD_BOS} asks for it")
+    add_eos = read_bool(fields, Keys.ADD_EOS, False)
+    if add_eos and eos is None:
+        raise fields.error(Keys.EOS_ID, f"is missing, though {Keys.ADD_EOS} asks for it")
     found = np.flatnonzero(np.isin(types, _FOUND_IN_TEXT)).tolist()
     named_ends = frozenset(i for i in found if tokens[i] in _END_TEXTS)
     special = named_ends | {i for i in found if types[i] in _SPECIAL}
@@ -143,6 +148,7 @@ def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabul
         bos=bos,
         eos=eos,
         add_bos=add_bos,
+        add_eos=add_eos,
     )
 
 
