@@ -95,7 +95,10 @@ class GraphPool:
         api = self._api
         graph = build_graph(api, self._config, self._weights, caches, shape)
         before = self.buffer_bytes
-        allocated = api.gallocr_alloc_graph(self._allocator, graph.graph)
+        # By itself, it would take over the last graph's places where the number of operations is
+        # the same, whatever they are.
+        api.gallocr_reserve(self._allocator, graph.graph)
+        allocated = self.buffer_bytes and api.gallocr_alloc_graph(self._allocator, graph.graph)
         if not allocated or self.buffer_bytes != before:
             self._drop_all()  # their data lay in the block that is gone
         if not allocated:
