@@ -70,6 +70,8 @@ def prefill(
     of prompt tokens held after each pass.
     """
     prompt, cache, taps = len(sequence.tokens), sequence.cache, _taps(drafters)
+    if cache.length >= prompt:
+        raise ValueError("the cache already holds the whole prompt")
     choice: Choice | None = None
     while cache.length < prompt:
         stop = min(cache.length + batch, prompt)
@@ -81,7 +83,7 @@ def prefill(
         _tell(drafters, sequence, None, done.choices[0], rows)
         choice = done.choices[0][0] if stop == prompt else None
     if choice is None:
-        raise _not_finite(prompt)
+        raise _nothing_drawn(sequence, prompt)
     sequence.tokens.append(choice.token)
     return choice
 
@@ -134,7 +136,7 @@ def run_cycle(
     costs.append(done.cost)
 
     verified, *carried = done.choices
-    chosen = follow(tree, verified, start)
+    chosen = follow(sequence, tree, verified)
     committed = tuple(choice.token for choice in chosen)
     path = tree.path(committed[:-1])
     sequence.cache.commit(path)
@@ -170,18 +172,18 @@ def fitted(tree: Tree, sequence: TokenSequence) -> Tree:
     return tree.first(sequence.cache.fit((-1, *tree.parents)) - 1)
 
 
-def follow(tree: Tree, choices: Choices, start: int) -> tuple[Choice, ...]:
+def follow(sequence: TokenSequence, tree: Tree, choices: Choices) -> tuple[Choice, ...]:
     """What to commit: what AR decoding would have drawn, as far as the choices reach.
 
-    Row 0 follows the anchor at `start`, the others one draft each. From row 0 on, the token drawn
-    leads to the row of the draft that says so; where there is none, it ends.
+    Row 0 follows the anchor, the others one draft each. From row 0 on, the token drawn leads to the
+    row of the draft that says so; where there is none, it ends.
     """
     found: list[Choice] = []
     row: int | None = 0
     while row is not None:
         choice = choices[row]
         if choice is None:
-            raise _not_finite(start + 1 + len(found))
+            raise _nothing_drawn(sequence, len(sequence.tokens) + len(found))
         found.append(choice)
         row = tree.child(row, choice.token)
     return tuple(found)
@@ -238,7 +240,13 @@ def _tell(
         drafter.committed(sequence.tokens, cycle, Results(taps, blocks))
 
 
-def _not_finite(position: int) -> OrthrusError:
+def _nothing_drawn(sequence: TokenSequence, position: int) -> OrthrusError:
+    """Why a row that must say something does not."""
+    if sequence.constraint is not None:
+        return OrthrusError(
+            f"no token can be drawn at position {position}: the constraint (grammar) allows none"
+            " there, or the model's logits are not finite; try without it"
+        )
     return OrthrusError(
         f"the model's logits at position {position} are not finite: the weights are damaged or"
         " overflow; convert the model again, or try another quantization"

@@ -10,7 +10,7 @@ import pytest
 import torch
 import xllamacpp
 
-from orthrus_gguf.decode import Strategy, plan_for
+from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.engine import Request, Session
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.reference import ReferenceModel
@@ -70,12 +70,12 @@ def test_greedy_tokens_equal_stock_llamacpp(
         model = ReferenceModel(file)
     session = Session(model, tokenizer, 512)
     sampling = SamplingSettings(temperature=0, banned=tuple(sorted(tokenizer.eog)))
-    plan = plan_for(model, Strategy.TWO_PASS, None)
+    policy = FixedPolicy(parse("two-pass"), model.config)
     prompts = [case["prompt_ids"] for case in golden["cases"]]
     prompts += [tokenizer.encode(text) for text in MORE_PROMPTS]
     ours = []
     for prompt in prompts:
-        generation = session.generate(Request(tuple(prompt), sampling, plan, max_tokens=N))
+        generation = session.generate(Request(tuple(prompt), sampling, policy, max_tokens=N))
         list(generation)
         ours.append(list(generation.result.output))
     assert ours == llamacpp_tokens(base, prompts)

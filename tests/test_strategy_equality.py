@@ -12,15 +12,14 @@ import pytest
 import torch
 
 from orthrus_gguf.auto.controller import Controller
-from orthrus_gguf.decode import Plan, Policy, Strategy
-from orthrus_gguf.drafting.policy import Pass
+from orthrus_gguf.drafting.cycle import Pass
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, Plan, Strategy
+from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.engine import Request, Result, Session
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
-
-AR = Plan(Strategy.AR, 0)
 
 #: Seeds per prompt, three prompts, beside 12 greedy runs, on each file: every pair of prompt and
 #: seed with four plans beside plain decoding. The long test takes 1,350 pairs on the CPU runtime.
@@ -72,7 +71,8 @@ def open_session(runtime: str, kind: str, demo_file: Callable[..., Path]) -> Ite
 def run(
     session: Session, prompt: list[int], sampling: SamplingSettings, plan: Plan | Policy
 ) -> Result:
-    generation = session.generate(Request(tuple(prompt), sampling, plan, max_tokens=32))
+    policy = FixedPolicy(plan, session.model.config) if isinstance(plan, Plan) else plan
+    generation = session.generate(Request(tuple(prompt), sampling, policy, max_tokens=32))
     text = "".join(generation)
     assert text == generation.result.text
     return generation.result
@@ -81,18 +81,18 @@ def run(
 def plans(session: Session, i: int) -> list[Plan | Policy]:
     """Four plans, every setting of which goes round with `i`."""
     block = session.model.config.block_size
-    width, other = 1 + i % 16, 16 - i % 16
+    width, other, lookup = 1 + i % 16, 16 - i % 16, ("lookup",)
     return [
-        Plan(Strategy.TWO_PASS, width, cut=0.05 * (i % 4), lookup=i % 5 == 0),
+        Plan(Strategy.TWO_PASS, width, also=lookup if i % 5 == 0 else (), cut=0.05 * (i % 4)),
         Plan(Strategy.TWO_PASS, other, tail=i % 2 == 0, tree=(0, 6, 20)[i % 3]),
-        Plan(Strategy.FUSED, other, 1 + i % 4, tail=i % 3 == 0, lookup=i % 2 == 1),
-        Controller(Costs(i), block, lookup=i % 2 == 0),
+        Plan(Strategy.FUSED, other, 1 + i % 4, lookup if i % 2 else (), tail=i % 3 == 0),
+        Controller(Costs(i), block, without=lookup if i % 2 else ()),
     ]
 
 
 def assert_same(session: Session, prompt: list[int], sampling: SamplingSettings, i: int) -> int:
     """Plain decoding against the plans of `i`; returns accepted drafts."""
-    ar = run(session, prompt, sampling, AR)
+    ar = run(session, prompt, sampling, PLAIN)
     accepted = 0
     for plan in plans(session, i):
         other = run(session, prompt, sampling, plan)
@@ -124,7 +124,7 @@ def test_sampled(session: Session, golden: dict[str, Any]) -> None:
         for seed in range(SEEDS):
             prompt = golden["cases"][number]["prompt_ids"]
             accepted += assert_same(session, prompt, seeded(seed), number + seed)
-            texts.add(run(session, prompt, seeded(seed), AR).text)
+            texts.add(run(session, prompt, seeded(seed), PLAIN).text)
     assert accepted > 6 * SEEDS, "sampled drafts are accepted too"
     assert len(texts) > 2 * SEEDS, "seeds matter"
 

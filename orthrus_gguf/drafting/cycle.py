@@ -95,8 +95,8 @@ class Cycle:
 
     @property
     def agreed(self) -> int:
-        """How many of the draft's own first choices were accepted: of a chain, all that were; in a
-        tree, a second choice may have taken over."""
-        first = self.draft.tokens[: self.accepted]
-        pairs = enumerate(zip(first, self.tokens, strict=False))
-        return next((i for i, (ours, theirs) in pairs if ours != theirs), len(first))
+        """How many of the draft's own first choices, in a row, the AR view confirmed: of a chain,
+        all that were accepted. In a tree a second choice may have taken over; or the first one may
+        have been left out, and was right."""
+        pairs = list(zip(self.draft.tokens[: len(self.drafts)], self.tokens, strict=False))
+        return next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))

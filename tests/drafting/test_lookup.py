@@ -5,8 +5,23 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_model import toy_config
 
-from orthrus_gguf.drafting.lookup import LENGTHS, LookupIndex
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.draft import Draft
+from orthrus_gguf.drafting.drafter import Results
+from orthrus_gguf.drafting.lookup import LENGTHS, LOOKUP, LookupDrafter
+
+
+def found(drafter: LookupDrafter, tokens: list[int], room: int) -> Draft | None:
+    """What is proposed, if anything."""
+    proposed = drafter.propose(tokens, room)
+    assert len(proposed) <= 1
+    return proposed[0] if proposed else None
+
+
+def made() -> LookupDrafter:
+    return LookupDrafter(toy_config(heads=False))
 
 
 def by_hand(tokens: list[int]) -> int | None:
@@ -27,12 +42,12 @@ def test_the_longest_latest_match_is_continued(
     tokens: list[int], steps: list[int], most: int
 ) -> None:
     """However the list has grown between the calls."""
-    index = LookupIndex()
+    index = made()
     at = 0
     for step in [*steps, len(tokens)]:
         at = min(at + step, len(tokens))
         known = tokens[:at]
-        end, draft = by_hand(known), index.draft(known, most)
+        end, draft = by_hand(known), found(index, known, most)
         if end is None:
             assert draft is None
             continue
@@ -43,19 +58,29 @@ def test_the_longest_latest_match_is_continued(
 
 
 def test_longer_matches_are_trusted_more() -> None:
-    index = LookupIndex()
-    short = index.draft([1, 2, 3, 9, 8, 1, 2, 3], 2)
+    index = made()
+    short = found(index, [1, 2, 3, 9, 8, 1, 2, 3], 2)
     assert short is not None
     assert short.tokens == (9, 8)
-    long = LookupIndex().draft([1, 2, 3, 4, 5, 6, 9, 8, 1, 2, 3, 4, 5, 6], 2)
+    long = found(made(), [1, 2, 3, 4, 5, 6, 9, 8, 1, 2, 3, 4, 5, 6], 2)
     assert long is not None
     assert long.confidence[0] > short.confidence[0]
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [1, 1, 1], [1, 2, 1, 2]])
 def test_two_tokens_are_no_match(tokens: list[int]) -> None:
-    assert LookupIndex().draft(tokens, 5) is None
+    assert found(made(), tokens, 5) is None
 
 
-def test_nothing_is_looked_up_for_no_room() -> None:
-    assert LookupIndex().draft([1, 1, 1, 1, 1], 0) is None
+def test_tokens_join_the_index_when_a_draft_is_wanted() -> None:
+    """Cycles between need not ask."""
+    index = made()
+    tokens = [1, 2, 3, 9]
+    assert found(index, tokens, 3) is None
+    for token in (8, 7, 1, 2):
+        tokens.append(token)
+        index.committed(tokens, Cycle(len(tokens) - 2, (), 0, (token,)), Results())
+    tokens.append(3)
+    draft = found(index, tokens, 3)
+    assert draft is not None
+    assert (draft.source, draft.tokens) == (LOOKUP, (9, 8, 7))

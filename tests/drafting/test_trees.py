@@ -16,13 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import BLOCK, VOCAB, ToyModel, ar_logits
 
-from orthrus_gguf.decode import Cycle, Plan, Strategy, decode, prefill
-from orthrus_gguf.drafting.draft import Draft, Source, Tree, best_first
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.block import BLOCK as FROM_BLOCK
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.draft import Draft
+from orthrus_gguf.drafting.lookup import LOOKUP
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, Plan, Strategy, parse
+from orthrus_gguf.drafting.tree import Tree, best_first
 from orthrus_gguf.engine import Origin, Request, Result, Session, origins
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import (
-    Cache,
     Logits,
     Segment,
     View,
@@ -32,31 +36,13 @@ from orthrus_gguf.runtime.protocol import (
     diffusion_segment,
     path_to,
 )
-from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
 GREEDY = SamplingSettings(temperature=0)
 
 #: Tokens 5 6, 5 16, 15 6 behind the anchor, and 7 behind 5 6.
 FORKED = Tree((5, 15, 6, 16, 6, 7), (0, 0, 1, 1, 2, 3))
-
-
-class ChainCache:
-    """The cache of a runtime without trees."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.capacity = 100
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens)
-
-    def truncate(self, length: int) -> None:
-        del self.tokens[length:]
-
-    def append(self, rows: int) -> None:
-        self.tokens += [0] * rows
 
 
 # --- segments ---
@@ -66,9 +52,9 @@ def test_depths_and_paths() -> None:
     parents = (-1, 0, 1, 0, 3, 3)
     assert depths(parents) == [0, 1, 2, 1, 2, 2]
     assert [path_to(row, parents) for row in (0, 2, 5)] == [[0], [0, 1, 2], [0, 3, 5]]
-    segment = ar_segment(range(6), 10, parents=parents)
-    assert segment.stop == 13
-    assert ar_segment(range(6), 10).stop == 16
+    cache = ToyModel().new_cache(100)
+    assert ar_segment(cache, range(6), 10, parents=parents).stop == 13
+    assert ar_segment(cache, range(6), 10).stop == 16
 
 
 @pytest.mark.parametrize(
@@ -76,47 +62,66 @@ def test_depths_and_paths() -> None:
 )
 def test_what_is_no_tree(parents: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="not a tree of 3 AR rows"):
-        ar_segment(range(3), 0, parents=parents)
+        ar_segment(ToyModel().new_cache(9), range(3), 0, parents=parents)
 
 
 def test_a_block_is_no_tree() -> None:
     with pytest.raises(ValueError, match="not a tree"):
-        Segment(View.DIFFUSION, (1, 2), 0, range(2), (-1, 0))
+        Segment(ToyModel().new_cache(9), View.DIFFUSION, (1, 2), 0, range(2), (-1, 0))
 
 
-def test_trees_have_their_pass_to_themselves_on_runtimes_that_know_them() -> None:
-    tree, block = ar_segment(range(3), 4, parents=(-1, 0, 0)), diffusion_segment(1, 2, 3, 4)
-    chains: Cache = ChainCache()
-    chains.append(4)
-    with pytest.raises(ValueError, match="verifies chains only"):
-        check_segments([tree], chains)
-    cache = ToyModel().new_cache(100)
-    cache.append(4)
-    check_segments([tree], cache)
+def test_no_block_of_their_sequence_rides_beside_trees() -> None:
+    """Blocks of other sequences may."""
+    cache, other = ToyModel().new_cache(100), ToyModel().new_cache(100)
+    cache.assume(4)
+    tree = ar_segment(cache, range(3), 4, parents=(-1, 0, 0))
+    check_segments([tree])
+    check_segments([tree, diffusion_segment(other, 1, 2, 3, 0)])
     with pytest.raises(ValueError, match="shares its pass with no diffusion block"):
-        check_segments([tree, block], cache)
+        check_segments([tree, diffusion_segment(cache, 1, 2, 3, 4)])
+    full = ToyModel().new_cache(6)
+    full.assume(4)
+    check_segments([ar_segment(full, range(3), 4, parents=(-1, 0, 0))])
+    with pytest.raises(ValueError, match="room for 6"):
+        check_segments([ar_segment(full, range(3), 4)])
 
 
 # --- how they grow ---
 
 
+def grown(draft: Draft, accept: Sequence[float], nodes: int) -> Tree:
+    """The best tree of a draft, as the drafter sees its second choices."""
+    return draft.tree(best_first(accept, draft.second_shares(len(accept)), nodes), nodes)
+
+
 def test_a_tree_by_hand() -> None:
     """0.6 and half of the other 0.4 first; then 0.5 with 0.3 of the other half."""
-    draft = Draft(Source.BLOCK, (5, 6), (0.36, 0.25), ((15, 0.32), (16, 0.225)))
+    draft = Draft(FROM_BLOCK, (5, 6), (0.36, 0.25), ((15, 0.32), (16, 0.225)))
     # 5: 0.6, 5 6: 0.3, 15: 0.2, 15 6: 0.1, 5 16: 0.6 * 0.5 * 0.3 = 0.09, 15 16: 0.03
-    tree = best_first(draft, [0.6, 0.5], 99)
+    tree = grown(draft, [0.6, 0.5], 99)
     assert tree == Tree((5, 6, 15, 6, 16, 16), (0, 1, 0, 3, 1, 3))
-    assert best_first(draft, [0.6, 0.5], 3) == tree.first(3)
-    assert best_first(draft, [0.6, 0.5], 2) == Tree((5, 6)), "a chain, as long as it has no branch"
-    assert best_first(draft, [0.6], 9) == Tree((5, 15), (0, 0)), "no deeper than it may be"
-    assert best_first(draft, [], 9) == Tree(())
+    branches = best_first([0.6, 0.5], draft.second_shares(2), 99)
+    assert branches.probabilities == pytest.approx((0.6, 0.3, 0.2, 0.1, 0.09, 0.03))
+    for count in range(7):
+        assert grown(draft, [0.6, 0.5], count) == draft.tree(branches, count) == tree.first(count)
+    assert grown(draft, [0.6, 0.5], 2) == Tree((5, 6)), "a chain, as long as it has no branch"
+    assert grown(draft, [0.6], 9) == Tree((5, 15), (0, 0)), "no deeper than it may be"
+    assert grown(draft, [], 9) == Tree(())
+
+
+def test_what_is_unlikely_is_left_out() -> None:
+    """Nothing at or below `least`, and so nothing behind it."""
+    branches = best_first([0.6, 0.5], [0.5, 0.3], 99, 0.1)
+    assert branches.probabilities == pytest.approx((0.6, 0.3, 0.2))
+    assert best_first([0.6, 0.5], [0.5, 0.3], 99, 0.6).probabilities == ()
+    assert best_first([0.05, 0.9], [0.0, 0.0], 99, 0.1).probabilities == ()
 
 
 def test_sure_drafts_and_drafts_of_one_choice_are_chains() -> None:
-    sure = Draft(Source.BLOCK, (5, 6), (1.0, 1.0), ((15, 0.0), (16, 0.0)))
-    found = Draft(Source.LOOKUP, (5, 6), (0.5, 0.5))
+    sure = Draft(FROM_BLOCK, (5, 6), (1.0, 1.0), ((15, 0.0), (16, 0.0)))
+    found = Draft(LOOKUP, (5, 6), (0.5, 0.5))
     for draft in (sure, found):
-        assert best_first(draft, draft.confidence, 9) == Tree((5, 6))
+        assert grown(draft, draft.confidence, 9) == Tree((5, 6))
 
 
 probability = st.floats(0.01, 0.99)
@@ -127,7 +132,7 @@ def test_trees_hold_the_likeliest_paths(shares: list[tuple[float, float]], nodes
     """Against the list of all paths."""
     accept = [first for first, _ in shares]
     draft = Draft(
-        Source.BLOCK,
+        FROM_BLOCK,
         tuple(range(len(shares))),
         tuple(accept),
         tuple((10 + i, (1 - first) * second) for i, (first, second) in enumerate(shares)),
@@ -139,7 +144,7 @@ def test_trees_hold_the_likeliest_paths(shares: list[tuple[float, float]], nodes
             for i, second in enumerate(choices):
                 chance *= (1 - accept[i]) * shares[i][1] if second else accept[i]
             chances[tuple(i + 10 * second for i, second in enumerate(choices))] = chance
-    tree = best_first(draft, accept, nodes)
+    tree = grown(draft, accept, nodes)
     parents = (-1, *(tree.parents or range(len(tree.tokens))))
     paths = [
         tuple(tree.tokens[i - 1] for i in path_to(row, parents)[1:])
@@ -214,10 +219,11 @@ class Doubtful(ToyModel):
         cache.tree_room = self.room
         return cache
 
-    def _segment(self, segment: Segment, cache: Any) -> Logits:
+    def _segment(self, segment: Segment) -> Logits:
         if segment.view is View.AR:
-            return super()._segment(segment, cache)
-        prefix, rows = [*cache.tokens[: segment.start], segment.tokens[0]], []
+            return super()._segment(segment)
+        held = segment.cache.tokens  # type: ignore[attr-defined]
+        prefix, rows = [*held[: segment.start], segment.tokens[0]], []
         for _ in segment.tokens:
             row = np.full(VOCAB, -9, np.float32)
             for token, score in self.scores(prefix).items():
@@ -228,16 +234,18 @@ class Doubtful(ToyModel):
 
 
 def run(
-    model: ToyModel, prompt: list[int], sampling: SamplingSettings, plan: Plan, n: int
+    model: ToyModel, prompt: list[int], sampling: SamplingSettings, plan: Plan | str, n: int
 ) -> tuple[list[int], list[Cycle]]:
     """Tokens after the prompt, and the cycles."""
-    cache, sampler = model.new_cache(10_000), Sampler(sampling)
-    tokens = [*prompt, sampler.sample(prefill(model, cache, prompt), prompt)]
+    policy = FixedPolicy(parse(plan) if isinstance(plan, str) else plan, model.config)
+    sequence = model.sequence(prompt, sampling)
+    drive(model, prefill(sequence))
     cycles = []
-    for cycle in decode(model, cache, sampler, tokens, plan, n - 1):
+    for cycle in decode(model, sequence, policy, n - 1):
         cycles.append(cycle)
-        assert cache.tokens == tokens[:-1], "the committed path, nothing else"
-    return tokens[len(prompt) :], cycles
+        held = sequence.cache.tokens  # type: ignore[attr-defined]
+        assert held == sequence.tokens[:-1], "the committed path, nothing else"
+    return sequence.tokens[len(prompt) :], cycles
 
 
 @settings(deadline=None, max_examples=150)
@@ -249,7 +257,7 @@ def run(
         st.just(Strategy.TWO_PASS),
         width=st.integers(1, BLOCK),
         tail=st.booleans(),
-        lookup=st.booleans(),
+        also=st.sampled_from([(), ("lookup",)]),
         cut=st.sampled_from([0.0, 0.2]),
         tree=st.integers(1, 24),
     ),
@@ -267,8 +275,9 @@ def test_trees_do_not_change_the_text(
     drafter: str, prompt: list[int], plan: Plan, n: int, room: int, sampling: SamplingSettings
 ) -> None:
     output, cycles = run(Doubtful(DRAFTERS[drafter], room), prompt, sampling, plan, n)
-    assert output == run(ToyModel(), prompt, sampling, Plan(Strategy.AR, 0), n)[0]
+    assert output == run(ToyModel(), prompt, sampling, PLAIN, n)[0]
     assert [t for c in cycles for t in c.tokens] == output[1:]
+    assert plan.width is not None
     for cycle in cycles:
         assert len(cycle.tokens) == cycle.accepted + 1
         assert cycle.tokens[: cycle.accepted] == cycle.drafts[: cycle.accepted]
@@ -278,9 +287,9 @@ def test_trees_do_not_change_the_text(
 
 def test_a_second_choice_that_is_always_right_is_accepted() -> None:
     """The chain gets nothing. A full tree of two choices at three positions has 14 nodes."""
-    _, chain = run(Doubtful(second_is_right), [1], GREEDY, Plan(Strategy.TWO_PASS, 3), 21)
+    _, chain = run(Doubtful(second_is_right), [1], GREEDY, "two-pass@3", 21)
     assert {c.accepted for c in chain} == {0}
-    plan = Plan(Strategy.TWO_PASS, 3, tree=14)
+    plan = "two-pass@3+tree=14"
     _, cycles = run(Doubtful(second_is_right), [1], GREEDY, plan, 21)
     assert [c.accepted for c in cycles] == [3] * 5
     assert [c.passes[-1].ar_rows for c in cycles] == [15] * 5
@@ -289,7 +298,7 @@ def test_a_second_choice_that_is_always_right_is_accepted() -> None:
 
 def test_the_drafts_of_a_cycle_are_the_branch_that_was_taken() -> None:
     """Six of the 14 nodes: the right path, of second choices, leads out of the tree half-way."""
-    plan = Plan(Strategy.TWO_PASS, 3, tree=6)
+    plan = "two-pass@3+tree=6"
     _, (cycle, *_) = run(Doubtful(second_is_right), [1], GREEDY, plan, 21)
     assert cycle.accepted == 1
     assert len(cycle.drafts) > 1
@@ -298,17 +307,15 @@ def test_the_drafts_of_a_cycle_are_the_branch_that_was_taken() -> None:
     assert origins(cycle) == [Origin.DRAFTED, Origin.CORRECTED]
 
 
-def test_runtimes_without_trees_refuse_plans_with_them() -> None:
-    class Chains(Doubtful):
-        def new_cache(self, capacity: int) -> Any:
-            return ChainCache()
-
-    model = Chains(second_is_right)
-    run(model, [1], GREEDY, Plan(Strategy.TWO_PASS, 3), 9)
-    with pytest.raises(ValueError, match="verifies chains only"):
-        run(model, [1], GREEDY, Plan(Strategy.TWO_PASS, 3, tree=5), 9)
-    session: Any = Session(model, None, 100)  # type: ignore[arg-type]
-    assert not session.verifies_trees
+def test_first_choices_are_counted_as_agreed_whether_the_tree_held_them_or_not() -> None:
+    """A tree of second choices alone: what the AR view says of the first is known all the same."""
+    draft = Draft(FROM_BLOCK, (5, 6), (0.1, 0.9), ((15, 0.8), (16, 0.0)))
+    assert Cycle(0, (15, 6), 0, (5,), draft).agreed == 1
+    assert Cycle(0, (15, 6), 0, (9,), draft).agreed == 0
+    assert Cycle(0, (15, 6), 2, (15, 6, 1), draft).agreed == 0
+    chain = Draft(FROM_BLOCK, (5, 6, 7), (0.9,) * 3)
+    assert [Cycle(0, (5, 6), n, t, chain).agreed for n, t in ((0, (1,)), (1, (5, 1)))] == [0, 1]
+    assert Cycle(0, (5, 6), 2, (5, 6, 7), chain).agreed == 2, "no more than were verified"
 
 
 # --- models ---
@@ -326,7 +333,8 @@ def opened(demo_file: Callable[..., Path], runtime: RuntimeName, n_ctx: int) -> 
 def generated(
     session: Session, prompt: Sequence[int], sampling: SamplingSettings, plan: Plan, n: int
 ) -> Result:
-    generation = session.generate(Request(tuple(prompt), sampling, plan, max_tokens=n))
+    policy = FixedPolicy(plan, session.model.config)
+    generation = session.generate(Request(tuple(prompt), sampling, policy, max_tokens=n))
     for _ in generation:
         pass
     return generation.result
@@ -339,7 +347,7 @@ def assert_same_text(
     for number, case in enumerate(cases):
         sampling = GREEDY if number % 2 else SamplingSettings(seed=number, repeat_penalty=1.1)
         prompt = case["prompt_ids"]
-        plain = generated(session, prompt, sampling, Plan(Strategy.AR, 0), n)
+        plain = generated(session, prompt, sampling, PLAIN, n)
         for tree in trees:
             plan = Plan(Strategy.TWO_PASS, 4 + number, tail=number % 3 == 0, tree=tree)
             assert generated(session, prompt, sampling, plan, n).output == plain.output
@@ -361,7 +369,7 @@ def test_a_small_context_cuts_trees_not_text(
     """Up to the last token that fits a context of 80."""
     prompt = golden["cases"][3]["prompt_ids"][:20]
     with opened(demo_file, RuntimeName.CPU, 80) as session:
-        plain = generated(session, prompt, GREEDY, Plan(Strategy.AR, 0), -1)
+        plain = generated(session, prompt, GREEDY, PLAIN, -1)
         tree = generated(session, prompt, GREEDY, Plan(Strategy.TWO_PASS, 15, tree=32), -1)
     assert len(prompt) + len(plain.output) == 80
     assert tree.output == plain.output

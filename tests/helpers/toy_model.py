@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.config import ModelConfig, Rope
@@ -26,6 +27,7 @@ from orthrus_gguf.runtime.protocol import (
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 VOCAB, MASK, BLOCK = 64, 63, 8
+END, OTHER_END, CONTROL = 60, 61, 62
 
 #: Given the prefix and the number of rows, the tokens that a diffusion block proposes.
 Drafter = Callable[[Sequence[int], int], list[int]]
@@ -67,6 +69,27 @@ def greedy_continuation(prefix: Sequence[int], rows: int) -> list[int]:
 def one_hot(token: int, height: float = 99) -> Logits:
     """Logits that leave no doubt, or with a lower height, some."""
     return np.where(np.arange(VOCAB) == token, height, 0).astype(np.float32)
+
+
+def tapped(layer: int, token: int) -> int:
+    """What the toy's residual stream holds at the input of a layer, in every element."""
+    return VOCAB * layer + token
+
+
+class ToyTokenizer:
+    """Ids 0..25 are letters, 26.. are single UTF-8 bytes of "é東🙂", 60 up are control tokens."""
+
+    eog = frozenset({END, OTHER_END})
+    space_prefix = False
+    raw = "é東🙂".encode()
+
+    def token_bytes(self, id: int) -> bytes:
+        if id < 26:
+            return bytes([97 + id])
+        return self.raw[id - 26 : id - 25]
+
+    def is_special(self, id: int) -> bool:
+        return id >= END
 
 
 class ToyCache:
@@ -138,22 +161,21 @@ class ToyModel:
         self, tokens: Sequence[int], sampling: SamplingSettings, capacity: int = 10_000
     ) -> TokenSequence:
         """A sequence on a cache of its own."""
-        return TokenSequence(
-            self.config, self.new_cache(capacity), Sampler(sampling), list(tokens)
-        )
+        return TokenSequence(self.config, self.new_cache(capacity), Sampler(sampling), list(tokens))
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         logits = self.logits(segments)
-        taps = [
-            np.array([[[t] * self.config.n_embd for t in s.tokens]] * len(s.taps), np.float32)
-            if s.taps
-            else None
-            for s in segments
-        ]
         return [
-            Choices(draw_choices(segment, rows), planes)
-            for segment, rows, planes in zip(segments, logits, taps, strict=True)
+            Choices(draw_choices(segment, rows), self._taps(segment))
+            for segment, rows in zip(segments, logits, strict=True)
         ]
+
+    def _taps(self, segment: Segment) -> NDArray[np.float32] | None:
+        """Planes that tell the layer and the token of each row (`tapped`)."""
+        if not segment.taps:
+            return None
+        rows = [[tapped(layer, token) for token in segment.tokens] for layer in segment.taps]
+        return np.repeat(np.array(rows, np.float32)[..., None], self.config.n_embd, axis=2)
 
     def logits(self, segments: Sequence[Segment]) -> list[Logits]:
         check_segments(segments)
@@ -181,4 +203,3 @@ class ToyModel:
             rows = [one_hot(t, self.sureness) for t in self.drafter(prefix, len(segment))]
         wanted = [rows[i] for i in segment.wanted]
         return np.stack(wanted) if wanted else np.empty((0, VOCAB), np.float32)
-
