@@ -13,6 +13,7 @@ import numpy as np
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.inspection import memory
+from orthrus_gguf.inspection.anatomy import anatomy_json
 from orthrus_gguf.inspection.summary import Summary, Tally, summarize
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
@@ -66,7 +67,7 @@ def inspect(
     context: int | None = None,
     cache_types: tuple[str, str] = ("f16", "f16"),
 ) -> Report:
-    """Look at a GGUF file of any architecture, or at a Qwen3 base and its Orthrus heads.
+    """Look at a GGUF file of any architecture, or at a base and its Orthrus heads.
 
     context: tokens to show the memory for, besides the usual ones. cache_types: of keys and values.
     Raises OrthrusError if a file cannot be read, if heads do not belong to their base, or if the
@@ -124,6 +125,7 @@ def report_json(report: Report) -> dict[str, Any]:
             for file in report.files
         ],
         "problem": report.problem,
+        "model": None if report.config is None else anatomy_json(report.config),
         "total": _tally_json(summary.total),
         "base": _tally_json(summary.base),
         "heads": _tally_json(summary.heads),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
+from orthrus_gguf.inspection.anatomy import anatomy_rows
 from orthrus_gguf.inspection.diff import Comparison
 from orthrus_gguf.inspection.report import Report
 from orthrus_gguf.inspection.summary import LayerGroup, Tally
@@ -17,7 +18,7 @@ MAX_KEY_WIDTH = 48
 MAX_SHOWN = 6  # elements of an array
 LONG_TEXT = 200  # characters from which on their number is told
 
-WORDS = ("type", "types")  # heads of last columns that hold words
+WORDS = ("type", "types", "what")  # heads of last columns that hold words
 
 Row = Sequence[str]
 
@@ -66,6 +67,8 @@ def report_text(report: Report, width: int, *, all_tensors: bool = False) -> str
     width = max(width, MIN_WIDTH)
     parts = [_metadata(file, width) for file in report.files]
     summary = report.summary
+    if report.config is not None:
+        parts.append(table("model", [("part", "what"), *anatomy_rows(report.config)]))
     if summary.total.tensors:
         parts.append(table("tensors by type", _type_rows(report)))
         parts.append(table("tensors by layer", _layer_rows(summary.by_layer, width)))

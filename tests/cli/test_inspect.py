@@ -59,6 +59,7 @@ def test_a_model(run: Run, model: Path) -> None:
     assert "outside 2 1,312 5.1 KiB 32.000 2 F32" in lines
     assert "memory on the CPU, f32/f16 cache: 375.0 KiB per 1,000 tokens" in lines
     assert [line.split()[0] for line in lines if line.endswith("KiB")] == ["77", "128"]
+    assert "attention 4 heads of 16 on 2, no biases, norms of q and k" in lines
     assert max(map(len, out.splitlines()[1:])) <= 100
 
 
@@ -141,7 +142,85 @@ def test_another_architecture(run: Run, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "llama.block_count" in out
     assert "memory: not for this file: " in out
-    assert "only Qwen3 models and their Orthrus versions are supported" in out
+    assert "tensor token_embd.weight is missing; the file holds no whole model" in out
+    path = write_gguf(tmp_path / "g.gguf", "gemma", {"gemma.block_count": np.uint32(1)}, {})
+    code, out, err = run(path)
+    assert (code, err) == (0, "")
+    assert "gemma.block_count" in out
+    assert "memory: not for this file: metadata key general.architecture: expected 'orthrus'" in out
+    assert "models of other architectures are not supported" in out
+
+
+@pytest.mark.parametrize(
+    ("base", "scaling", "expected"),
+    [
+        (
+            "qwen3",
+            "yarn",
+            [
+                "base qwen3, 2 layers of 32, MLP 64, 40 tokens",
+                "attention 4 heads of 16 on 2, no biases, norms of q and k",
+                "RoPE halves, base 1e+06, YaRN by 4",
+                "output tied to the embedding",
+            ],
+        ),
+        (
+            "qwen2",
+            "linear",
+            [
+                "base qwen2, 2 layers of 32, MLP 64, 40 tokens",
+                "attention 4 heads of 16 on 2, biases of q, k and v, no norms of q and k",
+                "RoPE halves, base 1e+06, linear by 4",
+                "output tied to the embedding",
+            ],
+        ),
+        (
+            "llama",
+            "llama3",
+            [
+                "base llama, 2 layers of 32, MLP 64, 40 tokens",
+                "attention 4 heads of 16 on 2, no biases, no norms of q and k",
+                "RoPE adjacent pairs, base 1e+06, frequency factors",
+                "output tied to the embedding",
+            ],
+        ),
+    ],
+)
+def test_architectures(
+    run: Run, tmp_path: Path, base: str, scaling: str, expected: list[str]
+) -> None:
+    """Of a base alone, with its heads beside it, and of both in one file; biases are counted."""
+    alone = write_model(tmp_path / "b.gguf", base, scaling=scaling)
+    heads = write_heads(tmp_path / "h.gguf", base=base, scaling=scaling)
+    whole = write_model(tmp_path / "w.gguf", base=base, scaling=scaling)
+    with_heads = "heads for this architecture, blocks of 8, mask 39"
+    for argv, last in (
+        ([alone], "heads none"),
+        ([alone, "--heads", heads], with_heads),
+        ([whole], with_heads),
+    ):
+        code, out, err = run(*argv)
+        assert (code, err) == (0, "")
+        lines = [" ".join(line.split()) for line in out.splitlines()]
+        first = lines.index("model") + 2
+        assert lines[first : first + 5] == [*expected, last]
+        report = json.loads(run(*argv, "--json")[1])
+        assert report["model"]["architecture"] == base
+        assert report["model"]["qkv_biases"] == (base == "qwen2")
+        assert report["model"]["rope"]["freq_factors"] == (scaling == "llama3")
+        twins = {"qwen3": 6, "qwen2": 7, "llama": 4}[base]
+        assert report["heads"]["tensors"] == (0 if argv == [alone] else 2 * twins)
+        assert report["memory"][0]["total"] > report["total"]["bytes"]
+    _, out, _ = run(heads)
+    assert f"holds only diffusion heads; open their base model ({base})" in out
+    assert json.loads(run(heads, "--json")[1])["model"] is None
+
+
+def test_tensors_of_biases(run: Run, tmp_path: Path) -> None:
+    _, out, _ = run(write_model(tmp_path / "w.gguf", base="qwen2"), "--tensors")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "blk.1.attn_q.bias 64 256 B F32" in lines
+    assert "blk.0.attn_v_diff.bias 32 128 B F32" in lines
 
 
 def test_all_tensors(run: Run, model: Path) -> None:

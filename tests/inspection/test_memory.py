@@ -27,7 +27,7 @@ from orthrus_gguf.runtime.ggml.cache_layout import (
     cache_rows,
     spare_rows,
 )
-from orthrus_gguf.runtime.ggml.graph import Shape
+from orthrus_gguf.runtime.ggml.shape import Shape, Share
 from tests.tiny_model import N_LAYERS, write_model
 
 TYPES = gguf.GGMLQuantizationType
@@ -81,17 +81,16 @@ def test_buffers_bound_what_graphs_take(
         worst = 0
         for columns in (512, 1024, 2048, cache.rows):
             rows = ar_rows(config, layout, columns, BATCH_ROWS)
-            shapes = [Shape(rows, 0, 1, columns), Shape(block, 0, block, columns)]
+            passes = [(rows, 0, 1), (block, 0, block)]
             if config.has_heads:
-                shapes.append(Shape(0, block, block, columns))
-                shapes.append(Shape(block, block, 2 * block, columns))
-                shapes.append(Shape(block // 2, block, block + 1, columns))
-            for shape in shapes:
-                model._graphs.get(cache, shape)
+                passes += [(0, block, block), (block, block, 2 * block)]
+                passes += [(block // 2, block, block + 1)]
+            for ar, diffusion, wanted in passes:
+                share = Share(cache.serial, ar, diffusion, columns)
+                model._graphs.get([cache], Shape((share,), wanted))
                 before = worst
                 worst = model._graphs.buffer_bytes
                 if worst > before:
-                    ar, diffusion, wanted = shape.ar_rows, shape.diffusion_rows, shape.wanted
                     bound = memory.graph_bytes(config, layout, ar, diffusion, columns, wanted)
                     assert bound / 1.35 < worst <= bound
         assert worst <= memory.buffer_bytes(config, layout, context) < 2 * worst
