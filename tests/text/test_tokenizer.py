@@ -278,7 +278,7 @@ BAD_BPE = [
     (edited("tokens", lambda tokens: tokens[:-1]), "expected 4096 tokens.*found 4095"),
     (edited("tokens", put(9, "!")), "token '!' occurs twice, as 0 and 9"),
     (edited("tokens", put(9, "")), "token 9 is empty"),
-    (edited("tokens", put(0, "!!!!!!!!")), "each of the 256 bytes, found none for 33"),
+    (edited("tokens", put(0, "!!!!!!!!")), "each byte of plain text, found none for 33"),
     (without("token_type"), "token_type: is missing"),
     (edited("token_type", constant("1")), "token_type: expected an array of integers"),
     (edited("token_type", lambda types: types.astype(np.float32)), "array of integers"),

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import xllamacpp
+from smollm2 import smollm2_file
 from vocabularies import (
     Metadata,
     bpe_metadata,
@@ -25,6 +26,7 @@ from vocabularies import (
     train_sentencepiece,
 )
 
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 from orthrus_gguf.text.vocab.pre_tokenizers import PRE_TOKENIZERS
 
@@ -213,6 +215,23 @@ def test_eos_is_appended_as_llama_cpp_does(demo: Metadata, tmp_path: Path) -> No
         assert (
             len(ours.encode("hello")) == len(ours.encode("hello", add_bos=False, add_eos=False)) + 2
         )
+
+
+def test_a_real_vocabulary_equals_llama_cpp() -> None:
+    """SmolLM2's, in a file that we did not make. It lacks some bytes, which both leave out."""
+    path = smollm2_file()
+    with ModelFile.open(path) as file:
+        ours = load_tokenizer(file.metadata, path=path, n_vocab=file.config.n_vocab)
+    assert not ours.add_bos
+    with served(path) as theirs:
+        for text in corpus()[::2]:
+            ids = theirs.encode(text, special=True, add_bos=True)
+            assert ours.encode(text) == ids, ascii(text)
+            assert ours.encode(text, special=False) == theirs.encode(text, special=False)
+            assert ours.decode(ids) == theirs.decode(ids)
+        assert theirs.encode("a\x04b", special=True) == [*ours.encode("a"), *ours.encode("b")]
+        assert ours.encode("a\x04b") == theirs.encode("a\x04b", special=True)
+        assert len(ours.encode("ab")) == 1
 
 
 @pytest.mark.parametrize("space_prefix", [True, False])

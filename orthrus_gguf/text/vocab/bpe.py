@@ -35,14 +35,25 @@ def _byte_characters() -> dict[int, int]:
 
 _BYTE_CHARACTERS = _byte_characters()
 
+#: Bytes that every vocabulary must have: those of plain text.
+_PLAIN = (0x0A, *range(0x20, 0x7F))
+
 
 class BPE:
-    """A `Codec`; see `orthrus_gguf.text.vocab.vocabulary`."""
+    """A `Codec`; see `orthrus_gguf.text.vocab.vocabulary`.
+
+    Bytes that have no token are left out, as in llama.cpp: SmolLM's vocabulary, for one, lacks a
+    few control characters and parts of unassigned ones.
+    """
 
     space_prefix = False
 
     def __init__(self, index: dict[str, int], merges: Merges, pre: PreTokenizer) -> None:
-        model = models.BPE(index, merges, ignore_merges=pre.ignore_merges)
+        # With an id of their own they keep what surrounds them from being merged, as there.
+        lacking = [char for char in map(chr, _BYTE_CHARACTERS) if char not in index]
+        self._first_lacking = len(index) if lacking else None
+        numbered = index | {char: len(index) + i for i, char in enumerate(lacking)}
+        model = models.BPE(numbered, merges, ignore_merges=pre.ignore_merges)
         self._tokenizer = tokenizers.Tokenizer(model)
         if pre.nfc:
             self._tokenizer.normalizer = normalizers.NFC()
@@ -55,7 +66,9 @@ class BPE:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        if self._first_lacking is None:
+            return ids
+        return [id for id in ids if id < self._first_lacking]
 
     def token_bytes(self, text: str) -> bytes:
         try:
@@ -76,11 +89,12 @@ def load(fields: Fields, n_vocab: int) -> tuple[Vocabulary, BPE]:
         )
     pre = PRE_TOKENIZERS[name]
     vocabulary = read_vocabulary(fields, n_vocab, Defaults(add_bos=pre.add_bos))
-    # `tokenizers` would silently drop the bytes that have no token.
-    missing = [byte for char, byte in _BYTE_CHARACTERS.items() if chr(char) not in vocabulary.index]
+    texts = {byte: chr(char) for char, byte in _BYTE_CHARACTERS.items()}
+    missing = [byte for byte in _PLAIN if texts[byte] not in vocabulary.index]
     if missing:
         raise fields.error(
-            Keys.LIST, f"expected a token for each of the 256 bytes, found none for {missing[0]}"
+            Keys.LIST,
+            f"expected a token for each byte of plain text, found none for {missing[0]}",
         )
     with _collector_paused():
         return vocabulary, _codec(fields, vocabulary.index, pre)
