@@ -30,6 +30,8 @@ class Piece:
     def wanted(self) -> range:
         """The wanted rows of the segment that lie in this piece, counted from its first row."""
         wanted, stop = self.segment.wanted, self.first + self.count
+        if self.count == len(self.segment.tokens):
+            return wanted
         low, high = max(wanted.start, self.first), min(wanted.stop, stop)
         return range(low - self.first, max(low, high) - self.first)
 
@@ -140,7 +142,7 @@ def check_path(rows: Sequence[int], count: int, parents: Sequence[int] | None) -
     if not rows:
         return
     if parents is None:
-        if len(rows) > count or any(row != i for i, row in enumerate(rows)):
+        if len(rows) > count or list(rows) != list(range(len(rows))):
             raise ValueError(f"rows {list(rows)} are not the first of {count} that are pending")
     elif not 0 <= rows[-1] < count or list(rows) != path_to(rows[-1], parents):
         raise ValueError(f"rows {list(rows)} are no path of the tree that is pending: {parents}")

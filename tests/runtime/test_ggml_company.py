@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from segment_lists import mixed, of_one_sequence
 
 from orthrus_gguf.runtime.ggml import model as model_module
+from orthrus_gguf.runtime.ggml import sequences
 from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.passes import Piece, cut
@@ -184,6 +185,6 @@ def test_blocks_out_of_place_would_be_noticed(path: Path, monkeypatch: pytest.Mo
 
 
 def test_ragged_column_counts_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "columns_for", lambda rows: rows)
+    monkeypatch.setattr(sequences, "columns_for", lambda rows: rows)
     with loaded(path) as model, pytest.raises(AssertionError, match="ar rows"):
         assert_company_changes_nothing_here(model)

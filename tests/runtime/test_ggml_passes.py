@@ -13,9 +13,9 @@ from segment_lists import segment_lists
 from orthrus_gguf.runtime.ggml.cache_layout import COLUMNS, columns_for
 from orthrus_gguf.runtime.ggml.inputs import InputArrays, ShareArrays, ShareRows
 from orthrus_gguf.runtime.ggml.shape import Shape, Share
-from orthrus_gguf.runtime.ggml.trees import TreeLayout, padded_stores, tree_layout
 from orthrus_gguf.runtime.passes import Piece, cut, wanted_rows
 from orthrus_gguf.runtime.protocol import Segment, View, depths, path_to
+from orthrus_gguf.runtime.trees import TreeLayout, padded_stores, tree_layout
 
 OFFSETS = np.array([0, 1000, 2000])
 

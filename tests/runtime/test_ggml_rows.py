@@ -139,7 +139,7 @@ def test_ragged_column_counts_would_be_noticed(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Column counts that SIMD loops do not divide change the order of sums."""
-    monkeypatch.setattr("orthrus_gguf.runtime.ggml.model.columns_for", lambda rows: rows)
+    monkeypatch.setattr("orthrus_gguf.runtime.ggml.sequences.columns_for", lambda rows: rows)
     with pytest.raises(AssertionError, match="rows per pass"):
         assert_invariant(make_model("F32"))
 

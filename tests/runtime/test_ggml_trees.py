@@ -18,12 +18,12 @@ from segment_lists import parents_of_trees
 from synthetic_model import model_shape
 
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.ggml import trees as layouts
+from orthrus_gguf.runtime import trees as layouts
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES, COLUMNS
 from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.ggml.trees import tree_layout
 from orthrus_gguf.runtime.protocol import ar_segment, depths, diffusion_segment, path_to
+from orthrus_gguf.runtime.trees import tree_layout
 
 TOKENS: list[int] = np.random.default_rng(0).integers(0, 300, 300).tolist()
 CACHE_PAIRS = list(product(CACHE_TYPES, CACHE_TYPES))

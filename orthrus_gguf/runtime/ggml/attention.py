@@ -27,7 +27,7 @@ class CachedAttention:
     `first` and `count` name rows among the sequence's own.
     graph: that stores are put into at once, so that they come before what reads them.
     columns: cache rows to attend to. mask: F16 [rows, columns], 0 or -inf.
-    key_rows, value_rows: where the rows go in the cache (see `graph.ShareInputs`).
+    key_rows, value_rows: where the rows go in the cache (see `input_tensors.ShareInputs`).
     """
 
     api: Ggml

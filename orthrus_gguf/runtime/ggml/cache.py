@@ -16,10 +16,10 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.tensors import ALIGNMENT, Tensors, array_at
 from orthrus_gguf.runtime.ggml.cache_layout import CacheLayout, cache_rows
-from orthrus_gguf.runtime.ggml.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.limits import memory_bytes
 from orthrus_gguf.runtime.passes import check_path
 from orthrus_gguf.runtime.protocol import Checkpoint
+from orthrus_gguf.runtime.trees import TreeLayout, tree_layout
 
 _serials = itertools.count()
 
@@ -48,7 +48,8 @@ class GgmlCache:
         stack = ExitStack()
         memory = _reserve(layout, capacity, self.rows)
         stack.callback(memory.close)
-        self._address = address = np.frombuffer(memory, np.uint8).ctypes.data
+        address = np.frombuffer(memory, np.uint8).ctypes.data
+        self._lines = _lines(layout, self.rows, address)
         tensors = Tensors(api, 2 * layout.n_layers)
         stack.callback(tensors.close)
         self._finalizer = weakref.finalize(self, stack.close)
@@ -75,7 +76,8 @@ class GgmlCache:
         count, tree = self._pending
         check_path(rows, count, None if tree is None else tree.parents)
         if tree is not None:
-            self._copy([(tree.column(row), tree.start + i) for i, row in enumerate(rows)])
+            for i, row in enumerate(rows):
+                self._copy(tree.column(row), tree.start + i, 1)
         self._length += len(rows)
         self._pending = None
 
@@ -120,41 +122,16 @@ class GgmlCache:
                 f"a tree of {len(tree.parents)} rows with {len(tree.regions) + 1} leaves at"
                 f" {tree.start} needs {tree.columns} cache rows, there are {self.rows}"
             )
-        self._copy(
-            [
-                (column, region + column - tree.edge)
-                for region in tree.regions
-                for column in range(tree.edge, tree.start)
-            ]
-        )
+        for region in tree.regions:
+            self._copy(tree.edge, region, tree.start - tree.edge)
 
-    def _copy(self, moves: Sequence[tuple[int, int]]) -> None:
-        """Copy the keys and values of rows, (from, to), in every layer."""
-        moves = [(source, target) for source, target in moves if source != target]
-        if not moves:
+    def _copy(self, source: int, target: int, count: int) -> None:
+        """Copy the keys and values of `count` rows, from one place to another, in every layer."""
+        if source == target:
             return
-        from_rows, to_rows = np.array(moves).T
-        layout, offset = self.layout, 0
-        sizes = [
-            _tensor_bytes(layout, qtype, self.rows) for qtype in (layout.type_k, layout.type_v)
-        ]
-        memory = array_at(self._address, np.uint8, (layout.n_layers * sum(sizes),))
-        for qtype, size, by_row in zip(
-            (layout.type_k, layout.type_v), sizes, (True, not layout.transposed), strict=True
-        ):
-            # Lines of one item per row: of a head's elements where they lie together.
-            lines = layout.n_head_kv * (1 if by_row else layout.head_dim)
-            qblock, n_bytes = gguf.GGML_QUANT_SIZES[qtype]
-            item = (layout.head_dim // qblock if by_row else 1) * n_bytes
-            items: NDArray[np.void] = np.ndarray(
-                (layout.n_layers, lines, self.rows),
-                np.dtype((np.void, item)),
-                memory,
-                offset,
-                (sum(sizes), self.rows * item, item),
-            )
-            items[:, :, to_rows] = items[:, :, from_rows]
-            offset += size
+        for lines, item in self._lines:
+            first = lines[:, :, source * item : (source + count) * item]
+            lines[:, :, target * item : (target + count) * item] = first
 
     def close(self) -> None:
         """Free the memory; the cache cannot be used afterwards."""
@@ -163,6 +140,29 @@ class GgmlCache:
     @property
     def closed(self) -> bool:
         return not self._finalizer.alive
+
+
+def _lines(layout: CacheLayout, rows: int, address: int) -> list[tuple[NDArray[np.uint8], int]]:
+    """Bytes of keys and of values in which a row takes one item, [layers, lines, rows * item], and
+    the size of that item: a head's elements where they lie together, else one element."""
+    found, offset = [], 0
+    types = (layout.type_k, True), (layout.type_v, not layout.transposed)
+    sizes = [_tensor_bytes(layout, qtype, rows) for qtype, _ in types]
+    memory = array_at(address, np.uint8, (layout.n_layers * sum(sizes),))
+    for (qtype, by_head), size in zip(types, sizes, strict=True):
+        qblock, n_bytes = gguf.GGML_QUANT_SIZES[qtype]
+        item = (layout.head_dim // qblock if by_head else 1) * n_bytes
+        count = layout.n_head_kv * (1 if by_head else layout.head_dim)
+        lines: NDArray[np.uint8] = np.ndarray(
+            (layout.n_layers, count, rows * item),
+            np.uint8,
+            memory,
+            offset,
+            (sum(sizes), rows * item, 1),
+        )
+        found.append((lines, item))
+        offset += size
+    return found
 
 
 def _tensor_bytes(layout: CacheLayout, qtype: gguf.GGMLQuantizationType, rows: int) -> int:

@@ -10,20 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import gguf
-
 from orthrus_gguf.ggml.binding import ROPE_ADJACENT, ROPE_HALVES, Ggml
 from orthrus_gguf.ggml.tensors import multiply_rows
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.ggml.attention import STORED_LIMIT, CachedAttention
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
-from orthrus_gguf.runtime.ggml.shape import Shape, Share, Span
+from orthrus_gguf.runtime.ggml.input_tensors import Inputs, input_tensors
+from orthrus_gguf.runtime.ggml.shape import Shape, Span
 from orthrus_gguf.runtime.ggml.weights import AttentionWeights, LayerWeights, Weights
 
-_F16 = int(gguf.GGMLQuantizationType.F16)
-_I32 = int(gguf.GGMLQuantizationType.I32)
-_I64 = int(gguf.GGMLQuantizationType.I64)
 _F32_BYTES, _I32_BYTES = 4, 4
 
 _ROPE_MODES = {Pairing.HALVES: ROPE_HALVES, Pairing.ADJACENT: ROPE_ADJACENT}
@@ -31,34 +27,6 @@ _ROPE_MODES = {Pairing.HALVES: ROPE_HALVES, Pairing.ADJACENT: ROPE_ADJACENT}
 #: More tensors (views included) than one layer creates besides those of each further sequence's
 #: rows of one view, than these create, and than all the rest.
 TENSORS_PER_LAYER, TENSORS_PER_GROUP, OTHER_TENSORS = 128, 48, 64
-
-
-@dataclass(frozen=True)
-class ShareInputs:
-    """Input tensors about one sequence's rows, AR rows first.
-
-    key_rows: I64 [rows], where keys go in the cache. value_rows: the same for values; where these
-    lie transposed, I64 [rows * kv_dim], element by element. mask: F16 [rows, columns].
-    stored: I32 [stores] for a tree, the rows that key_rows and value_rows, as long, are about.
-    """
-
-    key_rows: int
-    value_rows: int
-    mask: int
-    stored: int | None
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Input tensors of a graph. All must be set before every run: their memory is reused in it.
-
-    tokens, positions: I32 [rows]. wanted: I32 [wanted], None when all rows are wanted, or none.
-    """
-
-    tokens: int
-    positions: int
-    wanted: int | None
-    shares: tuple[ShareInputs, ...]
 
 
 @dataclass(frozen=True)
@@ -94,7 +62,7 @@ def build_graph(
     headers = tensors * api.tensor_overhead() + api.graph_overhead_custom(tensors, False)
     context = api.new_context(headers + 1024)
     graph = api.new_graph_custom(context, tensors, False)
-    inputs = _inputs(api, context, caches, shape)
+    inputs = input_tensors(api, context, caches, shape)
     attention = [
         CachedAttention(
             api,
@@ -114,31 +82,6 @@ def build_graph(
     )
     logits = builder.run()
     return Graph(context, graph, inputs, logits, tuple(builder.taps[tap] for tap in shape.taps))
-
-
-def _inputs(api: Ggml, context: int, caches: Sequence[GgmlCache], shape: Shape) -> Inputs:
-    def column(qtype: int, count: int) -> int:
-        tensor: int = api.new_tensor_1d(context, qtype, count)
-        api.set_input(tensor)
-        return tensor
-
-    def of_share(cache: GgmlCache, share: Share) -> ShareInputs:
-        layout, stores = cache.layout, share.stores or share.rows
-        mask = api.new_tensor_2d(context, _F16, share.columns, share.rows)
-        api.set_input(mask)
-        return ShareInputs(
-            key_rows=column(_I64, stores),
-            value_rows=column(_I64, stores * layout.kv_dim if layout.transposed else stores),
-            mask=mask,
-            stored=column(_I32, stores) if share.stores else None,
-        )
-
-    return Inputs(
-        tokens=column(_I32, shape.rows),
-        positions=column(_I32, shape.rows),
-        wanted=column(_I32, shape.wanted) if 0 < shape.wanted < shape.rows else None,
-        shares=tuple(map(of_share, caches, shape.shares)),
-    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.tensors import array_at
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
-from orthrus_gguf.runtime.ggml.graph import Graph, ShareInputs, build_graph
+from orthrus_gguf.runtime.ggml.graph import Graph, build_graph
+from orthrus_gguf.runtime.ggml.input_tensors import ShareInputs
 from orthrus_gguf.runtime.ggml.inputs import InputArrays, ShareArrays
 from orthrus_gguf.runtime.ggml.shape import Shape, Share
 from orthrus_gguf.runtime.ggml.weights import Weights

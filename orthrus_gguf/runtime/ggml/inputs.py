@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orthrus_gguf.runtime.ggml.trees import TreeLayout
 from orthrus_gguf.runtime.passes import Piece, wanted_rows
 from orthrus_gguf.runtime.protocol import View, depths
+from orthrus_gguf.runtime.trees import TreeLayout
 
 _HIDDEN = np.float16(-np.inf)
 
 
-@dataclass(frozen=True)
-class ShareRows:
+class ShareRows(NamedTuple):
     """What one sequence has in a pass.
 
     pieces: its AR rows first. end: where rows of blocks go in its cache: behind all AR rows, those
@@ -30,7 +30,7 @@ class ShareRows:
 
 @dataclass(frozen=True)
 class ShareArrays:
-    """Views of the input tensors about one sequence's rows (see `graph.ShareInputs` for shapes).
+    """Views of the input tensors about one sequence's rows, shaped as `input_tensors.ShareInputs`.
 
     value_rows: [rows, elements]. element_offsets: of a row's value elements from its place in the
     cache: [0] where they lie in one piece, else one per element.
@@ -76,7 +76,7 @@ class ShareArrays:
 
 @dataclass(frozen=True)
 class InputArrays:
-    """Views of the input tensors of a graph (see `graph.Inputs` for shapes)."""
+    """Views of the input tensors of a graph (see `input_tensors.Inputs` for shapes)."""
 
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]

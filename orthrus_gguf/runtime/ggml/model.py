@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -26,30 +25,15 @@ from orthrus_gguf.runtime.ggml.cache_layout import (
     spare_rows,
 )
 from orthrus_gguf.runtime.ggml.graph_pool import GraphPool, ReadyGraph
-from orthrus_gguf.runtime.ggml.inputs import ShareRows
 from orthrus_gguf.runtime.ggml.results import Gathered, Taps
-from orthrus_gguf.runtime.ggml.shape import Shape, Share
+from orthrus_gguf.runtime.ggml.sequences import OneSequence, by_sequence, sequences_of
+from orthrus_gguf.runtime.ggml.shape import Shape
 from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
-from orthrus_gguf.runtime.ggml.trees import TreeLayout, padded_stores, tree_layout
 from orthrus_gguf.runtime.ggml.weights import Weights
 from orthrus_gguf.runtime.passes import Piece, cut
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
 
 T = TypeVar("T")
-
-
-@dataclass
-class _Sequence:
-    """One sequence in a call: its cache, where its blocks' rows go, and its AR rows.
-
-    reach: cache rows that its attention may see at most.
-    """
-
-    cache: GgmlCache
-    end: int
-    reach: int
-    ar_rows: int = 0
-    tree: TreeLayout | None = None
 
 
 class GgmlModel:
@@ -152,24 +136,10 @@ class GgmlModel:
         if not self._finalizer.alive:
             raise OrthrusError("the model is closed; load it again")
 
-    def _sequences(self, segments: Sequence[Segment]) -> dict[int, _Sequence]:
-        """The sequences of a call by their cache's id, in order, with nothing pending."""
-        found: dict[int, _Sequence] = {}
-        for segment in segments:
-            cache = segment.cache
-            if not isinstance(cache, GgmlCache) or cache.layout is not self._layout or cache.closed:
-                raise ValueError("the cache is closed, or belongs to another model")
-            own = found.get(id(cache))
-            if own is None:
-                cache.drop()
-                own = found[id(cache)] = _Sequence(cache, cache.length, cache.length)
-            own.reach += len(segment)
-            if segment.view is View.AR:
-                own.ar_rows = len(segment)
-                own.end += own.ar_rows
-        return found
-
-    def _check(self, segments: Sequence[Segment]) -> None:
+    def _check(self, segments: Sequence[Segment], sequences: dict[int, OneSequence]) -> None:
+        self._check_open()
+        if any(own.cache.layout is not self._layout for own in sequences.values()):
+            raise ValueError("the cache belongs to another model")
         check_segments(segments)
         for segment in segments:
             low, high = min(segment.tokens), max(segment.tokens)
@@ -204,22 +174,17 @@ class GgmlModel:
         It gets logits as they lie in the graph's memory, which the next pass overwrites.
         """
         with self._lock:
-            sequences = self._sequences(segments)
-            self._check_open()
-            self._check(segments)
-            for segment in segments:
-                if segment.parents is not None:
-                    own = sequences[id(segment.cache)]
-                    own.tree = tree_layout(segment.parents, segment.start)
-                    own.cache.make_room(own.tree)
+            sequences = sequences_of(segments)
+            self._check(segments, sequences)
+            for own in sequences.values():
+                own.prepare()
             gathered, found = Gathered(with_taps=with_taps), {}
             for pieces in cut(segments, self._max_ar_rows(sequences), self._spare_rows):
                 ready = self._run_pass(pieces, sequences, with_taps=with_taps)
                 for index, logits, taps in gathered.add(pieces, ready):
                     found[index] = result(segments[index], logits, taps)
             for own in sequences.values():
-                if own.ar_rows:
-                    own.cache.hold(own.ar_rows, own.tree)
+                own.finish()
         return [
             found[index] if index in found else result(segment, self._no_logits, None)
             for index, segment in enumerate(segments)
@@ -229,29 +194,23 @@ class GgmlModel:
     def _no_logits(self) -> Logits:
         return np.empty((0, self.config.n_vocab), np.float32)
 
-    def _max_ar_rows(self, sequences: dict[int, _Sequence]) -> int:
+    def _max_ar_rows(self, sequences: dict[int, OneSequence]) -> int:
         """AR rows of one pass that keep its attention scores within SCORE_BYTES."""
         reach = columns_for(max(own.reach for own in sequences.values()))
         return ar_rows(self.config, self._layout, reach, self._batch_rows)
 
     def _run_pass(
-        self, pieces: Sequence[Piece], sequences: dict[int, _Sequence], *, with_taps: bool
+        self, pieces: Sequence[Piece], sequences: dict[int, OneSequence], *, with_taps: bool
     ) -> ReadyGraph:
-        parts = [
-            (own, [piece for piece in pieces if piece.segment.cache is own.cache])
-            for own in sequences.values()
-        ]
-        parts = [part for part in parts if part[1]]
-        taps = {tap for piece in pieces for tap in piece.segment.taps} if with_taps else ()
-        shape = Shape(
-            tuple(_share(own, own_pieces) for own, own_pieces in parts),
-            sum(len(piece.wanted) for piece in pieces),
-            tuple(sorted(taps)),
-        )
+        parts, wanted, taps = by_sequence(pieces, sequences), 0, set[int]()
+        for piece in pieces:
+            wanted += len(piece.wanted)
+            if with_taps:
+                taps.update(piece.segment.taps)
+        shares = tuple(own.share(own_pieces) for own, own_pieces in parts)
+        shape = Shape(shares, wanted, tuple(sorted(taps)))
         ready = self._graphs.get([own.cache for own, _ in parts], shape)
-        ready.inputs.fill(
-            pieces, [ShareRows(own_pieces, own.end, own.tree) for own, own_pieces in parts]
-        )
+        ready.inputs.fill(pieces, [own.rows(own_pieces) for own, own_pieces in parts])
         with self._pool.lock:
             status = self._api.backend_graph_compute(self._backend, ready.graph)
         if status != STATUS_SUCCESS:
@@ -260,18 +219,3 @@ class GgmlModel:
                 "memory may have run out: choose a smaller context with -c"
             )
         return ready
-
-
-def _share(own: _Sequence, pieces: Sequence[Piece]) -> Share:
-    """What a sequence has in a pass, with as many columns as its rows and blocks reach."""
-    ar = diffusion = stores = reach = 0
-    for piece in pieces:
-        if piece.segment.view is View.AR:
-            ar, reach = piece.count, piece.start + piece.count
-        else:
-            diffusion += piece.count
-            reach = max(reach, own.end + piece.offset + piece.count)
-    if own.tree is not None:
-        reach, stores = own.tree.columns, padded_stores(len(own.tree.stores))
-    columns = min(columns_for(reach), own.cache.rows)
-    return Share(own.cache.serial, ar, diffusion, columns, stores)
