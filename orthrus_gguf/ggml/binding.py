@@ -89,7 +89,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "build_forward_expand": (None, (_PTR, _PTR)),
     "gallocr_new": (_PTR, (_PTR,)),
     "gallocr_free": (None, (_PTR,)),
-    # Whether its result says "yes" or is a status depends on the version: look at the buffer's size.
+    # Versions differ in whether its result is a status or a yes: look at the buffer's size.
     "gallocr_reserve": (_INT, (_PTR, _PTR)),
     "gallocr_alloc_graph": (_BOOL, (_PTR, _PTR)),
     "gallocr_get_buffer_size": (_SIZE, (_PTR, _INT)),

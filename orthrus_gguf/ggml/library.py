@@ -2,8 +2,7 @@
 
 Looked up in this order: the folder named by ORTHRUS_GGML_DIR, the `lib` folder of an installed
 llama-cpp-python (built for this very machine, so often faster), the libggml-python wheel that this
-project depends on. A folder named by the user must work; the other two are tried in turn, and
-`Library.passed_over` says why one was not taken.
+project depends on. A folder named by the user must work; the other two are tried in turn.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import importlib.util
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from orthrus_gguf.errors import OrthrusError
@@ -34,13 +33,12 @@ _PIP_HINT = "install the one that is tested: pip install 'libggml-python>=0.20.2
 class Library:
     """A loaded ggml that passed its self-test.
 
-    path: the file that holds the CPU backend. passed_over: one line per folder tried before.
+    path: the file that holds the CPU backend.
     """
 
     api: Ggml
     version: str
     path: Path
-    passed_over: tuple[str, ...] = ()
 
 
 class _UnusableError(Exception):
@@ -63,7 +61,7 @@ def load_library() -> Library:
     for folder in _installed_folders():
         opened = _try(folder)
         if isinstance(opened, Library):
-            return replace(opened, passed_over=tuple(reasons))
+            return opened
         reasons.append(f"{folder}: {opened}")
     found = "; ".join(reasons) or "none is installed"
     raise OrthrusError(f"no usable ggml library ({found}); {_PIP_HINT}")

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
-from orthrus_gguf.ggml.binding import ROPE_HALVES, Ggml
+from orthrus_gguf.ggml.binding import ROPE_ADJACENT, ROPE_HALVES, Ggml
 from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.ggml.tensors import Scratch, multiply_rows
 
@@ -135,27 +135,11 @@ def _normalizes(api: Ggml, rng: np.random.Generator) -> bool:
 
 
 def _rotates(api: Ggml, rng: np.random.Generator) -> bool:
-    """NeoX rotation with YaRN by 4, whose ramp crosses the pairs of this head size."""
+    """Halves and adjacent pairs, without and with frequency factors; YaRN by 4, whose ramp crosses
+    the pairs of this head size."""
     heads, size, base, factor, original = 2, 32, 10000.0, 4.0, 4096
     x = rng.standard_normal((3, heads * size)).astype(np.float32)
     positions = np.array([0, 7, 5000], np.int32)
-    with Scratch(api) as s:
-        rotated = api.rope_ext(
-            s.context,
-            api.reshape_3d(s.context, s.tensor(x), size, heads, 3),
-            s.tensor(positions),
-            None,
-            size,
-            ROPE_HALVES,
-            original,
-            base,
-            1 / factor,
-            1.0,
-            1.0,
-            32.0,
-            1.0,
-        )
-        found = s.compute(rotated, (3, heads, size))
     pairs = np.arange(size // 2)
     low, high = (
         size * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
@@ -163,12 +147,38 @@ def _rotates(api: Ggml, rng: np.random.Generator) -> bool:
     )
     low, high = max(math.floor(low), 0), min(math.ceil(high), size - 1)
     kept = 1 - np.clip((pairs - low) / (high - low), 0, 1)
-    speed = base ** (-2 * pairs / size)
-    angle = positions[:, None, None] * (speed / factor * (1 - kept) + speed * kept)
-    cos, sin = (f(angle) * (1 + 0.1 * math.log(factor)) for f in (np.cos, np.sin))
-    first, second = np.split(x.reshape(3, heads, size).astype(np.float64), 2, axis=-1)
-    expected = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return close_to(found, expected, 1e-6)
+    factors = np.geomspace(1, 8, size // 2).astype(np.float32)
+    for mode, divided in ((ROPE_HALVES, False), (ROPE_ADJACENT, True)):
+        with Scratch(api) as s:
+            rotated = api.rope_ext(
+                s.context,
+                api.reshape_3d(s.context, s.tensor(x), size, heads, 3),
+                s.tensor(positions),
+                s.tensor(factors) if divided else None,
+                size,
+                mode,
+                original,
+                base,
+                1 / factor,
+                1.0,
+                1.0,
+                32.0,
+                1.0,
+            )
+            found = s.compute(rotated, (3, heads, size))
+        speed = base ** (-2 * pairs / size) / (factors if divided else 1)
+        angle = positions[:, None, None] * (speed / factor * (1 - kept) + speed * kept)
+        cos, sin = (f(angle) * (1 + 0.1 * math.log(factor)) for f in (np.cos, np.sin))
+        order = pairs * 2 if mode == ROPE_ADJACENT else pairs
+        step = 1 if mode == ROPE_ADJACENT else size // 2
+        values = x.reshape(3, heads, size).astype(np.float64)
+        first, second = values[..., order], values[..., order + step]
+        expected = np.empty_like(values)
+        expected[..., order] = first * cos - second * sin
+        expected[..., order + step] = second * cos + first * sin
+        if not close_to(found, expected, 1e-6):
+            return False
+    return True
 
 
 def _copies_rows(api: Ggml, rng: np.random.Generator) -> bool:

@@ -1,8 +1,6 @@
 """Against stock llama.cpp (the `xllamacpp` wheel): its log probabilities, and its newer ggml.
 
-Random models, so that every part matters: a wrong RoPE constant shows at once. llama.cpp runs one
-row per pass without repacked weights and without flash attention, which rounds (with it, its own
-results move by up to 0.007): then its kernels are the plain ones that this runtime always uses.
+Random models, so that every part matters: a wrong RoPE constant shows at once.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import pytest
 import xllamacpp
 from ggml_models import append
 from numpy.typing import NDArray
+from stock import Stock
 from synthetic_model import TypeRule, model_shape, q4_k_m, uniform, write_model
 
 from orthrus_gguf.ggml import selftest
@@ -31,29 +30,9 @@ from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 TYPES = gguf.GGMLQuantizationType
 PROMPT: list[int] = np.random.default_rng(5).integers(0, 300, 90).tolist()
 TOP = 50
-CACHE_TYPES = {
-    "f32": xllamacpp.ggml_type.GGML_TYPE_F32,
-    "f16": xllamacpp.ggml_type.GGML_TYPE_F16,
-}
 PLAIN = model_shape(block_size=None)
 YARN = model_shape(block_size=None, rope=Rope(10000.0, 4.0, 1024, 1.0))
 LOPSIDED = model_shape(block_size=None, n_head=6, n_head_kv=3, head_dim=96, tied=False)
-
-
-def stock_logprobs(path: Path, cache_type: str) -> dict[int, float]:
-    """The TOP most likely next tokens after PROMPT, with their log probabilities."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.verbosity, params.warmup = 256, 1, 0, False
-    params.n_ubatch, params.no_extra_bufts = 1, True
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = CACHE_TYPES[cache_type]
-    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    answer = xllamacpp.Server(params).handle_completions(
-        {"prompt": PROMPT, "n_predict": 1, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
-    )
-    (entry,) = answer["choices"][0]["logprobs"]["content"]
-    return {top["id"]: top["logprob"] for top in entry["top_logprobs"]}
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16"])
@@ -72,7 +51,8 @@ def stock_logprobs(path: Path, cache_type: str) -> dict[int, float]:
 def test_logprobs(tmp_path: Path, config: ModelConfig, rule: TypeRule, cache_type: str) -> None:
     path = tmp_path / "model.gguf"
     write_model(load_library().api, path, config, rule)
-    expected = stock_logprobs(path, cache_type)
+    (entry,) = Stock(path, cache_type, 256).greedy(PROMPT, 1, TOP)
+    expected = {top["id"]: top["logprob"] for top in entry["top_logprobs"]}
     assert len(expected) == TOP
     with (
         ModelFile.open(path) as file,
