@@ -23,15 +23,17 @@ MEMORY = 0.98
 #: Sources that are blocks, in a pass of their own or not.
 BLOCKS = (BLOCK, NEXT, LAST)
 
-#: How often a second choice is right where the first was refused, before anything is known.
-SECOND_IS_RIGHT = 0.2
+#: How often a second choice is right where the first was refused, before anything is known; and
+#: how much of what the drafter promises of it comes true.
+SECOND_IS_RIGHT, PROMISE_IS_KEPT = 0.2, 1.0
 
 
 @dataclass
 class _Counts:
-    """Accepted and offered tokens of one source, in classes."""
+    """Accepted and offered tokens of one source, in classes. weight: of the prior."""
 
     prior: list[float]
+    weight: float = PRIOR_WEIGHT
     accepted: list[float] = field(init=False)
     offered: list[float] = field(init=False)
 
@@ -40,7 +42,8 @@ class _Counts:
         self.offered = [0.0] * len(self.prior)
 
     def share(self, i: int) -> float:
-        return (self.accepted[i] + PRIOR_WEIGHT * self.prior[i]) / (self.offered[i] + PRIOR_WEIGHT)
+        known = self.weight * self.prior[i]
+        return (self.accepted[i] + known) / (self.offered[i] + self.weight)
 
     def add(self, i: int, accepted: float, offered: float = 1.0) -> None:
         self.offered[i] += offered
@@ -121,15 +124,27 @@ class Acceptance:
         if len(cycle.passes) > 1:  # a draft pass: whatever came of it was verified
             self._expect(cycle.draft.source, [1.0] * agreed + [0.0], len(cycle.drafts))
         if agreed < min(len(cycle.drafts), len(cycle.draft.second)):
-            counts = self._seconds.setdefault(cycle.draft.source, _Counts([SECOND_IS_RIGHT]))
+            right = cycle.draft.second[agreed][0] == cycle.tokens[agreed]
+            counts = self._second_choices(cycle.draft.source)
             counts.forget(MEMORY)
-            counts.add(0, cycle.draft.second[agreed][0] == cycle.tokens[agreed])
+            counts.add(0, right)
+            counts.add(1, right, cycle.draft.second_shares(agreed + 1)[agreed])
+
+    def _second_choices(self, source: Source) -> _Counts:
+        """Of second choices where the first was refused: those that were right among all, and as
+        many as the drafter promised."""
+        return self._seconds.setdefault(source, _Counts([SECOND_IS_RIGHT, PROMISE_IS_KEPT], 1.0))
 
     def second(self, source: Source) -> float:
         """How often a second choice of this source is right where the first is refused; 0 for
         sources that have shown none."""
-        counts = self._seconds.get(source)
-        return 0.0 if counts is None else counts.share(0)
+        return self._second_choices(source).share(0) if source in self._seconds else 0.0
+
+    def seconds_of_draft(self, draft: Draft, most: int) -> list[float]:
+        """Per token of a draft at hand, the probability that its second choice is right if the
+        first one is refused; for at most `most` tokens."""
+        kept = self._second_choices(draft.source).share(1)
+        return [min(kept * share, 1.0) for share in draft.second_shares(min(most, len(draft)))]
 
     def foresee(self, draft: Draft) -> None:
         """Count what a draft at hand promises, whether it will be verified or not.

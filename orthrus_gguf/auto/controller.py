@@ -6,8 +6,9 @@ within a cycle is then worth its expected tokens less what its time would have b
 the best choice wins. Plain decoding is always among them.
 
 Two accounts keep the promise "never slower than plain decoding": estimates may be wrong, so time
-lost to drafts, beside plain decoding by the same clock, may not exceed a small share of all time;
-and what was given up is forgotten slowly, so that it is tried again when the text changes.
+lost to drafts, beside plain decoding by the same clock, may not exceed a small share of all time
+(in the company of other sequences there is nothing to compare with, and nothing is counted); and
+what was given up is forgotten slowly, so that it is tried again when the text changes.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Controller:
         self._lost = self._elapsed = self._host = 0.0
         self._tables: _Tables | None = None
         self._age = 0
-        self._idle_cycles, self._idle_seconds = 0, 0.0
+        self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
 
     def drafters(self, config: ModelConfig) -> list[Drafter]:
         verify = self._current(0).verify
@@ -181,9 +182,8 @@ class Controller:
             guesses, added = self._carry(tables, draft, anchor, width, room)
             value += added
         if draft.second and most > 1:
-            branches = best_first(
-                accept, draft.second_shares(len(accept)), min(most, MOST_NODES), LEAST_NODE
-            )
+            seconds = self._acceptance.seconds_of_draft(draft, len(accept))
+            branches = best_first(accept, seconds, min(most, MOST_NODES), LEAST_NODE)
             reached = [0.0, *np.cumsum(branches.probabilities).tolist()]
             tree = _worths(reached, rate, tables.verify)
             nodes = max(range(len(tree)), key=tree.__getitem__)
@@ -194,13 +194,17 @@ class Controller:
 
     def observe(self, cycle: Cycle) -> None:
         tables = self._current(cycle.start)
-        self._elapsed += cycle.seconds
         self._record(tables.steady, cycle)
         if tables.idle and not cycle.drafts and len(cycle.passes) == 1:
             (done,) = cycle.passes
-            self._host += NEWEST_HOST * (cycle.seconds - done.seconds - self._host)
             self._idle_cycles += 1
-            self._idle_seconds += done.seconds
+            if done.company:  # what others did on the host meanwhile is not known
+                self._costs.observe(done)
+            else:
+                self._host += NEWEST_HOST * (cycle.seconds - done.seconds - self._host)
+                self._elapsed += cycle.seconds
+                self._idle_alone += 1
+                self._idle_seconds += done.seconds
             if self._idle_cycles >= IDLE:
                 self._learn_idle(cycle.start)
             return
@@ -208,13 +212,15 @@ class Controller:
 
     def _learn_idle(self, context: int) -> None:
         """Learn from the cycles of plain decoding that were only counted."""
-        cycles, seconds = self._idle_cycles, self._idle_seconds
-        self._idle_cycles, self._idle_seconds = 0, 0.0
-        self._costs.observe(Pass(1, 0, context, seconds / cycles))
+        cycles, alone, seconds = self._idle_cycles, self._idle_alone, self._idle_seconds
+        self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
+        if alone:
+            self._costs.observe(Pass(1, 0, context, seconds / alone))
         self._acceptance.relax(RELAX**cycles)
         self._age = REFRESH
 
     def _learn(self, cycle: Cycle, tables: _Tables) -> None:
+        self._age += 1
         self._acceptance.observe(cycle)
         for done in cycle.passes:
             self._costs.observe(done)
@@ -222,10 +228,12 @@ class Controller:
             self._acceptance.relax(RELAX)
         elif self._carrying is not None and cycle.guesses:
             self._carrying.observe(cycle, self._added)
+        if any(done.company for done in cycle.passes):
+            return  # plain decoding in this company would have taken nobody knows how long
+        self._elapsed += cycle.seconds
         if len(cycle.passes) > 1 or cycle.drafts or cycle.guesses:
             plain = tables.verify[1] + self._host
             self._lost += cycle.seconds - len(cycle.tokens) * plain
-        self._age += 1
 
     def _first_carrying(self, context: int) -> Carrying:
         """What is taken to be usual before any block was carried: two blocks of half the size."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_model import ToyCache, ToyModel
+from toy_model import ToyModel
 
 from orthrus_gguf.auto.calibration import MachineCosts, measure
 from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
-from orthrus_gguf.drafting.policy import Pass
-from orthrus_gguf.runtime.protocol import Logits, Segment
+from orthrus_gguf.drafting.cycle import Pass
+from orthrus_gguf.runtime.protocol import Choices, Segment
 
 CURVE = CostCurve(
     rows=(1, 2, 8),
@@ -37,10 +37,11 @@ class TimedModel(ToyModel):
     def clock(self) -> float:
         return self.now
 
-    def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         ar = sum(len(s) for s in segments if s.view.value == "ar")
-        self.now += self._seconds(ar, sum(map(len, segments)) - ar, cache.length)
-        return super().forward(segments, cache)
+        length = segments[0].cache.length
+        self.now += self._seconds(ar, sum(map(len, segments)) - ar, length)
+        return super().forward(segments)
 
 
 def linear(ar_rows: int, diffusion_rows: int, context: int) -> float:
@@ -110,6 +111,17 @@ def test_one_pass_that_was_held_up_changes_little() -> None:
     assert costs.seconds(1, 0, 64) < 1.06
 
 
+def test_rows_of_other_sequences_are_part_of_what_a_pass_costs() -> None:
+    """A row in company is no pass of a single row that was slow."""
+    costs = RunningCosts(CURVE)
+    for _ in range(200):
+        costs.observe(Pass(1, 0, 64, CURVE.at(8, 0, 64), company=7))
+        costs.observe(Pass(1, 0, 64, CURVE.at(1, 0, 64)))
+    assert costs.seconds(1, 0, 64) == pytest.approx(1.0)
+    assert costs.seconds(8, 0, 64) == pytest.approx(3.0)
+    assert costs.fits
+
+
 def test_another_shape_no_longer_fits() -> None:
     costs = RunningCosts(CURVE)
     for _ in range(60):
@@ -126,9 +138,9 @@ class TestRemembering:
     @pytest.fixture
     def costs(self, tmp_path: Path, timings: list[int]) -> Callable[..., MachineCosts]:
         class Counting(ToyModel):
-            def forward(self, segments: Sequence[Segment], cache: ToyCache) -> list[Logits]:
+            def forward(self, segments: Sequence[Segment]) -> list[Choices]:
                 timings.append(1)
-                return super().forward(segments, cache)
+                return super().forward(segments)
 
         def make(identity: str = "model", notes: list[str] | None = None) -> MachineCosts:
             said = notes if notes is not None else []

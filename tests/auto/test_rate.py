@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from orthrus_gguf.auto.carried_blocks import LEAST, NEWEST, Riding, by_worth
-from orthrus_gguf.auto.rate import Estimates, best_width, outlook, values
-from orthrus_gguf.decode import Cycle, Strategy
-from orthrus_gguf.drafting.draft import Guess, Hypothesis
+from orthrus_gguf.auto.carrying import LEAST, NEWEST, Carrying, by_worth
+from orthrus_gguf.auto.rate import Drafting, Estimates, Prospect, best_width, prospect, values
+from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
+from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.drafting.plan import Plan, Strategy
 
 NOTHING = dict.fromkeys(Guess, 0.0)
+
+
+def drafting(
+    tokens: list[float], seconds: float = 1.0, widths: list[int] | None = None
+) -> Drafting:
+    """tokens: accepted of 0, 1, ... drafted ones; a chain, unless widths tell how deep it goes."""
+    count = len(tokens) - 1
+    deep = widths or list(range(1, count + 1))
+    return Drafting(np.array(tokens[1:]), np.array(deep), np.array([seconds] * count))
 
 
 def estimates(
@@ -23,67 +35,99 @@ def estimates(
     draft: float = 1.0,
     lead: float = 100.0,
     hits: dict[Guess, float] = NOTHING,
-    riding: float = 0.0,
+    carrying: float = 0.0,
 ) -> Estimates:
-    """Passes of one row take a second. Without more, blocks that ride are far too dear."""
-    count = len(block)
+    """Passes of one row take a second. Without more, blocks that ride along are far too dear."""
     return Estimates(
-        verify=np.array([0.0, *(1 + per_row * rows for rows in range(count))]),
-        draft=np.array([0.0] + [draft] * (count - 1)),
+        verify=np.array([0.0, *(1 + per_row * rows for rows in range(len(block)))]),
         lead=lead,
-        block=np.array(block),
+        passes={BLOCK: drafting(block, draft)},
         carried={guess: np.array(carried or [0.0]) for guess in Guess},
         hits=hits,
-        riding=riding,
+        carrying=carrying,
     )
+
+
+def found(e: Estimates, blocks: int = 1, width: int = 3) -> Prospect:
+    return prospect(e, blocks=blocks, width=width)
 
 
 def test_two_passes() -> None:
     """Three of three drafts accepted: four tokens in two seconds."""
-    found = outlook(estimates(block=[0, 1, 2, 3]), blocks=1, width=3, lookup=False)
-    assert found.plan.strategy is Strategy.TWO_PASS
-    assert found.plan.width == 3
-    assert found.rate == pytest.approx(2.0, rel=2e-3)
+    steady = found(estimates(block=[0, 1, 2, 3]))
+    assert steady.plan == Plan(Strategy.TWO_PASS, 3)
+    assert steady.rate == pytest.approx(2.0, rel=2e-3)
+    assert steady.source == BLOCK
 
 
 def test_the_width_follows_from_what_rows_cost() -> None:
     """Half a second per row: (1 + 1) tokens in 2.5 s, (2 + 1) in 3 s, (2.1 + 1) in 3.5 s."""
-    found = outlook(estimates(block=[0, 1, 2, 2.1], per_row=0.5), blocks=1, width=3, lookup=False)
-    assert (found.plan.strategy, found.rate) == (Strategy.AR, 1.0)
-    cheaper = outlook(estimates(block=[0, 1, 2, 2.1], per_row=0.2), blocks=1, width=3, lookup=False)
+    steady = found(estimates(block=[0, 1, 2, 2.1], per_row=0.5))
+    assert (steady.plan.strategy, steady.rate) == (Strategy.AR, 1.0)
+    cheaper = found(estimates(block=[0, 1, 2, 2.1], per_row=0.2))
     assert cheaper.plan.width == 2
     assert cheaper.rate == pytest.approx(3 / 2.4, rel=2e-3)
 
 
 def test_drafts_that_are_wrong_mean_plain_decoding() -> None:
-    found = outlook(estimates(block=[0, 0.5, 0.6]), blocks=1, width=2, lookup=True)
-    assert found.plan.strategy is Strategy.AR
-    assert found.plan.lookup
-    assert found.rate == 1.0
+    steady = found(estimates(block=[0, 0.5, 0.6]), width=2)
+    assert steady == Prospect(Plan(Strategy.AR), 1.0)
+
+
+def test_a_tree_where_it_brings_more() -> None:
+    """Four nodes, two deep: three tokens of (2 + 1) in two seconds, where the chain brings 1.3."""
+    chain, tree = [0, 1.0, 1.3], [0, 1.0, 1.5, 1.9, 2.0]
+    e = estimates(block=tree)
+    deep = drafting(tree, widths=[1, 1, 2, 2])
+    steady = found(replace(e, passes={BLOCK: deep}))
+    assert steady.plan == Plan(Strategy.TWO_PASS, 2, tree=4)
+    assert steady.rate == pytest.approx(3 / 2, rel=2e-3)
+    assert found(estimates(block=chain)).plan.tree == 0
+    dear = replace(e, passes={BLOCK: deep}, verify=np.array([0.0, 1, 1, 1.01, 1.5, 2]))
+    assert found(dear).plan == Plan(Strategy.TWO_PASS, 1, tree=2), "rows that cost are left out"
+
+
+def test_the_best_kind_of_pass_is_taken() -> None:
+    """One brings three tokens in a second, the other two in a tenth of one: (2 + 1) in 1.1 s."""
+    quick = Source("quick", "quick", "#000000", 0.5)
+    e = estimates(block=[0, 1, 2, 3])
+    both = replace(e, passes={BLOCK: e.passes[BLOCK], quick: drafting([0, 1, 2], 0.1)})
+    steady = found(both)
+    assert (steady.source, steady.plan.width) == (quick, 2)
+    assert steady.rate == pytest.approx(3 / 1.1, rel=2e-3)
+    worth = values(both, 3 / 1.1)
+    assert (worth.source, worth.width, worth.nodes) == (quick, 2, 2)
+    assert worth.drafting == pytest.approx(0.0)
+
+
+def test_without_passes_there_is_only_plain_decoding() -> None:
+    """Of a model without heads."""
+    none = Estimates(
+        np.array([0.0, 1, 1, 1]), 0.0, {}, {guess: np.zeros(0) for guess in Guess}, NOTHING, 0.0
+    )
+    assert found(none) == Prospect(Plan(Strategy.AR), 1.0)
+    worth = values(none, 1.0)
+    assert worth.plain == 0
+    assert max(worth.drafting, worth.lead) == -np.inf
+    assert worth.onward == 0
 
 
 def test_a_block_alongside_plain_decoding() -> None:
     """By turns: a row with a block alongside (1.1 s), then its draft, two accepted: 4 tokens."""
-    found = outlook(
-        estimates(block=[0, 0, 0], carried=[0, 1, 2], lead=0.1), blocks=1, width=2, lookup=False
-    )
-    assert found.plan.strategy is Strategy.FUSED
-    assert found.rate == pytest.approx(4 / 2.1, rel=2e-3)
+    steady = found(estimates(block=[0, 0, 0], carried=[0, 1, 2], lead=0.1), width=2)
+    assert steady.plan.strategy is Strategy.FUSED
+    assert steady.rate == pytest.approx(4 / 2.1, rel=2e-3)
 
 
 def test_blocks_that_always_come_true() -> None:
     """Nine cycles of ten leave a block for the next one. From a miss to the next: a row with a
-    block alongside, then on average ten cycles of three tokens, each with 0.2 s of riding blocks.
+    block alongside, then on average ten cycles of three tokens, each with 0.2 s of blocks.
     """
     hits = {Guess.LAST: 0.0, Guess.NEXT: 0.9}
-    found = outlook(
-        estimates(block=[0, 0, 0], carried=[0, 1, 2], lead=0.2, hits=hits, riding=0.2),
-        blocks=2,
-        width=2,
-        lookup=False,
-    )
-    assert (found.plan.strategy, found.plan.blocks, found.plan.width) == (Strategy.FUSED, 2, 2)
-    assert found.rate == pytest.approx((1 + 30) / (1.2 + 10 * 1.2), rel=5e-3)
+    e = estimates(block=[0, 0, 0], carried=[0, 1, 2], lead=0.2, hits=hits, carrying=0.2)
+    steady = found(e, blocks=2, width=2)
+    assert (steady.plan.strategy, steady.plan.blocks, steady.plan.width) == (Strategy.FUSED, 2, 2)
+    assert steady.rate == pytest.approx((1 + 30) / (1.2 + 10 * 1.2), rel=5e-3)
 
 
 def test_a_gain_is_what_a_draft_pass_would_have_taken() -> None:
@@ -94,7 +138,7 @@ def test_a_gain_is_what_a_draft_pass_would_have_taken() -> None:
     assert worth.plain == pytest.approx(-1.0)
 
 
-def test_rows_of_blocks_that_ride_are_weighed_by_hits() -> None:
+def test_rows_of_carried_blocks_are_weighed_by_hits() -> None:
     n = np.array([0, 0.9, 1.7, 2.4, 3.0, 3.5, 3.9, 4.2, 4.4])
     carried, verify = dict.fromkeys(Guess, n), np.array([0.0] + [1.0] * 9)
 
@@ -153,12 +197,12 @@ def test_the_order_of_guesses_is_greedy(seed: int) -> None:
     assert all(worth([*chosen, g]) - worth(chosen) <= 2 * LEAST for g in rest)
 
 
-def test_what_rode_is_remembered() -> None:
-    riding = Riding(4.0, 2.0, 1.0, {Guess.LAST: 0.5, Guess.NEXT: 0.5})
+def test_what_was_carried_is_remembered() -> None:
+    carrying = Carrying(4.0, 2.0, 1.0, {Guess.LAST: 0.5, Guess.NEXT: 0.5})
     guesses = (Hypothesis(Guess.LAST, 1, 5, 0.5), Hypothesis(Guess.NEXT, 1, 9, 0.2))
-    riding.observe(Cycle(0, (5, 6), 1, (5, 9), guesses=guesses), 3.0)
-    assert riding.hits[Guess.NEXT] == pytest.approx(0.5 + NEWEST * 0.5), "the better one counts"
-    assert riding.hits[Guess.LAST] == pytest.approx(0.5 - NEWEST * 0.5)
-    riding.observe(Cycle(0, (5, 6), 1, (5, 8), guesses=guesses), 3.0)
-    assert riding.hits[Guess.LAST] > 0.5 - NEWEST * 0.5
-    assert riding.seconds == pytest.approx(1.0 + 2 * NEWEST * 2.0, rel=0.02)
+    carrying.observe(Cycle(0, (5, 6), 1, (5, 9), guesses=guesses), 3.0)
+    assert carrying.hits[Guess.NEXT] == pytest.approx(0.5 + NEWEST * 0.5), "the better one counts"
+    assert carrying.hits[Guess.LAST] == pytest.approx(0.5 - NEWEST * 0.5)
+    carrying.observe(Cycle(0, (5, 6), 1, (5, 8), guesses=guesses), 3.0)
+    assert carrying.hits[Guess.LAST] > 0.5 - NEWEST * 0.5
+    assert carrying.seconds == pytest.approx(1.0 + 2 * NEWEST * 2.0, rel=0.02)

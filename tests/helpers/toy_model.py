@@ -8,6 +8,7 @@ loop that leaves a wrong row behind changes the text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,9 +54,15 @@ def toy_config(*, heads: bool = True) -> ModelConfig:
 
 
 def ar_logits(prefix: Sequence[int]) -> Logits:
-    """Logits [VOCAB] after `prefix`."""
-    seed = hash(tuple(prefix)) % 2**32
-    return np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
+    """Logits [VOCAB] after `prefix`; not to be written to."""
+    return _logits_of_hash(hash(tuple(prefix)) % 2**32)
+
+
+@lru_cache(maxsize=100_000)
+def _logits_of_hash(seed: int) -> Logits:
+    logits = np.random.default_rng(seed).normal(0, 3, VOCAB).astype(np.float32)
+    logits.setflags(write=False)
+    return logits
 
 
 def greedy_continuation(prefix: Sequence[int], rows: int) -> list[int]:
