@@ -17,8 +17,9 @@ import torch
 from gguf.quants import dequantize
 from torch import Tensor
 
+from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import Pairing
-from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
@@ -104,7 +105,8 @@ class ReferenceModel:
         for cache in caches:
             cache.pend(())
         check_segments(segments)
-        self._check_taps(segments)
+        for segment in segments:
+            self._check(segment)
         try:
             run = {View.AR: self._causal, View.DIFFUSION: self._block}
             pairs = zip(segments, caches, strict=True)
@@ -114,11 +116,20 @@ class ReferenceModel:
                 cache.pend(())
             raise
 
-    def _check_taps(self, segments: Sequence[Segment]) -> None:
-        last = self.config.n_layers + 1
-        for tap in (tap for segment in segments for tap in segment.taps):
+    def _check(self, segment: Segment) -> None:
+        """What this model has: tokens, taps, heads."""
+        config, last = self.config, self.config.n_layers + 1
+        for token in segment.tokens:
+            if not 0 <= token < config.n_vocab:
+                raise OrthrusError(
+                    f"token {token} is outside the vocabulary of {config.n_vocab}; the tokenizer "
+                    "does not belong to this model"
+                )
+        for tap in segment.taps:
             if not 0 <= tap <= last:
                 raise ValueError(f"no tap {tap}: this model has 0 to {last}")
+        if segment.view is View.DIFFUSION and not config.has_heads:
+            raise OrthrusError(f"{config.name} has no diffusion heads; use --strategy ar")
 
     def _causal(self, segment: Segment, cache: ReferenceCache) -> Results:
         """A chain or a tree. Every row finds its ancestors, and nothing else, in the cache."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.passes import check_path
 from orthrus_gguf.runtime.protocol import Checkpoint, path_to
 
 
@@ -48,7 +49,7 @@ class ReferenceCache:
         """See `Cache.commit`."""
         if not self._parents:
             raise ValueError("no rows are pending")
-        check_path(rows, self._parents)
+        check_path(rows, len(self._rows), self._parents)
         self._put(list(rows))
         self._length += len(rows)
         self.pend(())
@@ -99,10 +100,3 @@ class ReferenceCache:
             if self._path[i : i + 1] != [row]:
                 self.k[:, self._length + i], self.v[:, self._length + i] = self._rows[row]
         self._path = path
-
-
-def check_path(rows: Sequence[int], parents: Sequence[int]) -> None:
-    """Raise ValueError unless `rows` are a path of the tree from its root on, or nothing."""
-    follows = [parents[row] if 0 <= row < len(parents) else None for row in rows]
-    if follows != [-1, *rows][: len(rows)]:
-        raise ValueError(f"rows {list(rows)} are no path from the first of {len(parents)} rows")

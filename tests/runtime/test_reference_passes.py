@@ -25,6 +25,7 @@ from orthrus_gguf.runtime.protocol import (
 from orthrus_gguf.runtime.reference import ReferenceModel
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
 from orthrus_gguf.sampling import Sampler, SamplingSettings
+from tests.tiny_model import write_model
 
 GREEDY = Sampler(SamplingSettings(temperature=0))
 TREE = (-1, 0, 0, 1, 1, 3, 2, 6, 0)
@@ -261,6 +262,19 @@ def test_what_a_pass_must_not_do(model: ReferenceModel) -> None:
         if segments:
             with pytest.raises(ValueError, match="pending"):
                 cache.commit([0])
+
+
+def test_tokens_and_heads_that_the_model_lacks(model: ReferenceModel, tmp_path: Path) -> None:
+    cache, draw = model.new_cache(8), Draw(GREEDY, [1])
+    for token in (-1, model.config.n_vocab):
+        with pytest.raises(
+            OrthrusError, match=rf"token {token} is outside the vocabulary of 4096;"
+        ):
+            model.forward([ar_segment(cache, [1, token], 0, draw=draw)])
+    with ModelFile.open(write_model(tmp_path / "base.gguf", "qwen2")) as file:
+        plain = ReferenceModel(file)
+    with pytest.raises(OrthrusError, match="Tiny has no diffusion heads; use --strategy ar"):
+        plain.forward([diffusion_segment(plain.new_cache(8), 1, 2, 4, 0, draw=draw)])
 
 
 def test_a_cache_beyond_memory_is_refused(model: ReferenceModel) -> None:
