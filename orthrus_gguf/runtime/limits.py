@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
+from orthrus_gguf.errors import OrthrusError
+
 ROOT = Path("/")
 
 
@@ -28,6 +30,24 @@ def usable_cores() -> int:
     except AttributeError:  # not Linux
         return max(1, os.cpu_count() or 1)
     return linux_cores(cpus)
+
+
+#: More threads are never used (ggml knows no more).
+MOST_THREADS = 512
+
+#: Threads that may be asked for on any machine, however small. ggml aborts when the system refuses
+#: to start one, and far more threads than processors would only wait for each other anyway.
+ALWAYS_ALLOWED = 16
+
+
+def thread_count(requested: int | None) -> int:
+    """The number of threads to use: as requested, else one per usable physical core."""
+    most = min(max(os.cpu_count() or 1, ALWAYS_ALLOWED), MOST_THREADS)
+    if requested is None:
+        return min(usable_cores(), most)
+    if not 1 <= requested <= most:
+        raise OrthrusError(f"--threads {requested}: must lie in 1..{most} on this machine")
+    return requested
 
 
 def linux_cores(cpus: set[int], root: Path = ROOT) -> int:

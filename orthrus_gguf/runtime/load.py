@@ -28,6 +28,7 @@ class RuntimeName(Enum):
     AUTO = "auto"
     CUDA = "cuda"
     CPU = "cpu"
+    GGML = "ggml"
     REFERENCE = "reference"
 
 
@@ -72,14 +73,9 @@ def load_model(
         return _load_reference(file, settings)
     if settings.name is RuntimeName.CUDA:
         return _load_cuda(file, settings, on_progress)
-    from orthrus_gguf.runtime.ggml.model import GgmlModel
-
-    return GgmlModel.load(
-        file,
-        threads=settings.threads,
-        cache_type_k=settings.cache_type_k or "f16",
-        cache_type_v=settings.cache_type_v or "f16",
-    )
+    if settings.name is RuntimeName.CPU:
+        return _load_cpu(file, settings, say or _to_stderr)
+    return _load_ggml(file, settings)
 
 
 def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSettings:
@@ -108,6 +104,42 @@ def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSet
 
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _load_cpu(file: ModelFile, settings: RuntimeSettings, say: Callable[[str], None]) -> Model:
+    """The native kernels, or ggml in their place, with a line that says why."""
+    from orthrus_cpu_kernels.library import load
+
+    from orthrus_gguf.runtime.cpu.model import CpuModel
+    from orthrus_gguf.runtime.cpu.weights import why_not
+    from orthrus_gguf.runtime.limits import thread_count
+
+    kernels = load()
+    if kernels is None:
+        reason: str | None = (
+            "the CPU kernels were not built: install a C compiler (gcc or clang), then"
+            " pip install --force-reinstall --no-deps orthrus-gguf"
+        )
+    else:
+        reason = why_not(file, kernels)
+    types = {settings.cache_type_k, settings.cache_type_v} - {None, "f16"}
+    if reason is None and types:
+        reason = f"its caches are f16, not {' and '.join(sorted(map(str, types)))}"
+    if reason is not None or kernels is None:
+        say(f"running on ggml, which is slower: {reason}")
+        return _load_ggml(file, settings)
+    return CpuModel.load(file, kernels, threads=thread_count(settings.threads))
+
+
+def _load_ggml(file: ModelFile, settings: RuntimeSettings) -> Model:
+    from orthrus_gguf.runtime.ggml.model import GgmlModel
+
+    return GgmlModel.load(
+        file,
+        threads=settings.threads,
+        cache_type_k=settings.cache_type_k or "f16",
+        cache_type_v=settings.cache_type_v or "f16",
+    )
 
 
 def _load_cuda(file: ModelFile, settings: RuntimeSettings, on_progress: Progress | None) -> Model:

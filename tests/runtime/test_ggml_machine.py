@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orthrus_gguf.runtime.ggml.threads import thread_count
+from orthrus_gguf.runtime.limits import thread_count
 from orthrus_gguf.runtime.limits import (
     cpu_quota,
     darwin_cores,

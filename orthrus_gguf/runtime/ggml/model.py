@@ -28,8 +28,9 @@ from orthrus_gguf.runtime.ggml.graph_pool import GraphPool, ReadyGraph
 from orthrus_gguf.runtime.ggml.results import Gathered, Taps
 from orthrus_gguf.runtime.ggml.sequences import OneSequence, by_sequence, sequences_of
 from orthrus_gguf.runtime.ggml.shape import Shape
-from orthrus_gguf.runtime.ggml.threads import shared_pool, thread_count
+from orthrus_gguf.runtime.ggml.threads import shared_pool
 from orthrus_gguf.runtime.ggml.weights import Weights
+from orthrus_gguf.runtime.limits import thread_count
 from orthrus_gguf.runtime.passes import Piece, cut
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
 

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.binding import THREADPOOL_PARAMS_BYTES, Ggml
-from orthrus_gguf.runtime.limits import usable_cores
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-GGML_MAX_N_THREADS = 512
-
-#: Threads that may be asked for on any machine, however small. ggml aborts when the system refuses
-#: to start one, and far more threads than processors would only wait for each other anyway.
-ALWAYS_ALLOWED = 16
-
-
-def thread_count(requested: int | None) -> int:
-    """The number of threads to use: as requested, else one per usable physical core."""
-    most = min(max(os.cpu_count() or 1, ALWAYS_ALLOWED), GGML_MAX_N_THREADS)
-    if requested is None:
-        return min(usable_cores(), most)
-    if not 1 <= requested <= most:
-        raise OrthrusError(f"--threads {requested}: must lie in 1..{most} on this machine")
-    return requested
 
 
 class ThreadPool:

@@ -1,0 +1,148 @@
+"""Loads the object for this machine, and mirrors `src/orthrus_cpu.h` and `src/steps.h`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+#: Environment variable: the object to load, by its name, instead of the best that the machine has.
+ISA = "ORTHRUS_CPU_ISA"
+
+#: Objects, the fastest first.
+NAMES = ("avx512vnni", "avx2vnni", "avx2", "neon", "portable")
+
+#: Where the build puts them.
+FOLDER = Path(__file__).with_name("objects")
+
+FORM_FLOAT, FORM_BLOCK, FORM_K = range(3)
+
+EMBED, NORM, QUANTIZE, PRODUCT, GATED, HEADS, ATTENTION, PICK = range(8)
+"""Operations of a step."""
+
+PANELS_PER_TASK = 4
+"""Panels of 16 columns that a task of a product covers (`src/steps.c`)."""
+
+LANES = 16
+"""Columns of a panel; equally keys of a panel of the cache."""
+
+_P = ctypes.c_void_p
+_I = ctypes.c_int32
+
+
+class Matrix(ctypes.Structure):
+    """A repacked matrix."""
+
+    _fields_ = (("type", _I), ("k", _I), ("columns", _I), ("panels", _I), ("data", _P))
+
+
+class Step(ctypes.Structure):
+    """One step of a pass; see `src/steps.h`."""
+
+    _fields_ = (
+        *((name, _I) for name in ("op", "tasks", "first", "rows", "width", "form", "count", "add")),
+        *((name, _I) for name in ("n_head", "n_head_kv", "head_dim", "adjacent", "groups", "_")),
+        ("epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("x", _P),
+        ("y", _P),
+        ("x_stride", ctypes.c_size_t),
+        ("y_stride", ctypes.c_size_t),
+        ("q", _P),
+        ("weight", _P),
+        ("weight_k", _P),
+        ("bias", _P * 3),
+        ("matrix", Matrix * 3),
+        ("row", _P),
+        ("cache", _P),
+        ("group", _P),
+        ("index", _P),
+    )
+
+
+ROW = np.dtype(
+    [
+        *((name, np.int32) for name in ("token", "cache", "key", "copies")),
+        *((name, np.int32) for name in ("sees", "from", "to", "_")),
+        ("more_keys", np.uintp),
+        ("cos", np.uintp),
+        ("sin", np.uintp),
+    ]
+)
+"""One row of a pass."""
+
+LAYER_CACHE = np.dtype([("keys", np.uintp), ("values", np.uintp), ("columns", np.int64)])
+GROUP = np.dtype([("first", np.int32), ("count", np.int32)])
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A loaded object. isa: what it is for, in words."""
+
+    path: Path
+    isa: str
+    library: ctypes.CDLL
+
+    def form(self, type_number: int) -> int | None:
+        """The form of activations that a GGUF type takes; None for types without kernels."""
+        form = int(self.library.orthrus_form(type_number))
+        return None if form < 0 else form
+
+    def panel_bytes(self, type_number: int, k: int) -> int:
+        return int(self.library.orthrus_panel_bytes(type_number, k))
+
+    def row_bytes(self, form: int, k: int) -> int:
+        return int(self.library.orthrus_row_bytes(form, k))
+
+
+def built() -> list[str]:
+    """Names of the objects that the build made."""
+    return [name for name in NAMES if (FOLDER / f"{name}.so").exists()]
+
+
+@cache
+def load(name: str | None = None) -> Kernels | None:
+    """The best object that this machine can run, or the one named; None if there is none."""
+    name = name or os.environ.get(ISA)
+    for candidate in [name] if name else NAMES:
+        path = FOLDER / f"{candidate}.so"
+        if path.exists():
+            found = open_object(path)
+            if found is not None:
+                return found
+    return None
+
+
+def open_object(path: Path) -> Kernels | None:
+    """The object at `path`; None if this machine lacks its instructions, or it is of another
+    version than this module."""
+    library = ctypes.CDLL(str(path))
+    library.orthrus_isa.restype = ctypes.c_char_p
+    library.orthrus_panel_bytes.restype = library.orthrus_row_bytes.restype = ctypes.c_size_t
+    library.orthrus_pool_new.restype = _P
+    library.orthrus_pool_free.argtypes = (_P,)
+    library.orthrus_run.argtypes = (_P, _P, ctypes.c_int)
+    library.orthrus_repack.argtypes = (_I, _P, _I, _I, _I, _I, _P)
+    library.orthrus_quantize.argtypes = (_I, _P, _I, _P)
+    library.orthrus_product.argtypes = (
+        *(_I, _P, _I, _I, _I, _P, _I, _P),
+        *(ctypes.c_size_t, _I),
+    )
+    library.orthrus_unpack_row.argtypes = (_I, _P, _I, _I, _P)
+    sizes = (_I * 3)()
+    library.orthrus_sizes(sizes)
+    if tuple(sizes) != (ctypes.sizeof(Step), ROW.itemsize, ctypes.sizeof(Matrix)):
+        return None
+    if not library.orthrus_usable():
+        return None
+    return Kernels(path, library.orthrus_isa().decode(), library)
+
+
+def steps_array(steps: Sequence[Step]) -> ctypes.Array[Step]:
+    """Steps side by side, as `orthrus_run` wants them."""
+    return (Step * len(steps))(*steps)

@@ -1,0 +1,185 @@
+// Attention over F16 caches: keys and values are read once for all rows and query heads that share
+// them.
+//
+// Keys of a head lie [column / 16][head_dim][16], so that 16 of them are the lanes of a register;
+// values lie [column][head_dim], so that elements are. A row sees columns 0 .. sees-1, then from ..
+// to-1 (a branch of a tree, or a diffusion block). Those are dealt with in panels of 16 columns and
+// chunks of CHUNK panels, counted from the row's first column on: a score is one chain over the
+// elements, a softmax runs over chunks in order, a value is one chain over the columns. A row's
+// bits therefore depend on what it sees and on nothing else.
+//
+// Columns must hold finite numbers up to the end of the last panel that a row sees.
+#include "elementary.h"
+#include "isa.h"
+#include "steps.h"
+
+#define CHUNK 16 // panels: 256 columns
+#define TILE 4   // packed rows at once
+
+typedef struct {
+    int d, packed, rows;            // head_dim; query rows; query rows of one pass row
+    const uint16_t *keys, *values;  // of the head
+    const Step *step;
+    const Group *group;
+    int kv_head;
+} Head;
+
+static const float *query(const Head *h, int packed) {
+    int row = h->group->first + packed / h->rows;
+    int head = h->kv_head * h->rows + packed % h->rows;
+    return h->step->x + (size_t)row * h->step->x_stride + head * h->d;
+}
+
+static const Row *row_of(const Head *h, int packed) {
+    return &h->step->row[h->group->first + packed / h->rows];
+}
+
+// Panels of the first part that some row of the group sees, and of the second.
+static void extent(const Head *h, int *first, int *second, int *from) {
+    *first = *second = *from = 0;
+    for (int i = 0; i < h->group->count; i++) {
+        const Row *row = &h->step->row[h->group->first + i];
+        int a = (row->sees + LANES - 1) / LANES, b = (row->to - row->from + LANES - 1) / LANES;
+        if (a > *first) *first = a;
+        if (row->to > row->from) {
+            *from = row->from / LANES;
+            if (b > *second) *second = b;
+        }
+    }
+}
+
+// Columns of a panel that a row sees: 0 .. 16.
+static int lanes_of(const Row *row, int panel, int first) {
+    int n = panel < first ? row->sees - panel * LANES
+                          : row->to - row->from - (panel - first) * LANES;
+    return n < 0 ? 0 : n > LANES ? LANES : n;
+}
+
+// Scores of up to TILE packed rows against one panel of keys.
+INLINE void score(const Head *h, int packed, const int count, const uint16_t *keys, float *to,
+                  size_t stride) {
+    const float *q[TILE];
+    vf sum[TILE];
+    for (int m = 0; m < count; m++) {
+        q[m] = query(h, packed + m);
+        sum[m] = f_set(0.0f);
+    }
+    for (int i = 0; i < h->d; i++) {
+        vf k = f_load_f16(keys + (size_t)i * LANES);
+        for (int m = 0; m < count; m++) sum[m] = f_fma(k, f_set(q[m][i]), sum[m]);
+    }
+    vf scale = f_set(h->step->scale);
+    for (int m = 0; m < count; m++) f_store(to + m * stride, f_mul(sum[m], scale));
+}
+
+// acc [count][d] += weights of `columns` columns times their values, 32 elements at a time.
+INLINE void mix(const uint16_t *values, int d, int columns, const float *weights, size_t stride,
+                const int count, float *acc) {
+    for (int e = 0; e < d; e += 2 * LANES) {
+        const int two = e + LANES < d;
+        vf a[TILE], b[TILE];
+        for (int m = 0; m < count; m++) {
+            a[m] = f_load(acc + m * d + e);
+            b[m] = two ? f_load(acc + m * d + e + LANES) : a[m];
+        }
+        for (int c = 0; c < columns; c++) {
+            const uint16_t *v = values + (size_t)c * (size_t)d + e;
+            vf low = f_load_f16(v), high = two ? f_load_f16(v + LANES) : low;
+            for (int m = 0; m < count; m++) {
+                vf w = f_set(weights[m * stride + c]);
+                a[m] = f_fma(low, w, a[m]);
+                b[m] = f_fma(high, w, b[m]);
+            }
+        }
+        for (int m = 0; m < count; m++) {
+            f_store(acc + m * d + e, a[m]);
+            if (two) f_store(acc + m * d + e + LANES, b[m]);
+        }
+    }
+}
+
+// Scores of one row in one chunk -> weights, and the row's running softmax brought along.
+static void soften(const Row *row, int panel, int panels, int first, float *scores, int d,
+                   float *top, float *total, float *acc) {
+    vf most = f_set(*top);
+    int last = 0;
+    for (int p = 0; p < panels; p++) {
+        int n = lanes_of(row, panel + p, first);
+        if (!n) continue;
+        last = p + 1;
+        for (int i = n; i < LANES; i++) scores[p * LANES + i] = -1e30f;
+        most = f_max(f_load(scores + p * LANES), most);
+    }
+    float peak = last ? f_largest(most) : *top;
+    vf sum = f_set(0.0f), at = f_set(peak);
+    for (int p = 0; p < panels; p++) {
+        int n = lanes_of(row, panel + p, first);
+        float *to = scores + p * LANES;
+        f_store(to, n ? f_exp(f_sub(f_load(to), at)) : f_set(0.0f));
+        for (int i = n; i < LANES; i++) to[i] = 0.0f;
+        sum = f_add(sum, f_load(to));
+    }
+    if (!last) return;
+    float lanes[LANES];
+    f_store(lanes, f_exp(f_sub(f_set(*top), at)));
+    float shrink = lanes[0];
+    *total = fused(*total, shrink, f_sum(sum));
+    for (int i = 0; i < d; i += LANES) f_store(acc + i, f_mul(f_load(acc + i), f_set(shrink)));
+    *top = peak;
+}
+
+static void chunk(const Head *h, int panel, int panels, int first, int from, float *scores,
+                  float *tops, float *totals, float *acc) {
+    size_t stride = CHUNK * LANES, d = (size_t)h->d;
+    for (int p = 0; p < panels; p++) {
+        int at = panel + p < first ? panel + p : from + panel + p - first;
+        const uint16_t *keys = h->keys + (size_t)at * d * LANES;
+        float *to = scores + p * LANES;
+        int m = 0;
+        for (; m + TILE <= h->packed; m += TILE) score(h, m, TILE, keys, to + m * stride, stride);
+        for (; m < h->packed; m++) score(h, m, 1, keys, to + m * stride, stride);
+    }
+    for (int m = 0; m < h->packed; m++)
+        soften(row_of(h, m), panel, panels, first, scores + m * stride, h->d, &tops[m], &totals[m],
+               acc + m * d);
+    // The two parts lie apart; within each, values follow one another.
+    for (int p = 0; p < panels;) {
+        int in_first = panel + p < first;
+        int run = in_first && first - panel < panels ? first - panel - p : panels - p;
+        int at = in_first ? panel + p : from + panel + p - first;
+        const uint16_t *values = h->values + (size_t)at * LANES * d;
+        const float *weights = scores + p * LANES;
+        int m = 0;
+        for (; m + TILE <= h->packed; m += TILE)
+            mix(values, h->d, run * LANES, weights + m * stride, stride, TILE, acc + m * d);
+        for (; m < h->packed; m++)
+            mix(values, h->d, run * LANES, weights + m * stride, stride, 1, acc + m * d);
+        p += run;
+    }
+}
+
+// Task: one kv head of one group.
+void attention_task(const Step *step, int task, Scratch *scratch) {
+    const Group *group = &step->group[task / step->n_head_kv];
+    int kv_head = task % step->n_head_kv, d = step->head_dim;
+    const LayerCache *cache = &step->cache[step->row[group->first].cache];
+    size_t head = (size_t)kv_head * (size_t)cache->columns * (size_t)d;
+    int rows = step->n_head / step->n_head_kv;
+    Head h = {d, group->count * rows, rows, cache->keys + head, cache->values + head, step, group, kv_head};
+    size_t packed = (size_t)h.packed;
+    float *scores = reserve(scratch, packed * (CHUNK * LANES + 2 + (size_t)d));
+    float *tops = scores + packed * CHUNK * LANES, *totals = tops + packed, *acc = totals + packed;
+    for (size_t i = 0; i < packed; i++) tops[i] = -1e30f;
+    memset(totals, 0, packed * (1 + (size_t)d) * sizeof(float));
+    int first, second, from;
+    extent(&h, &first, &second, &from);
+    for (int panel = 0; panel < first + second; panel += CHUNK) {
+        int panels = first + second - panel < CHUNK ? first + second - panel : CHUNK;
+        chunk(&h, panel, panels, first, from, scores, tops, totals, acc);
+    }
+    for (int m = 0; m < h.packed; m++) {
+        float *to = step->y + (size_t)(group->first + m / rows) * step->y_stride + (kv_head * rows + m % rows) * d;
+        vf total = f_set(totals[m]);
+        for (int i = 0; i < d; i += LANES) f_store(to + i, f_div(f_load(acc + m * d + i), total));
+    }
+}

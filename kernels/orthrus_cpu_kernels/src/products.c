@@ -1,0 +1,369 @@
+// Products of quantized activations with repacked weights (orthrus_cpu.h).
+//
+// Within a block the dot products are exact integers. Per block, or sub-block of a K type, one
+// fused multiply-add in float brings them into a sum that runs in ascending k:
+//
+//   K types, per 256:   s = sum over sub-blocks: s = fma(dot, scale, s)
+//                       t = fma(-dmin, sum of min * sum(x), d * s);  y = fma(dx, t, y)
+//   block types, per 32: y = fma(dot, d * dx, y), and with mins y = fma(m, dx * sum(x), y)
+//   floats, per column:  y = fma(w, x, y)
+#include "isa.h"
+#include "orthrus_cpu.h"
+#include "panels.h"
+
+#ifdef ORTHRUS_AVX512VNNI
+#define MOST_ROWS 8
+#else
+#define MOST_ROWS 4
+#endif
+
+#ifdef ORTHRUS_AVX2VNNI
+#include <cpuid.h>
+static int has_avx_vnni(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+#endif
+
+#ifdef ORTHRUS_PORTABLE
+#define UNROLL(n) // sixteen lanes of four, unrolled, would take minutes to compile
+#else
+#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
+#define UNROLL_TEXT(x) #x
+#endif
+
+const char *orthrus_isa(void) { return ISA_NAME; }
+
+int orthrus_usable(void) {
+#if defined(ORTHRUS_AVX512VNNI)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("fma");
+#elif defined(ORTHRUS_AVX2VNNI)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_avx_vnni();
+#elif defined(ORTHRUS_AVX2)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 1;
+#endif
+}
+
+INLINE int32_t four(const int8_t *q) {
+    int32_t x;
+    memcpy(&x, q, 4);
+    return x;
+}
+
+// Codes of group g (4 columns of k) of the 32 that sub-block j covers, of a K type.
+INLINE vb codes_k(const int type, const uint8_t *p, int j, int g) {
+    if (type == T_Q2_K || type == T_Q3_K) {
+        const uint8_t *low = p + (j >> 2) * 512 + g * 64;
+        vb two = b_and(b_shr(b_load(low), 2 * (j & 3)), 3);
+        if (type == T_Q2_K) return two;
+        vb high = b_and(b_shr(b_load(p + Q3_HIGH + g * 64), j), 1);
+        return b_or(two, b_shl(high, 2));
+    }
+    vb q = b_load(p + (j >> 1) * 512 + g * 64);
+    vb low = b_and(b_shr(q, 4 * (j & 1)), 15);
+    if (type == T_Q5_K) return b_add_bit4(low, p + Q5_HIGH + (j * 8 + g) * 8);
+    if (type == T_Q6_K) {
+        vb high = b_and(b_shr(b_load(p + Q6_HIGH + (j >> 2) * 512 + g * 64), 2 * (j & 3)), 3);
+        return b_or(low, b_shl(high, 4));
+    }
+    if (type == T_IQ4_XS) return wide(b_lookup(low, iq4_values));
+    return low;
+}
+
+// Scales of sub-block s, as float.
+INLINE vf scale_k(const int type, const uint8_t *p, int s) {
+    if (type == T_Q2_K) return f_from_i(i_and(i_load_u8(p + Q2_SCALES + s * 16), 15));
+    if (type == T_Q3_K) return f_from_i(i_load_s8((const int8_t *)p + Q3_SCALES + s * 16));
+    if (type == T_Q6_K) return f_from_i(i_load_s8((const int8_t *)p + Q6_SCALES + s * 16));
+    if (type == T_IQ4_XS) return f_from_i(i_load_s8((const int8_t *)p + IQ4_SCALES + s * 16));
+    return f_from_i(i_load_u8(p + (type == T_Q5_K ? Q5_SCALES : Q4_SCALES) + s * 16));
+}
+
+// What sub-blocks 2i and 2i+1 subtract per unit of the sum of x, as pairs of int16.
+INLINE vi mins_k(const int type, const uint8_t *p, int i) {
+    vi even, odd;
+    if (type == T_Q2_K) {
+        even = i_shr(i_load_u8(p + Q2_SCALES + 2 * i * 16), 4);
+        odd = i_shr(i_load_u8(p + Q2_SCALES + (2 * i + 1) * 16), 4);
+    } else if (type == T_Q3_K || type == T_Q6_K) {
+        const int8_t *s = (const int8_t *)p + (type == T_Q3_K ? Q3_SCALES : Q6_SCALES);
+        even = i_load_s8(s + 2 * i * 16);
+        odd = i_load_s8(s + (2 * i + 1) * 16);
+    } else {
+        const uint8_t *m = p + (type == T_Q5_K ? Q5_MINS : Q4_MINS);
+        even = i_load_u8(m + 2 * i * 16);
+        odd = i_load_u8(m + (2 * i + 1) * 16);
+    }
+    return i_or(i_and(even, 0xFFFF), i_shl(odd, 16));
+}
+
+INLINE void tile_k(const int type, const int rows, int k, const uint8_t *p, const uint8_t *x,
+                   size_t x_stride, float *y, size_t stride, int add) {
+    const int per16 = type == T_Q2_K || type == T_Q3_K || type == T_Q6_K;
+    const size_t bytes = block_bytes(type);
+    vf sum[MOST_ROWS];
+    UNROLL(8) for (int m = 0; m < rows; m++) sum[m] = f_set(0.0f);
+    for (int b = 0; b < k / 256; b++, p += bytes) {
+        const XK *xk[MOST_ROWS];
+        UNROLL(8) for (int m = 0; m < rows; m++) xk[m] = (const XK *)(x + m * x_stride) + b;
+        for (size_t ahead = 0; ahead < bytes; ahead += 64)
+            __builtin_prefetch(p + bytes + ahead, 0, 3);
+        vf scaled[MOST_ROWS];
+        UNROLL(8) for (int m = 0; m < rows; m++) scaled[m] = f_set(0.0f);
+        for (int j = 0; j < 8; j++) {
+            vi dot[MOST_ROWS];
+            UNROLL(8) for (int m = 0; m < rows; m++) dot[m] = i_set(0);
+            if (type == T_IQ4_XS)
+                for (int m = 0; m < rows; m++) dot[m] = i_set(WIDE_BIAS * xk[m]->sums32[j]);
+            UNROLL(8) for (int g = 0; g < 8; g++) {
+                vb w = codes_k(type, p, j, g);
+                UNROLL(8) for (int m = 0; m < rows; m++) {
+                    int32_t four_of_x = four(xk[m]->q + j * 32 + g * 4);
+                    dot[m] = type == T_IQ4_XS ? dot_wide(dot[m], w, four_of_x)
+                                              : dot_narrow(dot[m], w, four_of_x);
+                }
+                if (per16 && g == 3) {
+                    vf scale = scale_k(type, p, 2 * j);
+                    UNROLL(8) for (int m = 0; m < rows; m++) {
+                        scaled[m] = f_fma(f_from_i(dot[m]), scale, scaled[m]);
+                        dot[m] = i_set(0);
+                    }
+                }
+            }
+            vf scale = scale_k(type, p, per16 ? 2 * j + 1 : j);
+            UNROLL(8) for (int m = 0; m < rows; m++)
+                scaled[m] = f_fma(f_from_i(dot[m]), scale, scaled[m]);
+        }
+        vf d = f_load_f16((const uint16_t *)(p + d_offset(type)));
+        vf dmin = d;
+        if (type == T_Q4_K || type == T_Q5_K || type == T_Q2_K)
+            dmin = f_load_f16((const uint16_t *)(p + d_offset(type)) + 16);
+        if (type == T_Q6_K) dmin = f_mul(d, f_set(32.0f));
+        if (type == T_Q3_K) dmin = f_mul(d, f_set(4.0f));
+        vi mins[8];
+        const int pairs = type == T_IQ4_XS ? 0 : per16 ? 8 : 4;
+        for (int i = 0; i < pairs; i++) mins[i] = mins_k(type, p, i);
+        UNROLL(8) for (int m = 0; m < rows; m++) {
+            vf t = f_mul(d, scaled[m]);
+            if (pairs) {
+                const int16_t *sums = per16 ? xk[m]->sums16 : xk[m]->sums32;
+                vi below = i_set(0);
+                for (int i = 0; i < pairs; i++) {
+                    int32_t pair;
+                    memcpy(&pair, sums + 2 * i, 4);
+                    below = dot_pairs(below, mins[i], pair);
+                }
+                t = f_fma(f_sub(f_set(0.0f), dmin), f_from_i(below), t);
+            }
+            sum[m] = f_fma(f_set(xk[m]->d), t, sum[m]);
+        }
+    }
+    UNROLL(8) for (int m = 0; m < rows; m++) {
+        float *to = y + m * stride;
+        f_store(to, add ? f_add(f_load(to), sum[m]) : sum[m]);
+    }
+}
+
+// Codes of group g of block j (0 or 1) of a pair of 32-weight blocks.
+INLINE vb codes_b(const int type, const uint8_t *p, int j, int g) {
+    if (type == T_Q8_0) return wide(b_load(p + pair_codes(type) + (j * 8 + g) * 64));
+    vb q = b_load(p + pair_codes(type) + g * 64);
+    vb low = b_and(b_shr(q, 4 * j), 15);
+    if (type == T_Q5_0 || type == T_Q5_1)
+        return b_add_bit4(low, p + pair_codes(type) + 512 + (j * 8 + g) * 8);
+    if (type == T_IQ4_NL) return wide(b_lookup(low, iq4_values));
+    return low;
+}
+
+INLINE void tile_b(const int type, const int rows, int k, const uint8_t *p, const uint8_t *x,
+                   size_t x_stride, float *y, size_t stride, int add) {
+    const int is_wide = type == T_Q8_0 || type == T_IQ4_NL;
+    const int bias = is_wide ? WIDE_BIAS : type == T_Q4_0 ? -8 : type == T_Q5_0 ? -16 : 0;
+    const size_t bytes = block_bytes(type);
+    vf sum[MOST_ROWS];
+    UNROLL(8) for (int m = 0; m < rows; m++) sum[m] = f_set(0.0f);
+    for (int b = 0; b < (k + 63) / 64; b++, p += bytes) {
+        for (size_t ahead = 0; ahead < bytes; ahead += 64)
+            __builtin_prefetch(p + 2 * bytes + ahead, 0, 3);
+        UNROLL(2) for (int j = 0; j < 2; j++) {
+            const XB *xb[MOST_ROWS];
+            vi dot[MOST_ROWS];
+            UNROLL(8) for (int m = 0; m < rows; m++) {
+                xb[m] = (const XB *)(x + m * x_stride) + 2 * b + j;
+                dot[m] = i_set(bias * xb[m]->sum);
+            }
+            UNROLL(8) for (int g = 0; g < 8; g++) {
+                vb w = codes_b(type, p, j, g);
+                UNROLL(8) for (int m = 0; m < rows; m++) {
+                    int32_t four_of_x = four(xb[m]->q + g * 4);
+                    dot[m] = is_wide ? dot_wide(dot[m], w, four_of_x)
+                                     : dot_narrow(dot[m], w, four_of_x);
+                }
+            }
+            vf d = f_load_f16((const uint16_t *)p + j * 16);
+            UNROLL(8) for (int m = 0; m < rows; m++)
+                sum[m] = f_fma(f_from_i(dot[m]), f_mul(d, f_set(xb[m]->d)), sum[m]);
+            if (type == T_Q4_1 || type == T_Q5_1) {
+                vf low = f_load_f16((const uint16_t *)p + 32 + j * 16);
+                UNROLL(8) for (int m = 0; m < rows; m++)
+                    sum[m] = f_fma(low, f_set(xb[m]->scaled), sum[m]);
+            }
+        }
+    }
+    UNROLL(8) for (int m = 0; m < rows; m++) {
+        float *to = y + m * stride;
+        f_store(to, add ? f_add(f_load(to), sum[m]) : sum[m]);
+    }
+}
+
+INLINE vf weights_f(const int type, const uint8_t *p, int i) {
+    if (type == T_F32) return f_load((const float *)p + i * LANES);
+    if (type == T_F16) return f_load_f16((const uint16_t *)p + i * LANES);
+    return f_load_bf16((const uint16_t *)p + i * LANES);
+}
+
+INLINE void tile_f(const int type, const int rows, int k, const uint8_t *p, const uint8_t *x,
+                   size_t x_stride, float *y, size_t stride, int add) {
+    vf sum[MOST_ROWS];
+    UNROLL(8) for (int m = 0; m < rows; m++) sum[m] = f_set(0.0f);
+    for (int i = 0; i < k; i++) {
+        vf w = weights_f(type, p, i);
+        if (i % 8 == 0) __builtin_prefetch(p + (i + 64) * LANES * (type == T_F32 ? 4 : 2), 0, 3);
+        UNROLL(8) for (int m = 0; m < rows; m++)
+            sum[m] = f_fma(w, f_set(((const float *)(x + m * x_stride))[i]), sum[m]);
+    }
+    UNROLL(8) for (int m = 0; m < rows; m++) {
+        float *to = y + m * stride;
+        f_store(to, add ? f_add(f_load(to), sum[m]) : sum[m]);
+    }
+}
+
+INLINE void panel_rows(const int type, int k, const uint8_t *p, const uint8_t *x, int rows,
+                       float *y, size_t stride, int add) {
+    const int form = form_of(type);
+    const size_t x_stride = orthrus_row_bytes(form, k);
+#define TILE(n)                                                                                    \
+    for (; rows >= n; rows -= n, x += n * x_stride, y += n * stride) {                             \
+        if (form == X_K)                                                                           \
+            tile_k(type, n, k, p, x, x_stride, y, stride, add);                                    \
+        else if (form == X_B)                                                                      \
+            tile_b(type, n, k, p, x, x_stride, y, stride, add);                                    \
+        else                                                                                       \
+            tile_f(type, n, k, p, x, x_stride, y, stride, add);                                    \
+    }
+#if MOST_ROWS == 8
+    TILE(8)
+#endif
+    TILE(4)
+    TILE(2)
+    TILE(1)
+#undef TILE
+}
+
+// A function of its own per type, so that the type is a constant inside.
+#define PANEL(T)                                                                                   \
+    static void panel_##T(int k, const uint8_t *p, const uint8_t *x, int rows, float *y,           \
+                          size_t stride, int add) {                                                \
+        panel_rows(T_##T, k, p, x, rows, y, stride, add);                                          \
+    }
+PANEL(F32)
+PANEL(F16)
+PANEL(BF16)
+PANEL(Q4_0)
+PANEL(Q4_1)
+PANEL(Q5_0)
+PANEL(Q5_1)
+PANEL(Q8_0)
+PANEL(IQ4_NL)
+PANEL(Q2_K)
+PANEL(Q3_K)
+PANEL(Q4_K)
+PANEL(Q5_K)
+PANEL(Q6_K)
+PANEL(IQ4_XS)
+
+typedef void (*Panel)(int, const uint8_t *, const uint8_t *, int, float *, size_t, int);
+
+static Panel panel_of(int type) {
+    switch (type) {
+#define CASE(T)                                                                                    \
+    case T_##T: return panel_##T;
+        CASE(F32)
+        CASE(F16)
+        CASE(BF16)
+        CASE(Q4_0)
+        CASE(Q4_1)
+        CASE(Q5_0)
+        CASE(Q5_1)
+        CASE(Q8_0)
+        CASE(IQ4_NL)
+        CASE(Q2_K)
+        CASE(Q3_K)
+        CASE(Q4_K)
+        CASE(Q5_K)
+        CASE(Q6_K)
+        CASE(IQ4_XS)
+#undef CASE
+    default: return 0;
+    }
+}
+
+void orthrus_product(int type, const uint8_t *panels, int k, int first, int stop, const uint8_t *x,
+                     int rows, float *y, size_t stride, int add) {
+    Panel panel = panel_of(type);
+    size_t bytes = orthrus_panel_bytes(type, k);
+    for (int i = first; i < stop; i++)
+        panel(k, panels + i * bytes, x, rows, y + (size_t)i * LANES, stride, add);
+}
+
+static void quantize_k(const float *x, int k, XK *to) {
+    for (; k > 0; k -= 256, x += 256, to++) {
+        vf most = f_set(0.0f);
+        for (int i = 0; i < 256; i += LANES) most = f_max(f_abs(f_load(x + i)), most);
+        float largest = f_largest(most);
+        vf inverse = f_set(largest > 0.0f ? 127.0f / largest : 0.0f);
+        to->d = largest / 127.0f;
+        to->unused = 0;
+        for (int i = 0; i < 256; i += LANES)
+            i_store_s8(to->q + i, i_round(f_mul(f_load(x + i), inverse)));
+        for (int i = 0; i < 16; i++) {
+            int sum = 0;
+            for (int c = 0; c < 16; c++) sum += to->q[i * 16 + c];
+            to->sums16[i] = (int16_t)sum;
+        }
+        for (int i = 0; i < 8; i++)
+            to->sums32[i] = (int16_t)(to->sums16[2 * i] + to->sums16[2 * i + 1]);
+    }
+}
+
+static void quantize_b(const float *x, int k, XB *to) {
+    int blocks = (k + 63) / 64 * 2;
+    for (int b = 0; b < blocks; b++, x += 32, to++) {
+        if (b * 32 >= k) { // the half of a pair that does not exist
+            memset(to, 0, sizeof *to);
+            continue;
+        }
+        float largest = f_largest(f_max(f_abs(f_load(x)), f_abs(f_load(x + 16))));
+        vf inverse = f_set(largest > 0.0f ? 127.0f / largest : 0.0f);
+        to->d = largest / 127.0f;
+        i_store_s8(to->q, i_round(f_mul(f_load(x), inverse)));
+        i_store_s8(to->q + 16, i_round(f_mul(f_load(x + 16), inverse)));
+        int sum = 0;
+        for (int c = 0; c < 32; c++) sum += to->q[c];
+        to->sum = sum;
+        to->scaled = to->d * (float)sum;
+    }
+}
+
+void orthrus_quantize(int form, const float *x, int k, uint8_t *row) {
+    if (form == X_K)
+        quantize_k(x, k, (XK *)row);
+    else if (form == X_B)
+        quantize_b(x, k, (XB *)row);
+    else
+        memcpy(row, x, (size_t)k * sizeof *x);
+}

@@ -1,0 +1,92 @@
+// A pass as a list of steps, each a number of tasks that threads take in turn.
+#ifndef ORTHRUS_STEPS_H
+#define ORTHRUS_STEPS_H
+
+#include "orthrus_cpu.h"
+
+// A repacked matrix.
+typedef struct {
+    int32_t type, k, columns, panels;
+    const uint8_t *data;
+} Matrix;
+
+enum {
+    STEP_EMBED,
+    STEP_NORM,
+    STEP_QUANTIZE,
+    STEP_PRODUCT,
+    STEP_GATED,
+    STEP_HEADS,
+    STEP_ATTENTION,
+    STEP_PICK,
+};
+
+// One row of a pass.
+//
+// key: cache column that its keys and values go to; more_keys[0 .. copies-1]: others, of a tree.
+// sees: columns 0 .. sees-1 of its cache; then from .. to-1, where from is a multiple of 16.
+// cache: which of the pass's caches. cos, sin: of its position.
+typedef struct {
+    int32_t token, cache, key, copies, sees, from, to, unused;
+    const int32_t *more_keys;
+    const float *cos, *sin;
+} Row;
+
+// Keys and values of one layer of one cache (attention.c says how they lie).
+typedef struct {
+    uint16_t *keys, *values;
+    int64_t columns;
+} LayerCache;
+
+// Rows first .. first+count-1, of one cache, which see columns `from` on from the same place.
+typedef struct {
+    int32_t first, count;
+} Group;
+
+// x, y: rows of floats, `stride` floats apart. rows, first: of the pass that the step is about.
+//
+//   EMBED      y = row `token` of matrix 0
+//   NORM       q = RMSNorm(x; weight) of `width` columns, quantized in `form`; y too, if given
+//   QUANTIZE   q = x, quantized
+//   PRODUCT    y = q times matrices 0 .. count-1, side by side, + bias; added to y if `add`
+//   GATED      y = silu(q times matrix 0) * (q times matrix 1)
+//   HEADS      x = q | k | v of a row: norms, RoPE, scaling; q stays, k and v go to the cache
+//   ATTENTION  x = queries, y = their weighted values
+//   PICK       y row i = x row index[i]
+typedef struct {
+    int32_t op, tasks, first, rows, width, form, count, add;
+    int32_t n_head, n_head_kv, head_dim, adjacent, groups, unused;
+    float epsilon, scale;
+    const float *x;
+    float *y;
+    size_t x_stride, y_stride;
+    uint8_t *q;
+    const float *weight, *weight_k;
+    const float *bias[3];
+    Matrix matrix[3];
+    const Row *row;
+    const LayerCache *cache;
+    const Group *group;
+    const int32_t *index;
+} Step;
+
+// Threads that run steps; the caller is one of them. Null if they cannot be started.
+typedef struct Pool Pool;
+Pool *orthrus_pool_new(int threads);
+void orthrus_pool_free(Pool *pool);
+// Runs steps one after the other; one run at a time.
+void orthrus_run(Pool *pool, const Step *steps, int count);
+// Bytes of a Step, a Row and a Matrix, so that a caller can check its own idea of them.
+void orthrus_sizes(int32_t sizes[3]);
+
+// What the pool runs (steps.c): task number `task` of a step. scratch: of the thread, grows as
+// needed.
+typedef struct {
+    float *data;
+    size_t floats;
+} Scratch;
+void run_task(const Step *step, int task, Scratch *scratch);
+float *reserve(Scratch *scratch, size_t floats);
+void attention_task(const Step *step, int task, Scratch *scratch);
+
+#endif

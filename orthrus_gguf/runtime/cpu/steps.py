@@ -1,0 +1,282 @@
+"""A pass as a list of steps for the kernels' thread pool."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from orthrus_cpu_kernels import library as k
+from orthrus_cpu_kernels.library import LANES, Kernels, Matrix, Step
+
+from orthrus_gguf.model.architectures import Pairing
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.cpu.weights import Attention, Floats, Layer, Weights
+from orthrus_gguf.runtime.protocol import View
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What passes have in common that can use the same steps.
+
+    ar_rows, diffusion_rows: rows by view. wanted: rows that the head is for. groups: of rows that
+    attend together. taps: layers whose input is kept.
+    """
+
+    ar_rows: int
+    diffusion_rows: int
+    wanted: int
+    groups: int
+    taps: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return self.ar_rows + self.diffusion_rows
+
+    def views(self) -> list[tuple[View, int, int]]:
+        """(view, first row, rows) of the views present."""
+        ar, diffusion = self.ar_rows, self.diffusion_rows
+        views = [(View.AR, 0, ar), (View.DIFFUSION, ar, diffusion)]
+        return [view for view in views if view[2]]
+
+
+class Buffers:
+    """What passes write, for up to `rows` rows; and the tables that describe them to the kernels.
+
+    x: the residual stream. picked: of the wanted rows. normed, qkv, mixed, gated: floats between
+    steps. logits: [rows, n_vocab, to whole panels].
+    """
+
+    def __init__(self, config: ModelConfig, rows: int) -> None:
+        c = config
+        heads = (c.n_head + 2 * c.n_head_kv) * c.head_dim
+
+        def floats(columns: int) -> Floats:
+            return np.zeros((rows, -(-columns // LANES) * LANES), np.float32)
+
+        self.rows = rows
+        self.x, self.picked, self.normed = (floats(c.n_embd) for _ in range(3))
+        self.qkv, self.mixed = floats(heads), floats(c.n_head * c.head_dim)
+        self.gated, self.logits = floats(c.n_ff), floats(c.n_vocab)
+        self.row = np.zeros(rows, k.ROW)
+        self.group = np.zeros(rows, k.GROUP)
+        self.index = np.zeros(rows, np.int32)
+        self.caches = np.zeros((c.n_layers, rows), k.LAYER_CACHE)
+        widest = max(c.n_embd, c.n_head * c.head_dim, c.n_ff)
+        #: Quantized activations, by form.
+        self.q = [np.zeros((rows, 4 * widest + 4096), np.uint8) for _ in range(3)]
+        self.taps: dict[int, Floats] = {}
+
+    def tap(self, layer: int) -> Floats:
+        """Where the input of a layer is kept."""
+        if layer not in self.taps:
+            self.taps[layer] = np.zeros_like(self.x)
+        return self.taps[layer]
+
+
+@dataclass
+class Builder:
+    """Puts the steps of one shape of pass together."""
+
+    kernels: Kernels
+    config: ModelConfig
+    weights: Weights
+    buffers: Buffers
+    shape: Shape
+    steps: list[Step] = field(default_factory=list)
+
+    def build(self) -> ctypes.Array[Step]:
+        """All layers; the head where rows are wanted."""
+        b, shape, config = self.buffers, self.shape, self.config
+        self._add(
+            k.EMBED, shape.rows, matrices=[self.weights.token_embd], y=b.x, row=b.row.ctypes.data
+        )
+        last = config.n_layers - 1
+        whole = any(tap > last for tap in shape.taps)  # rows that nobody wants are looked at
+        x, rows = b.x, shape.rows
+        for index, layer in enumerate(self.weights.layers):
+            if index in shape.taps:
+                self._keep(b.tap(index), b.x)
+            self._attend(layer, index)
+            if index == last and not shape.wanted and not whole:
+                return k.steps_array(self.steps)
+            if index == last and shape.wanted < shape.rows and not whole:
+                self._add(
+                    k.PICK, shape.wanted, x=b.x, y=b.picked, width=config.n_embd,
+                    index=b.index.ctypes.data,
+                )  # fmt: skip
+                x, rows = b.picked, shape.wanted
+            self._mlp(layer, x, rows)
+        if config.n_layers in shape.taps:
+            self._keep(b.tap(config.n_layers), b.x)
+        if whole:
+            self._norm(x, rows, self.weights.output_norm, [])
+            self._keep(b.tap(config.n_layers + 1), b.normed)
+            self._add(
+                k.PICK, shape.wanted, x=b.x, y=b.picked, width=config.n_embd,
+                index=b.index.ctypes.data,
+            )  # fmt: skip
+            x, rows = b.picked, shape.wanted
+        if rows:
+            forms = self._norm(x, rows, self.weights.output_norm, [self.weights.output])
+            self._products(forms, [(self.weights.output, None)], 0, rows, b.logits)
+        return k.steps_array(self.steps)
+
+    def _attend(self, layer: Layer, index: int) -> None:
+        b, shape, c = self.buffers, self.shape, self.config
+        used = [layer.attention[view] for view, _, _ in shape.views()]
+        forms = self._norm(
+            b.x, shape.rows, layer.attn_norm, [m for a in used for m in (a.q, a.k, a.v)]
+        )
+        for view, first, rows in shape.views():
+            a = layer.attention[view]
+            matrices = [(a.q, a.biases[0]), (a.k, a.biases[1]), (a.v, a.biases[2])]
+            self._products(forms, matrices, first, rows, b.qkv)
+            self._heads(a, index, first, rows)
+        self._add(
+            k.ATTENTION, shape.groups * c.n_head_kv, x=b.qkv, y=b.mixed, groups=shape.groups,
+            row=b.row.ctypes.data, cache=b.caches[index].ctypes.data, group=b.group.ctypes.data,
+            scale=1 / math.sqrt(c.head_dim),
+        )  # fmt: skip
+        forms = self._quantize(b.mixed, shape.rows, [a.output for a in used])
+        for view, first, rows in shape.views():
+            output = layer.attention[view].output
+            self._products(forms, [(output, None)], first, rows, b.x, add=True)
+
+    def _heads(self, a: Attention, index: int, first: int, rows: int) -> None:
+        b = self.buffers
+        self._add(
+            k.HEADS, rows, y=b.qkv[first:], epsilon=self.config.rms_eps,
+            weight=_address(a.q_norm), weight_k=_address(a.k_norm),
+            adjacent=self.config.architecture.pairing is Pairing.ADJACENT,
+            row=b.row[first:].ctypes.data, cache=b.caches[index].ctypes.data,
+        )  # fmt: skip
+
+    def _mlp(self, layer: Layer, x: Floats, rows: int) -> None:
+        b = self.buffers
+        forms = self._norm(x, rows, layer.ffn_norm, [layer.gate, layer.up])
+        panels = layer.gate.panels
+        if self._form(layer.gate) == self._form(layer.up):
+            self._add(
+                k.GATED, _tasks(panels), q=forms[self._form(layer.gate)], rows=rows, y=b.gated,
+                matrices=[layer.gate, layer.up],
+            )  # fmt: skip
+        else:
+            raise ValueError("gate and up take different forms of activations")
+        forms = self._quantize(b.gated, rows, [layer.down])
+        self._products(forms, [(layer.down, None)], 0, rows, x, add=True)
+
+    def _form(self, matrix: Matrix) -> int:
+        form = self.kernels.form(matrix.type)
+        assert form is not None
+        return form
+
+    def _norm(
+        self, x: Floats, rows: int, weight: Floats, readers: Sequence[Matrix]
+    ) -> dict[int, int]:
+        """Norms of rows, in the forms that `readers` take: form → address of the rows."""
+        forms = sorted({self._form(matrix) for matrix in readers})
+        common: dict[str, Any] = {
+            "x": x, "width": self.config.n_embd, "weight": weight.ctypes.data,
+            "epsilon": self.config.rms_eps,
+        }  # fmt: skip
+        if len(forms) == 1:
+            (form,) = forms
+            self._add(k.NORM, rows, q=self.buffers.q[form].ctypes.data, form=form, **common)
+            return {form: self.buffers.q[form].ctypes.data}
+        self._add(k.NORM, rows, y=self.buffers.normed, **common)
+        return self._quantize(self.buffers.normed, rows, readers, width=self.config.n_embd)
+
+    def _quantize(
+        self, x: Floats, rows: int, readers: Sequence[Matrix], *, width: int | None = None
+    ) -> dict[int, int]:
+        """Rows in the forms that `readers` take: form → address of the rows."""
+        found = {}
+        for matrix in readers:
+            form = self._form(matrix)
+            if form not in found:
+                found[form] = self.buffers.q[form].ctypes.data
+                self._add(k.QUANTIZE, rows, x=x, q=found[form], form=form, width=width or matrix.k)
+        return found
+
+    def _products(
+        self,
+        forms: dict[int, int],
+        matrices: Sequence[tuple[Matrix, Floats | None]],
+        first: int,
+        rows: int,
+        y: Floats,
+        *,
+        add: bool = False,
+    ) -> None:
+        """Rows from `first` on times matrices side by side; one step per form."""
+        column = 0
+        for form, q in forms.items():
+            column, mine = 0, []
+            for matrix, bias in matrices:
+                if self._form(matrix) == form:
+                    mine.append((matrix, bias, column))
+                column += matrix.panels * LANES
+            # Those that follow one another share a step.
+            while mine:
+                run = [mine.pop(0)]
+                while mine and mine[0][2] == run[-1][2] + run[-1][0].panels * LANES:
+                    run.append(mine.pop(0))
+                bytes_ = self.kernels.row_bytes(form, run[0][0].k)
+                self._add(
+                    k.PRODUCT, sum(_tasks(m.panels) for m, _, _ in run), rows=rows, count=len(run),
+                    q=q + first * bytes_, y=y[first:, run[0][2] :], add=add,
+                    matrices=[m for m, _, _ in run], biases=[bias for _, bias, _ in run],
+                )  # fmt: skip
+
+    def _keep(self, to: Floats, x: Floats) -> None:
+        """Copy all rows."""
+        self._add(
+            k.PICK, self.shape.rows, x=x, y=to, width=self.config.n_embd,
+            index=_every_row(self.buffers.rows).ctypes.data,
+        )  # fmt: skip
+
+    def _add(
+        self,
+        op: int,
+        tasks: int,
+        *,
+        x: Floats | None = None,
+        y: Floats | None = None,
+        matrices: Sequence[Matrix] = (),
+        biases: Iterable[Floats | None] = (),
+        **values: Any,
+    ) -> None:
+        c = self.config
+        step = Step(op=op, tasks=tasks)
+        step.n_head, step.n_head_kv, step.head_dim = c.n_head, c.n_head_kv, c.head_dim
+        if x is not None:
+            step.x, step.x_stride = x.ctypes.data, x.strides[0] // 4
+        if y is not None:
+            step.y, step.y_stride = y.ctypes.data, y.strides[0] // 4
+        for i, matrix in enumerate(matrices):
+            step.matrix[i] = matrix
+        for i, bias in enumerate(biases):
+            step.bias[i] = _address(bias)
+        for name, value in values.items():
+            setattr(step, name, value)
+        self.steps.append(step)
+
+
+_EVERY: dict[int, NDArray[np.int32]] = {}
+
+
+def _every_row(rows: int) -> NDArray[np.int32]:
+    return _EVERY.setdefault(rows, np.arange(rows, dtype=np.int32))
+
+
+def _address(array: Floats | None) -> int | None:
+    return None if array is None else array.ctypes.data
+
+
+def _tasks(panels: int) -> int:
+    return -(-panels // k.PANELS_PER_TASK)

@@ -1,0 +1,149 @@
+"""The model's weights, repacked for the native kernels."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType, quants
+from numpy.typing import NDArray
+from orthrus_cpu_kernels.library import LANES, Kernels, Matrix
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import View
+
+#: Panels that one task of repacking takes.
+PANELS = 16
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One view's attention of one layer. Biases are of q, k and v; norms of heads."""
+
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    output: Matrix
+    biases: tuple[Floats | None, Floats | None, Floats | None]
+    q_norm: Floats | None
+    k_norm: Floats | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer; all but `attention` is shared by both views."""
+
+    attention: dict[View, Attention]
+    attn_norm: Floats
+    ffn_norm: Floats
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
+def why_not(file: ModelFile, kernels: Kernels) -> str | None:
+    """What keeps this model from the native kernels, in words; None if nothing does."""
+    config = file.config
+    for size, what in ((config.n_embd, "rows"), (config.head_dim, "heads"), (config.n_ff, "MLP")):
+        if size % LANES:
+            return f"{what} of {size} elements are no multiple of {LANES}"
+    for info in file.tensors.values():
+        if len(info.shape) > 1 and kernels.form(int(info.type)) is None:
+            return f"{info.name} is {info.type.name}, which they have no product for"
+    return None
+
+
+class Weights:
+    """All weights of a model: matrices in panels, in one block of memory; norms as floats.
+
+    types: of the matrices.
+    """
+
+    def __init__(self, file: ModelFile, kernels: Kernels, threads: int) -> None:
+        """Raises OrthrusError when memory does not suffice."""
+        self._file, self._kernels = file, kernels
+        matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
+        self.types = frozenset(info.type for info in matrices)
+        sizes = {info.name: self._bytes(info) for info in matrices}
+        total = sum(sizes.values())
+        try:
+            self._memory = mmap.mmap(-1, max(total, 1))
+        except OSError as error:
+            raise OrthrusError(
+                f"{file.paths[0]}: {total / 2**30:.1f} GiB for repacked weights cannot be"
+                " allocated; use --runtime ggml, which uses them where they lie in the file"
+            ) from error
+        self._block = np.frombuffer(self._memory, np.uint8)
+        self._matrices: dict[str, Matrix] = {}
+        at = 0
+        with ThreadPoolExecutor(threads) as pool:
+            for info in matrices:
+                self._matrices[info.name] = self._place(info, at, pool)
+                at += sizes[info.name]
+        config = file.config
+        self.token_embd = self._matrices["token_embd.weight"]
+        self.output = self._matrices.get("output.weight", self.token_embd)
+        self.output_norm = self._vector("output_norm.weight")
+        self.layers = [self._layer(f"blk.{index}.") for index in range(config.n_layers)]
+
+    def close(self) -> None:
+        """Let go of the memory; matrices must not be used afterwards."""
+        self._matrices.clear()
+        del self._block
+
+    def _bytes(self, info: TensorInfo) -> int:
+        panels = -(-info.shape[0] // LANES)
+        return -(-panels * self._kernels.panel_bytes(int(info.type), info.shape[1]) // 64) * 64
+
+    def _place(self, info: TensorInfo, at: int, pool: ThreadPoolExecutor) -> Matrix:
+        columns, k = info.shape
+        panels = -(-columns // LANES)
+        raw, number = self._file.data(info.name), int(info.type)
+        address = self._block.ctypes.data + at
+
+        def repack(first: int) -> None:
+            self._kernels.library.orthrus_repack(
+                number, raw.ctypes.data, columns, k, first, min(first + PANELS, panels), address
+            )
+
+        list(pool.map(repack, range(0, panels, PANELS)))
+        return Matrix(number, k, columns, panels, address)
+
+    def _layer(self, prefix: str) -> Layer:
+        attention = {View.AR: self._attention(prefix, "")}
+        if self._file.config.has_heads:
+            attention[View.DIFFUSION] = self._attention(prefix, "_diff")
+        return Layer(
+            attention,
+            self._vector(f"{prefix}attn_norm.weight"),
+            self._vector(f"{prefix}ffn_norm.weight"),
+            *(self._matrices[f"{prefix}ffn_{name}.weight"] for name in ("gate", "up", "down")),
+        )
+
+    def _attention(self, prefix: str, suffix: str) -> Attention:
+        arch = self._file.config.architecture
+        q, k, v, output = (
+            self._matrices[f"{prefix}attn_{name}{suffix}.weight"]
+            for name in ("q", "k", "v", "output")
+        )
+        biases = [
+            self._vector(f"{prefix}attn_{name}{suffix}.bias") if arch.qkv_biases else None
+            for name in "qkv"
+        ]
+        norms = [
+            self._vector(f"{prefix}attn_{name}_norm{suffix}.weight") if arch.qk_norms else None
+            for name in "qk"
+        ]
+        return Attention(q, k, v, output, (biases[0], biases[1], biases[2]), norms[0], norms[1])
+
+    def _vector(self, name: str) -> Floats:
+        info = self._file.tensors[name]
+        data = quants.dequantize(self._file.data(name), GGMLQuantizationType(info.type))
+        return np.ascontiguousarray(data.reshape(math.prod(info.shape)), dtype=np.float32)
