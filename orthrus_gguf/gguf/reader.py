@@ -101,6 +101,7 @@ class GGUFFile:
         self.alignment = alignment
         self.metadata = metadata
         self.tensors = tensors
+        self._mapping = buffer
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(buffer, np.uint8)
 
     @classmethod
@@ -147,6 +148,16 @@ class GGUFFile:
         # One call for all, during which other threads run.
         task = partial(self._bytes.take, np.fromiter(chain.from_iterable(spots), np.int64))
         threading.Thread(target=task, name="prefetch", daemon=True).start()
+
+    def release(self, name: str) -> None:
+        """Let the system have the memory of a tensor's data; reading it again brings it back."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        info, page = self.tensors[name], mmap.PAGESIZE
+        first = -(-info.offset // page) * page
+        size = (info.offset + info.n_bytes) // page * page - first
+        if size > 0:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, size)
 
     def close(self) -> None:
         """Let go of the mapping. It ends with the last view that data() has handed out."""

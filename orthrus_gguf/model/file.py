@@ -87,6 +87,10 @@ class ModelFile:
         for file in self._files:
             file.prefetch([name for name in file.tensors if heads or not is_diffusion_tensor(name)])
 
+    def release(self, name: str) -> None:
+        """Let the system have the memory of a tensor's data; reading it again brings it back."""
+        self._owner[name].release(name)
+
     def close(self) -> None:
         """Let go of the files."""
         for file in self._files:

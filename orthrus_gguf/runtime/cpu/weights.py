@@ -80,6 +80,8 @@ class Weights:
                 f"{file.paths[0]}: {total / 2**30:.1f} GiB for repacked weights cannot be"
                 " allocated; use --runtime ggml, which uses them where they lie in the file"
             ) from error
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer page faults now, fewer TLB misses later
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._block = np.frombuffer(self._memory, np.uint8)
         self._matrices: dict[str, Matrix] = {}
         at = 0
@@ -87,6 +89,7 @@ class Weights:
             for info in matrices:
                 self._matrices[info.name] = self._place(info, at, pool)
                 at += sizes[info.name]
+                file.release(info.name)
         config = file.config
         self.token_embd = self._matrices["token_embd.weight"]
         self.output = self._matrices.get("output.weight", self.token_embd)
