@@ -23,10 +23,12 @@ KEYS = (
     *("tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.scores"),
     *("tokenizer.ggml.mask_token_id", "tokenizer.ggml.add_bos_token"),
     *("tokenizer.ggml.eos_token_id", "tokenizer.ggml.add_space_prefix", "imatrix.datasets"),
+    *("orthrus.base_architecture", "llama.block_count", "llama.rope.scaling.factor"),
 )
 TEXTS = (
     *("", "a", "orthrus", "qwen3", "llama", "gpt2", "qwen2", "adapter", "orthrus_heads", "yarn"),
     *("token_embd.weight", "output.weight", "blk.0.attn_q_diff.weight", "blk.9.attn_q.weight"),
+    *("rope_freqs.weight", "blk.0.attn_k_diff.bias", "linear"),
     *("blk.0.attn_q.bias", "blk.99999999999999999999.attn_q.weight", "blk..attn_q.weight", "blk."),
     *("\n\x1b[2J", "é" * 31, "n" * 64, "k" * 65536, "\0", "\u202e", "<0x0A>", "</s>", "▁", "Ġ"),
 )

@@ -23,6 +23,10 @@ YARN = {
     "orthrus.rope.scaling.original_context_length": np.uint32(64),
     "orthrus.rope.scaling.yarn_beta_fast": np.float32(32),
 }
+LINEAR = {"llama.rope.scaling.factor": np.float32(2)}
+FREQS = {"rope_freqs.weight": np.ones(WIDTH // 2, np.float32)}
+QWEN2 = {"orthrus.base_architecture": "qwen2"}
+_QK_NORMS = ("attn_q_norm", "attn_k_norm")
 
 
 def write_seeds(folder: Path) -> list[Path]:
@@ -33,6 +37,8 @@ def write_seeds(folder: Path) -> list[Path]:
         _model(folder / "base.gguf", "qwen3", bpe, untied=True),
         _model(folder / "yarn.gguf", "orthrus", bpe | YARN),
         _model(folder / "sentencepiece.gguf", "orthrus", spm),
+        _model(folder / "llama.gguf", "llama", bpe | LINEAR, more=FREQS, without=_QK_NORMS),
+        _model(folder / "qwen2.gguf", "orthrus", bpe | QWEN2, more=_biases(), without=_QK_NORMS),
         write_heads(folder / "heads.gguf"),
         _values(folder / "values.gguf"),
         _imatrix(folder / "imatrix.gguf"),
@@ -66,7 +72,16 @@ def _shape(arch: str) -> dict[str, Any]:
     }
 
 
-def _model(path: Path, arch: str, vocabulary: Mapping[str, Any], *, untied: bool = False) -> Path:
+def _model(
+    path: Path,
+    arch: str,
+    vocabulary: Mapping[str, Any],
+    *,
+    untied: bool = False,
+    more: Mapping[str, Any] | None = None,
+    without: tuple[str, ...] = (),
+) -> Path:
+    """more: further tensors. without: parts of a layer (and their twins) that are left out."""
     keys = {"general.type": "model", "general.name": "Seed", **_shape(arch), **vocabulary}
     tensors: dict[str, Any] = {"token_embd.weight": _quantized(N_VOCAB)}
     tensors |= {f"blk.0.{name}.weight": _quantized(WIDTH) for name in _LAYER}
@@ -77,7 +92,10 @@ def _model(path: Path, arch: str, vocabulary: Mapping[str, Any], *, untied: bool
     if arch == "orthrus":
         keys |= diffusion_keys()
         tensors |= _twins()
-    return write_gguf(path, arch, keys, tensors)
+    for name in without:
+        tensors.pop(f"blk.0.{name}.weight")
+        tensors.pop(f"blk.0.{name}_diff.weight", None)
+    return write_gguf(path, arch, keys, tensors | dict(more or {}))
 
 
 def _twins() -> dict[str, Any]:
@@ -87,6 +105,11 @@ def _twins() -> dict[str, Any]:
         else _quantized(WIDTH)
         for name in _TWINS
     }
+
+
+def _biases() -> dict[str, Any]:
+    names = [f"attn_{part}{twin}" for part in "qkv" for twin in ("", "_diff")]
+    return {f"blk.0.{name}.bias": np.ones(WIDTH, np.float32) for name in names}
 
 
 def _quantized(rows: int) -> tuple[Any, gguf.GGMLQuantizationType]:

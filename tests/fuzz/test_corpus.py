@@ -16,6 +16,7 @@ from tests.fuzz.seeds import write_seeds
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*"))
 USABLE = {"single.gguf", "base.gguf", "yarn.gguf", "sentencepiece.gguf", "heads.gguf"}
+USABLE |= {"llama.gguf", "qwen2.gguf"}
 
 
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.name) for path in CORPUS])
@@ -68,7 +69,7 @@ def test_what_is_no_orthrus_error_is_found(
     path = tmp_path / "mutation.gguf"
     found: list[Any] = []
     monkeypatch.setattr(Cursor, "skip", unchecked)
-    for _ in range(100):
+    for _ in range(200):
         path.write_bytes(mutate(rng.choice(seeds), rng))
         try:
             checker(path)
