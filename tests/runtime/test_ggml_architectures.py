@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ggml_models import append, back_to
-from numpy_qwen3 import NumpyQwen3
+from numpy_model import NumpyModel
 from stock import Stock
 
 from orthrus_gguf.model.file import ModelFile
@@ -31,12 +31,12 @@ TREE = (-1, 0, 0, 1, 2, 2)
 
 
 @contextmanager
-def loaded(path: Path, heads: Path | None = None) -> Iterator[tuple[GgmlModel, NumpyQwen3]]:
+def loaded(path: Path, heads: Path | None = None) -> Iterator[tuple[GgmlModel, NumpyModel]]:
     with (
         ModelFile.open(path, heads) as file,
         GgmlModel.load(file, threads=1, cache_type_k="f32", cache_type_v="f32") as model,
     ):
-        yield model, NumpyQwen3(file)
+        yield model, NumpyModel(file)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

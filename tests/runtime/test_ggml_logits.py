@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from ggml_models import TYPES, loaded, small_file
-from numpy_qwen3 import NumpyQwen3
+from numpy_model import NumpyModel
 from synthetic_model import model_shape
 
 from orthrus_gguf.model.config import Rope
@@ -115,7 +115,7 @@ def test_logits_equal_numpys(tmp_path: Path, yarn: bool, tied: bool) -> None:
     path = small_file(tmp_path, TYPES.F32, config)
     tokens = np.random.default_rng(3).integers(0, 300, 70).tolist()
     with loaded(path, cache_type_k="f32", cache_type_v="f32") as model:
-        oracle = NumpyQwen3(ModelFile.open(path))
+        oracle = NumpyModel(ModelFile.open(path))
         cache = model.new_cache(128)
         segments = [
             ar_segment(cache, tokens, 0),
@@ -137,7 +137,7 @@ def test_quantized_logits_are_close_to_numpys(
     path = small_file(tmp_path, gguf.GGMLQuantizationType[qtype])
     tokens = np.random.default_rng(4).integers(0, 300, 40).tolist()
     with loaded(path, cache_type_k=cache_types[0], cache_type_v=cache_types[1]) as model:
-        oracle = NumpyQwen3(ModelFile.open(path))
+        oracle = NumpyModel(ModelFile.open(path))
         cache = model.new_cache(64)
         segments = [ar_segment(cache, tokens, 0), diffusion_segment(cache, 7, 319, 9, 40)]
         ar, block = model.logits(segments)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import xllamacpp
-from numpy_qwen3 import NumpyQwen3
+from numpy_model import NumpyModel
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment, path_to
@@ -34,10 +34,10 @@ PROMPT: list[int] = np.random.default_rng(5).integers(4, MASK, 60).tolist()
 TREE = (-1, 0, 0, 1, 2, 2)
 
 
-def load(path: Path, heads: Path | None = None) -> tuple[ReferenceModel, NumpyQwen3]:
+def load(path: Path, heads: Path | None = None) -> tuple[ReferenceModel, NumpyModel]:
     torch.set_num_threads(1)
     with ModelFile.open(path, heads) as file:
-        return ReferenceModel(file), NumpyQwen3(file)
+        return ReferenceModel(file), NumpyModel(file)
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)

@@ -18,7 +18,7 @@ from orthrus_gguf.model.file import ModelFile
 Array = NDArray[np.float64]
 
 
-class NumpyQwen3:
+class NumpyModel:
     """ar(tokens) and block(context, block) give logits of all rows of a sequence, or of a block;
     ar_states and block_states what lies between: the residual stream at the input of each layer,
     before the final norm and behind it, [n_layers + 2, rows, n_embd]."""
