@@ -147,7 +147,7 @@ class Generation:
     def __init__(
         self, session: Session, request: Request, on_progress: Callable[[int], None] | None
     ) -> None:
-        self._session = session
+        self.session = session
         self._request = request
         self._on_progress = on_progress
         self._decoder = StreamDecoder(session.tokenizer, skip_special=True, continuation=True)
@@ -176,7 +176,8 @@ class Generation:
     def advance(self, done: Done | None) -> tuple[list[str], list[Segment]]:
         """Go on until a pass is needed: the text that came, and the segments to run (`Together`).
 
-        done: what came of the segments before, None at first. No segments: it has ended.
+        done: what came of the segments before, None at first. No segments: it has ended, by itself
+        or by an error (`error`).
         """
         pieces: list[str] = []
         try:
@@ -185,6 +186,9 @@ class Generation:
                 pieces.append(item)
                 item = next(self._work)
         except StopIteration:
+            return pieces, []
+        except OrthrusError as error:
+            self.error = error
             return pieces, []
         return pieces, item
 
@@ -197,7 +201,7 @@ class Generation:
                     yield item
                     item = next(self._work)
                 else:
-                    (done,) = run_together(self._session.model, [item])
+                    (done,) = run_together(self.session.model, [item])
                     item = self._work.send(done)
         except StopIteration:
             return
@@ -241,7 +245,7 @@ class Generation:
             # Whatever a cycle committed beyond the end, or a cancelled pass left, goes. So does the
             # row of the last token, which only some strategies have: where the next prompt starts
             # must not depend on the strategy.
-            self._session.keep((*self._request.prompt, *self._output)[:-1])
+            self.session.keep((*self._request.prompt, *self._output)[:-1])
             self._ended = time.perf_counter()
 
     def _read(self, tokens: Tokens) -> Work:
@@ -260,7 +264,7 @@ class Generation:
             self._output.append(item.token)
             if item.logprobs is not None:
                 self._logprobs.append(item.logprobs)
-            if item.token in self._session.tokenizer.eog:
+            if item.token in self.session.tokenizer.eog:
                 self._finish_reason = "stop"
                 return
             yield from self._show(self._decoder.push(item.token))
@@ -270,7 +274,7 @@ class Generation:
 
     def _tokens(self) -> Tokens:
         """Output tokens one by one, whatever the strategy committed them in."""
-        session, request = self._session, self._request
+        session, request = self.session, self._request
         room = session.n_ctx - len(request.prompt)
         limit = room if request.max_tokens < 0 else min(room, request.max_tokens)
         if limit == 0:
@@ -320,7 +324,10 @@ class Together:
         self._ready: list[tuple[Generation, str]] = []
 
     def join(self, generation: Generation) -> None:
-        """Let it take part from the next pass on."""
+        """Let it take part from the next pass on. Raises ValueError if its session has another one
+        under way: a cache holds one text."""
+        if any(other.session is generation.session for other in self._waiting):
+            raise ValueError("the session has another generation under way")
         self._advance(generation, None)
 
     def leave(self, generation: Generation) -> None:
@@ -331,6 +338,10 @@ class Together:
     def __len__(self) -> int:
         """Generations under way."""
         return len(self._waiting)
+
+    def __contains__(self, generation: Generation) -> bool:
+        """Whether it is under way."""
+        return generation in self._waiting
 
     def step(self) -> list[tuple[Generation, str]]:
         """Run one pass; returns the text that came since the last call."""
@@ -345,11 +356,7 @@ class Together:
 
     def _advance(self, generation: Generation, done: Done | None) -> None:
         self._waiting.pop(generation, None)
-        try:
-            pieces, segments = generation.advance(done)
-        except OrthrusError as error:
-            generation.error = error
-            return
+        pieces, segments = generation.advance(done)
         self._ready += [(generation, piece) for piece in pieces]
         if segments:
             self._waiting[generation] = segments

@@ -465,18 +465,20 @@ def test_the_same_seeds_draw_the_same_tokens_as_ever(frozen: dict[str, Any]) -> 
     assert checked == 12 * 8 * 10
 
 
-@pytest.mark.parametrize("runtime", ["reference", "cpu"])
+@pytest.mark.parametrize("runtime", ["reference", "ggml", "cpu"])
 def test_the_same_seeds_write_the_same_text_as_ever(
     runtime: str, frozen: dict[str, Any], golden: dict[str, Any], demo_file: Callable[..., Path]
 ) -> None:
-    """36 runs of 24 tokens on the demo model: plainly, and with drafts of every kind."""
+    """36 runs of 24 tokens on the demo model (a third of them on the slow runtime): plainly, and
+    with drafts of every kind."""
     torch.set_num_threads(1)
     plans = itertools.cycle(["ar", "two-pass@7+tree=9", "fused@5x3+lookup+tail"])
     with ModelFile.open(demo_file("f32")) as file:
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
         model = load_model(file, RuntimeSettings(RuntimeName(runtime), threads=1))
         session = Session(model, tokenizer, 256)
-        for run, plan in zip(frozen["texts"], plans, strict=False):
+        runs = frozen["texts"][:: 3 if runtime == "reference" else 1]
+        for run, plan in zip(runs, plans, strict=False):
             prompt = tuple(golden["cases"][run["case"]]["prompt_ids"])
             settings = SamplingSettings(seed=run["seed"], **run["settings"])
             policy = FixedPolicy(parse(plan), model.config)
