@@ -11,18 +11,14 @@
 #include "orthrus_cpu.h"
 #include "panels.h"
 
-#ifdef ORTHRUS_AVX512VNNI
+// Rows of the largest tile. Portable C gains nothing from more than one, and would take long to
+// compile.
+#if defined(ORTHRUS_AVX512VNNI)
 #define MOST_ROWS 8
+#elif defined(ORTHRUS_PORTABLE)
+#define MOST_ROWS 1
 #else
 #define MOST_ROWS 4
-#endif
-
-#ifdef ORTHRUS_AVX2VNNI
-#include <cpuid.h>
-static int has_avx_vnni(void) {
-    unsigned a, b, c, d;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-}
 #endif
 
 #ifdef ORTHRUS_PORTABLE
@@ -31,22 +27,6 @@ static int has_avx_vnni(void) {
 #define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
 #define UNROLL_TEXT(x) #x
 #endif
-
-const char *orthrus_isa(void) { return ISA_NAME; }
-
-int orthrus_usable(void) {
-#if defined(ORTHRUS_AVX512VNNI)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-           __builtin_cpu_supports("fma");
-#elif defined(ORTHRUS_AVX2VNNI)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_avx_vnni();
-#elif defined(ORTHRUS_AVX2)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-    return 1;
-#endif
-}
 
 INLINE int32_t four(const int8_t *q) {
     int32_t x;
@@ -255,11 +235,13 @@ INLINE void panel_rows(const int type, int k, const uint8_t *p, const uint8_t *x
         else                                                                                       \
             tile_f(type, n, k, p, x, x_stride, y, stride, add);                                    \
     }
-#if MOST_ROWS == 8
+#if MOST_ROWS >= 8
     TILE(8)
 #endif
+#if MOST_ROWS >= 4
     TILE(4)
     TILE(2)
+#endif
     TILE(1)
 #undef TILE
 }
@@ -318,52 +300,4 @@ void orthrus_product(int type, const uint8_t *panels, int k, int first, int stop
     size_t bytes = orthrus_panel_bytes(type, k);
     for (int i = first; i < stop; i++)
         panel(k, panels + i * bytes, x, rows, y + (size_t)i * LANES, stride, add);
-}
-
-static void quantize_k(const float *x, int k, XK *to) {
-    for (; k > 0; k -= 256, x += 256, to++) {
-        vf most = f_set(0.0f);
-        for (int i = 0; i < 256; i += LANES) most = f_max(f_abs(f_load(x + i)), most);
-        float largest = f_largest(most);
-        vf inverse = f_set(largest > 0.0f ? 127.0f / largest : 0.0f);
-        to->d = largest / 127.0f;
-        to->unused = 0;
-        for (int i = 0; i < 256; i += LANES)
-            i_store_s8(to->q + i, i_round(f_mul(f_load(x + i), inverse)));
-        for (int i = 0; i < 16; i++) {
-            int sum = 0;
-            for (int c = 0; c < 16; c++) sum += to->q[i * 16 + c];
-            to->sums16[i] = (int16_t)sum;
-        }
-        for (int i = 0; i < 8; i++)
-            to->sums32[i] = (int16_t)(to->sums16[2 * i] + to->sums16[2 * i + 1]);
-    }
-}
-
-static void quantize_b(const float *x, int k, XB *to) {
-    int blocks = (k + 63) / 64 * 2;
-    for (int b = 0; b < blocks; b++, x += 32, to++) {
-        if (b * 32 >= k) { // the half of a pair that does not exist
-            memset(to, 0, sizeof *to);
-            continue;
-        }
-        float largest = f_largest(f_max(f_abs(f_load(x)), f_abs(f_load(x + 16))));
-        vf inverse = f_set(largest > 0.0f ? 127.0f / largest : 0.0f);
-        to->d = largest / 127.0f;
-        i_store_s8(to->q, i_round(f_mul(f_load(x), inverse)));
-        i_store_s8(to->q + 16, i_round(f_mul(f_load(x + 16), inverse)));
-        int sum = 0;
-        for (int c = 0; c < 32; c++) sum += to->q[c];
-        to->sum = sum;
-        to->scaled = to->d * (float)sum;
-    }
-}
-
-void orthrus_quantize(int form, const float *x, int k, uint8_t *row) {
-    if (form == X_K)
-        quantize_k(x, k, (XK *)row);
-    else if (form == X_B)
-        quantize_b(x, k, (XB *)row);
-    else
-        memcpy(row, x, (size_t)k * sizeof *x);
 }
