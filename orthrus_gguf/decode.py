@@ -232,12 +232,12 @@ def _tell(
     blocks: tuple[Choices, ...] = (),
 ) -> None:
     """Let every drafter learn what was committed. rows: of the AR segment, those that stay."""
-    planes = _taps(drafters)
+    planes, start = _taps(drafters), sequence.cache.length - len(rows)
     for drafter in drafters:
         taps = None
         if drafter.taps and choices.taps is not None:
             taps = choices.taps[[planes.index(layer) for layer in drafter.taps]][:, list(rows)]
-        drafter.committed(sequence.tokens, cycle, Results(taps, blocks))
+        drafter.committed(sequence.tokens, cycle, Results(start, taps, blocks))
 
 
 def _nothing_drawn(sequence: TokenSequence, position: int) -> OrthrusError:

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timeless import StraightCosts
 from toy_model import BLOCK, MASK, VOCAB, ToyModel, ar_logits, greedy_continuation, one_hot
 
 from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.decode import decode, drive, prefill, run_cycle
 from orthrus_gguf.drafting.block import BLOCK as FROM_BLOCK
 from orthrus_gguf.drafting.carried_blocks import LAST, NEXT
-from orthrus_gguf.drafting.cycle import Cycle, Pass
+from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.lookup import LOOKUP
 from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy, parse
 from orthrus_gguf.drafting.policy import Policy
@@ -61,25 +62,12 @@ DRAFTERS = {
 }
 
 
-class Costs:
-    """Seconds of passes as a straight line; what was observed is ignored."""
-
-    def __init__(self, per_row: float) -> None:
-        self.per_row = per_row
-
-    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
-        return 1e-3 * (1 + self.per_row * (ar_rows + diffusion_rows - 1))
-
-    def observe(self, done: Pass) -> None:
-        pass
-
-
 def any_policy(
     name: str, width: int, blocks: int, tail: bool, lookup: bool, tree: int = 0
 ) -> Policy:
     """A plan of the strategy, or a controller to which rows are cheap (auto) or dear (dear)."""
     if name in ("auto", "dear"):
-        costs = Costs(0.01 if name == "auto" else 0.6)
+        costs = StraightCosts(0.01 if name == "auto" else 0.6)
         return Controller(costs, BLOCK, without=() if lookup else ("lookup",))
     strategy, also = Strategy(name), ("lookup",) if lookup else ()
     plan = Plan(strategy, also=also)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timeless import Timeless
 from toy_model import VOCAB, ToyModel, ToyTokenizer, greedy_continuation
 
-from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.decode import drive, prefill, run_cycle, run_together
-from orthrus_gguf.drafting.cycle import Cycle, Pass
+from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.tree import Tree
@@ -31,35 +31,6 @@ from orthrus_gguf.stats import Statistics
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
 GREEDY = SamplingSettings(temperature=0)
-
-
-class Costs:
-    """Cheap rows, so that `auto` drafts."""
-
-    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
-        return 1e-3 * (1 + 0.01 * (ar_rows + diffusion_rows))
-
-    def observe(self, done: Pass) -> None:
-        pass
-
-
-class Timeless(Controller):
-    """Learns what passes cost from a table, not from the clock: what it decides can be compared."""
-
-    def __init__(self, block_size: int | None) -> None:
-        super().__init__(Costs(), block_size)
-
-    def observe(self, cycle: Cycle) -> None:
-        passes = tuple(
-            Pass(
-                p.ar_rows,
-                p.diffusion_rows,
-                p.context,
-                Costs().seconds(p.ar_rows, p.diffusion_rows, p.context),
-            )
-            for p in cycle.passes
-        )
-        super().observe(replace(cycle, passes=passes, seconds=sum(p.seconds for p in passes)))
 
 
 @dataclass(frozen=True)
@@ -84,7 +55,7 @@ class Member:
 
     def policy(self, session: Session) -> Policy:
         if self.plan == "auto":
-            return Timeless(session.model.config.block_size)
+            return Timeless(0.01, session.model.config.block_size)
         return FixedPolicy(parse(self.plan), session.model.config)
 
     def constraint(self, tokens: Sequence[int], tree: Tree) -> Masks | None:

@@ -36,10 +36,13 @@ class DraftPass:
 class Results:
     """What a pass left for drafters.
 
-    taps: float32 [taps, rows, n_embd] at the committed rows, of the layers that the drafter named.
+    start: position of the first row that it committed; what the cache held before a prompt's first
+        pass was never told. taps: float32 [taps, rows, n_embd] at the committed rows, of the layers
+        that the drafter named, in its order.
     blocks: choices of the blocks that rode along, in the order of `Cycle.guesses`.
     """
 
+    start: int = 0
     taps: NDArray[np.float32] | None = None
     blocks: tuple[Choices, ...] = ()
 

@@ -250,7 +250,7 @@ class FixedPolicy:
             )
         if not passes:
             return NO_DRAFT
-        return replace(passes[0], width=min(self._width, room))
+        return replace(passes[0], width=min(self._width, room, passes[0].most))
 
     def _usable(self, draft: Draft) -> bool:
         if draft.source not in (BLOCK, TAIL):

@@ -109,6 +109,14 @@ def test_a_tree_by_hand() -> None:
     assert grown(draft, [], 9) == Tree(())
 
 
+def test_what_stands_behind_second_choices_may_be_worth_less() -> None:
+    """Half as much: 15 6 is 0.2 * 0.25, and 15 16 is 0.2 * 0.75 * 0.3; the rest is as ever."""
+    branches = best_first([0.6, 0.5], [0.5, 0.3], 99, behind=0.5)
+    assert branches.probabilities == pytest.approx((0.6, 0.3, 0.2, 0.09, 0.05, 0.045))
+    assert branches.parents == (0, 1, 0, 1, 3, 3)
+    assert branches.seconds == (False, False, True, True, False, True)
+
+
 def test_what_is_unlikely_is_left_out() -> None:
     """Nothing at or below `least`, and so nothing behind it."""
     branches = best_first([0.6, 0.5], [0.5, 0.3], 99, 0.1)
