@@ -1,8 +1,9 @@
 """Prompt and generation speed of the CPU runtime beside stock llama.cpp (the `xllamacpp` wheel).
 
-    python tests/bench/compare_llamacpp.py BASE.gguf [-t THREADS] [-r REPETITIONS] [--plain]
+    python tests/bench/compare_llamacpp.py BASE.gguf [-t THREADS] [-r REPETITIONS] [--runtime ggml]
+                                           [--plain]
 
-BASE.gguf is a stock Qwen3 file (`orthrus-convert --split` writes one). Both run in this process,
+BASE.gguf is a stock file (`orthrus-convert --split` writes one). Both run in this process,
 turn by turn, on the same threads, and the ratio is taken turn by turn: on a shared machine only the
 ratio means something. `--plain` keeps llama.cpp to the kernels that compute a row the same with and
 without company: no repacked weights (its `--no-repack`) and no tiled products
@@ -20,9 +21,12 @@ from typing import Any
 import numpy as np
 import xllamacpp
 
-from orthrus_gguf.decode import Plan, Strategy, decode, prefill
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 GREEDY = SamplingSettings(temperature=0)
@@ -57,21 +61,20 @@ class Stock:
 
 
 class Ours:
-    """Our CPU runtime, plain decoding."""
+    """One of our runtimes, plain decoding."""
 
-    def __init__(self, model: GgmlModel, n_ctx: int) -> None:
+    def __init__(self, model: Model, n_ctx: int) -> None:
         self._model = model
         self._cache = model.new_cache(n_ctx)
 
     def run(self, prompt: list[int], n_predict: int) -> tuple[float, float]:
-        self._cache.truncate(0)
-        sampler = Sampler(GREEDY)
+        self._cache.restore(self._cache.checkpoint(0))
+        config = self._model.config
+        sequence = TokenSequence(config, self._cache, Sampler(GREEDY), list(prompt))
         started = time.perf_counter()
-        logits = prefill(self._model, self._cache, prompt)
-        tokens = [*prompt, sampler.sample(logits, prompt)]
+        drive(self._model, prefill(sequence))
         first = time.perf_counter()
-        plan = Plan(Strategy.AR, 0)
-        for _ in decode(self._model, self._cache, sampler, tokens, plan, n_predict - 1):
+        for _ in decode(self._model, sequence, FixedPolicy(PLAIN, config), n_predict - 1):
             pass
         ended = time.perf_counter()
         return len(prompt) / (first - started), max(n_predict - 1, 1) / (ended - first)
@@ -83,12 +86,14 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("-r", "--repetitions", type=int, default=5)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--runtime", default="cpu", choices=["cpu", "ggml"])
     parser.add_argument("-p", "--prompt", type=int, default=512)
     parser.add_argument("-n", "--predict", type=int, default=64)
     args = parser.parse_args()
     n_ctx = args.prompt + args.predict + 8
     with ModelFile.open(args.base) as file:
-        model = GgmlModel.load(file, threads=args.threads)
+        settings = RuntimeSettings(RuntimeName(args.runtime), threads=args.threads)
+        model = load_model(file, settings)
         ours, stock = Ours(model, n_ctx), Stock(args.base, n_ctx, args.threads, args.plain)
         ids = np.random.default_rng(0).integers(0, file.config.n_vocab, args.prompt)
         prompt = [int(i) for i in ids]
