@@ -23,9 +23,13 @@ MEMORY = 0.98
 #: Sources that are blocks, in a pass of their own or not.
 BLOCKS = (BLOCK, NEXT, LAST)
 
-#: How often a second choice is right where the first was refused, before anything is known; and
-#: how much of what the drafter promises of it comes true.
-SECOND_IS_RIGHT, PROMISE_IS_KEPT = 0.2, 1.0
+#: How often a second choice is right where the first was refused, beside what the drafter promises,
+#: before anything is known.
+PROMISE_IS_KEPT = 1.0
+
+#: How often what a draft says behind its own second choice is right, beside what it says behind its
+#: first choice, before anything is known.
+BEHIND_SECOND = 0.8
 
 
 @dataclass
@@ -68,6 +72,7 @@ class Acceptance:
         self._by_confidence: dict[Source, _Counts] = {}
         self._by_position: dict[Source, _Counts] = {}
         self._seconds: dict[Source, _Counts] = {}
+        self._behind: dict[Source, _Counts] = {}
 
     def _confidences(self, source: Source) -> _Counts:
         return self._by_confidence.setdefault(source, _Counts(self._of_class))
@@ -118,32 +123,42 @@ class Acceptance:
         by_confidence = self._confidences(cycle.draft.source)
         by_confidence.forget(MEMORY)
         agreed = cycle.agreed
-        reached = min(agreed + 1, len(cycle.drafts))
-        for i, value in enumerate(cycle.draft.confidence[:reached]):
-            by_confidence.add(_class(value), i < agreed)
+        # A first choice that a tree left out may have been right; what follows it is then not told.
+        refused = agreed < min(len(cycle.drafts), len(cycle.tokens))
+        told = [1.0] * agreed + [0.0] * refused
+        for value, verdict in zip(cycle.draft.confidence, told, strict=False):
+            by_confidence.add(_class(value), verdict)
         if len(cycle.passes) > 1:  # a draft pass: whatever came of it was verified
-            self._expect(cycle.draft.source, [1.0] * agreed + [0.0], len(cycle.drafts))
-        if agreed < min(len(cycle.drafts), len(cycle.draft.second)):
+            self._expect(cycle.draft.source, told, len(told))
+        if refused and agreed < len(cycle.draft.second):
             right = cycle.draft.second[agreed][0] == cycle.tokens[agreed]
             counts = self._second_choices(cycle.draft.source)
             counts.forget(MEMORY)
-            counts.add(0, right)
-            counts.add(1, right, cycle.draft.second_shares(agreed + 1)[agreed])
+            counts.add(0, right, cycle.draft.second_shares(agreed + 1)[agreed])
+            if right:
+                self._observe_behind(cycle.draft, cycle.tokens, agreed + 1)
+
+    def _observe_behind(self, draft: Draft, tokens: Sequence[int], at: int) -> None:
+        """Count the token of a draft that stands behind an accepted second choice, at `at`."""
+        if at < min(len(draft), len(tokens)):
+            behind = self._behind.setdefault(draft.source, _Counts([BEHIND_SECOND]))
+            behind.forget(MEMORY)
+            expected = self.of_draft(draft, at + 1)[at]
+            behind.add(0, draft.tokens[at] == tokens[at], expected)
+
+    def behind(self, source: Source) -> float:
+        """How often tokens behind a second choice are right, beside those behind a first one."""
+        counts = self._behind.get(source)
+        return BEHIND_SECOND if counts is None else min(counts.share(0), 1.0)
 
     def _second_choices(self, source: Source) -> _Counts:
-        """Of second choices where the first was refused: those that were right among all, and as
-        many as the drafter promised."""
-        return self._seconds.setdefault(source, _Counts([SECOND_IS_RIGHT, PROMISE_IS_KEPT], 1.0))
-
-    def second(self, source: Source) -> float:
-        """How often a second choice of this source is right where the first is refused; 0 for
-        sources that have shown none."""
-        return self._second_choices(source).share(0) if source in self._seconds else 0.0
+        """Second choices that were right where the first was refused, of as many as promised."""
+        return self._seconds.setdefault(source, _Counts([PROMISE_IS_KEPT], 1.0))
 
     def seconds_of_draft(self, draft: Draft, most: int) -> list[float]:
         """Per token of a draft at hand, the probability that its second choice is right if the
         first one is refused; for at most `most` tokens."""
-        kept = self._second_choices(draft.source).share(1)
+        kept = self._second_choices(draft.source).share(0)
         return [min(kept * share, 1.0) for share in draft.second_shares(min(most, len(draft)))]
 
     def foresee(self, draft: Draft) -> None:
@@ -169,6 +184,7 @@ class Acceptance:
             *self._by_confidence.values(),
             *self._by_position.values(),
             *self._seconds.values(),
+            *self._behind.values(),
         ):
             counts.forget(memory)
 

@@ -13,6 +13,7 @@ what was given up is forgotten slowly, so that it is tried again when the text c
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis, Pass
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Source
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.plan import MOST_AT_HAND, block_rows
-from orthrus_gguf.drafting.tree import Tree, best_first
+from orthrus_gguf.drafting.tree import Branches, Tree, best_first
 from orthrus_gguf.model.config import ModelConfig
 
 #: Blocks carried by one pass at most.
@@ -47,6 +48,9 @@ MAX_BLOCKS = 8
 
 #: Draft tokens of a tree at most, and the probability that each must have at least.
 MOST_NODES, LEAST_NODE = 64, 0.01
+
+#: Weight of the newest draft in what the trees of its source promise.
+NEWEST_TREE = 0.1
 
 #: Time that drafts may lose against plain decoding: a share of all time, and at first as many
 #: single-row passes.
@@ -111,6 +115,7 @@ class Controller:
         self._widest = max(self._block, MOST_AT_HAND)
         self._acceptance = Acceptance(self._widest)
         self._passes: dict[Source, DraftPass] = {}
+        self._promised: dict[Source, Floats] = {}
         self._carrying: Carrying | None = None
         self._added = 0.0
         self._lost = self._elapsed = self._host = 0.0
@@ -181,16 +186,32 @@ class Controller:
         if self._block and not self._overdrawn(tables):
             guesses, added = self._carry(tables, draft, anchor, width, room)
             value += added
-        if draft.second and most > 1:
-            seconds = self._acceptance.seconds_of_draft(draft, len(accept))
-            branches = best_first(accept, seconds, min(most, MOST_NODES), LEAST_NODE)
-            reached = [0.0, *np.cumsum(branches.probabilities).tolist()]
+        if draft.second:
+            branches = self._branches(draft, accept)
+            reached = [0.0, *itertools.accumulate(branches.probabilities[:most])]
             tree = _worths(reached, rate, tables.verify)
             nodes = max(range(len(tree)), key=tree.__getitem__)
             if tree[nodes] > value:
                 self._added = 0.0
                 return draft.tree(branches, nodes), ()
         return Tree(draft.tokens[:width]), guesses
+
+    def _branches(self, draft: Draft, accept: Sequence[float]) -> Branches:
+        """What trees of a draft are made of. What they promise joins the mean of its source."""
+        source = draft.source
+        branches = best_first(
+            accept,
+            self._acceptance.seconds_of_draft(draft, len(accept)),
+            MOST_NODES,
+            LEAST_NODE,
+            self._acceptance.behind(source),
+        )
+        promised = np.zeros(MOST_NODES)
+        promised[: len(branches.probabilities)] = branches.probabilities
+        promised = promised.cumsum()
+        mean = self._promised.setdefault(source, promised)
+        mean += NEWEST_TREE * (promised - mean)
+        return branches
 
     def observe(self, cycle: Cycle) -> None:
         tables = self._current(cycle.start)
@@ -314,11 +335,16 @@ class Controller:
             carried = {guess: np.array(self._expected(SOURCES[guess])) for guess in Guess}
             width = self._carried_width(carrying, carried, verify, context)
             lead = seconds(1, min(width + 2, block), context) - float(verify[1])
+        rate = self._tables.steady.rate if self._tables is not None else 1 / float(verify[1])
+        passes = {source: self._drafting(offer, context) for source, offer in self._passes.items()}
         estimates = Estimates(
             verify=verify,
             lead=lead,
-            passes={
-                source: self._drafting(offer, context) for source, offer in self._passes.items()
+            passes=passes,
+            trees={
+                source: self._trees(passes[source], promised, rate)
+                for source, promised in self._promised.items()
+                if source in passes
             },
             carried={guess: n[: width + 1] for guess, n in carried.items()},
             hits=hits,
@@ -330,15 +356,21 @@ class Controller:
         return _Tables(verify.tolist(), steady, worth, width, context, idle)
 
     def _drafting(self, offer: DraftPass, context: int) -> Drafting:
-        """What a kind of draft pass promises now."""
+        """What a kind of draft pass promises now, verified as chains."""
         accept = self._acceptance.of_source(offer.source, offer.most)
-        second = [self._acceptance.second(offer.source)] * len(accept)
-        branches = best_first(accept, second, MOST_NODES, LEAST_NODE)
-        widths = np.maximum.accumulate(np.array(branches.depths, np.int64) + 1)
-        of_width = [
-            self._costs.seconds(0, offer.rows(width), context) for width in range(1, offer.most + 1)
-        ]
-        return Drafting(np.cumsum(branches.probabilities), widths, np.array(of_width)[widths - 1])
+        widths = np.arange(1, offer.most + 1)
+        seconds = [self._costs.seconds(0, offer.rows(int(width)), context) for width in widths]
+        return Drafting(np.array(sums(accept)[1:]), widths, np.array(seconds))
+
+    def _trees(self, chains: Drafting, promised: Floats, rate: float) -> Drafting:
+        """The same, each draft verified as the tree that suits it.
+
+        Which of its tokens that takes is settled when they are there; so the pass brings as many as
+        are worth their own rows.
+        """
+        wide = int(np.argmax(chains.tokens - rate * chains.seconds))
+        of_wide = np.full(len(promised), chains.seconds[wide])
+        return Drafting(promised, np.full(len(promised), wide + 1), of_wide)
 
     def _expected(self, source: Source) -> list[float]:
         return sums(self._acceptance.of_source(source, self._block))

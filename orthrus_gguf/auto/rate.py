@@ -10,7 +10,7 @@ average reward of a semi-Markov process, solved for its two states.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,8 @@ class Estimates:
     """Everything that a prospect follows from.
 
     verify: seconds of AR passes of 0 (none), 1, ... rows; lead: that a block adds to an AR pass of
-        one row. passes: by source, what draft passes promise.
+        one row. passes: by source, what draft passes promise, and a rule for what to verify of any
+        draft. trees: the same where each draft gets the tree that suits it; as far as known.
     carried: tokens that will be accepted of drafts of 0, 1, ... tokens from carried blocks, by
         guess. hits, carrying: the share of cycles that such blocks serve, by guess, and the seconds
         they add.
@@ -67,6 +68,7 @@ class Estimates:
     carried: Mapping[Guess, Floats]
     hits: Mapping[Guess, float]
     carrying: float
+    trees: Mapping[Source, Drafting] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Values:
     """Worth at a rate, in tokens.
 
     plain, lead, drafting: of a cycle without a draft, done plainly, with a block alongside, after a
-        draft pass of `source` for `width` tokens, of which `nodes` are verified as a tree.
+        draft pass of `source` for `width` tokens, of which `nodes` are verified; branches: as a
+        tree, with which no block rides.
     gain: of a draft at hand, by the guess that led to it. onward: of the blocks carried in a cycle,
         less their time. block: of the time of one block.
     """
@@ -85,6 +88,7 @@ class Values:
     source: Source | None
     width: int
     nodes: int
+    branches: bool
     gain: Mapping[Guess, float]
     onward: float
     block: float
@@ -104,20 +108,28 @@ def values(estimates: Estimates, rate: float) -> Values:
     onward = max(promised - rate * e.carrying, 0.0) / max(1 - sum(e.hits.values()), 0.05)
     gain = {guess: value + onward for guess, value in alone.items()}
     plain = 1 - rate * float(e.verify[1])
-    drafting, source, width, nodes = -np.inf, None, 0, 0
-    for candidate, d in e.passes.items():
+    drafting, source, width, nodes, branches = -np.inf, None, 0, 0, False
+    kinds = [
+        (passes is e.trees, *entry) for passes in (e.passes, e.trees) for entry in passes.items()
+    ]
+    for is_tree, candidate, d in kinds:
+        counts = np.arange(1, len(d.tokens) + 1)
         worth = d.tokens + 1 - times[1 : len(d.tokens) + 1] - rate * d.seconds
+        if not is_tree:
+            worth[d.widths == counts] += onward
         best = int(np.argmax(worth)) if len(worth) else -1
         if best >= 0 and worth[best] > drafting:
             drafting, source = float(worth[best]), candidate
             width, nodes = int(d.widths[best]), best + 1
+            branches = is_tree or width != nodes
     return Values(
         plain=plain,
         lead=plain - rate * e.lead + gain[Guess.LAST],
-        drafting=drafting + onward,
+        drafting=drafting,
         source=source,
         width=width,
         nodes=nodes,
+        branches=branches,
         gain=gain,
         onward=onward,
         block=rate * e.lead,
@@ -137,9 +149,9 @@ def prospect(estimates: Estimates, *, blocks: int, width: int) -> Prospect:
     if rate < MARGIN * plain:
         return Prospect(PLAIN, plain)
     found = values(estimates, rate)
-    if found.onward > 0 or found.lead > found.drafting:
+    if found.lead > found.drafting or (found.onward > 0 and not found.branches):
         return Prospect(Plan(Strategy.FUSED, width, blocks), rate, found.source)
-    tree = found.nodes if found.nodes > found.width else 0
+    tree = found.nodes if found.branches else 0
     return Prospect(Plan(Strategy.TWO_PASS, found.width, tree=tree), rate, found.source)
 
 

@@ -70,32 +70,39 @@ class Branches:
 
 
 def best_first(
-    accept: Sequence[float], second: Sequence[float], nodes: int, least: float = 0.0
+    accept: Sequence[float],
+    second: Sequence[float],
+    nodes: int,
+    least: float = 0.0,
+    behind: float = 1.0,
 ) -> Branches:
     """The `nodes` likeliest continuations that two choices per token allow.
 
     accept: per token, the probability that the first choice is accepted if the tokens before it
     are. second: that the second choice is, if the first is refused. What follows a second choice is
-    what the same draft says behind it. least: what is less likely is left out. The first n are the
-    best tree of n nodes, since no token is likelier than the one that it follows.
+    what the same draft says behind it; first choices there are accepted `behind` times as often.
+    least: what is less likely is left out. The first n are the best tree of n nodes, since no token
+    is likelier than the one that it follows.
     """
     found: list[tuple[int, bool, int, float]] = []
-    waiting: list[tuple[float, int, bool, int]] = []  # of equals, what was found first goes first
+    # Of equals, what was found first goes first. The last entry: what `accept` is multiplied by.
+    waiting: list[tuple[float, int, bool, int, float]] = []
 
-    def add_children(row: int, depth: int, probability: float) -> None:
+    def add_children(row: int, depth: int, probability: float, factor: float) -> None:
         if depth == len(accept):
             return
-        first = probability * accept[depth]
+        sure = accept[depth] * factor
+        first = probability * sure
         if first > least:
-            heapq.heappush(waiting, (-first, row, False, depth))
-        other = probability * (1 - accept[depth]) * second[depth]
+            heapq.heappush(waiting, (-first, row, False, depth, factor))
+        other = probability * (1 - sure) * second[depth]
         if other > least:
-            heapq.heappush(waiting, (-other, row, True, depth))
+            heapq.heappush(waiting, (-other, row, True, depth, behind))
 
-    add_children(0, 0, 1.0)
+    add_children(0, 0, 1.0, 1.0)
     while waiting and len(found) < nodes:
-        probability, parent, is_second, depth = heapq.heappop(waiting)
+        probability, parent, is_second, depth, factor = heapq.heappop(waiting)
         found.append((depth, is_second, parent, -probability))
-        add_children(len(found), depth + 1, -probability)
+        add_children(len(found), depth + 1, -probability, factor)
     columns = tuple(zip(*found, strict=True)) or ((), (), (), ())
     return Branches(*columns)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_model import BLOCK, VOCAB, ToyModel, greedy_continuation, toy_config
 
-from orthrus_gguf.auto.acceptance import Acceptance, sums
+from orthrus_gguf.auto.acceptance import BEHIND_SECOND, Acceptance, sums
 from orthrus_gguf.auto.controller import LOSS_CREDIT, LOSS_SHARE, Controller
 from orthrus_gguf.decode import decode, drive, prefill
 from orthrus_gguf.drafting.block import BLOCK as FROM_BLOCK
@@ -228,18 +228,54 @@ def test_second_choices_are_learned_beside_what_the_drafter_promises() -> None:
     """0.8 of the rest is promised. Whether the tree held them does not matter."""
     acceptance = Acceptance(8)
     draft = Draft(FROM_BLOCK, (1, 2, 3), (0.5,) * 3, ((11, 0.4), (12, 0.4), (13, 0.4)))
-    assert acceptance.second(FROM_BLOCK) == 0.0
     assert acceptance.seconds_of_draft(draft, 2) == pytest.approx([0.8, 0.8])
     assert acceptance.seconds_of_draft(draft, 9) == pytest.approx([0.8] * 3)
     for i in range(300):
         second = 12 if i % 4 == 0 else 99
         acceptance.observe(Cycle(0, draft.tokens, 1, (1, second), draft))
-    assert acceptance.second(FROM_BLOCK) == pytest.approx(0.25, abs=0.05)
     assert acceptance.seconds_of_draft(draft, 3) == pytest.approx([0.25] * 3, abs=0.05)
     for _ in range(300):
         acceptance.observe(Cycle(0, (1, 12, 3), 3, (1, 12, 3, 9), draft))
     assert acceptance.seconds_of_draft(draft, 1) == pytest.approx([1.0], abs=0.05)
     assert acceptance.seconds_of_draft(Draft(LOOKUP, (1, 2), (0.5,) * 2), 2) == [0.0, 0.0]
+
+
+def test_what_a_tree_cannot_tell_is_not_counted() -> None:
+    """A tree that left a first choice out, which was right: nobody knows of the one behind it."""
+    acceptance = Acceptance(8)
+    draft = Draft(FROM_BLOCK, (1, 2, 3), (0.95, 0.55, 0.15), ((11, 0.0), (12, 0.4), (13, 0.4)))
+    before = acceptance.of_draft(draft, 3)
+    passes = (Pass(0, 4, 0, 1.0), Pass(3, 0, 0, 1.0))
+    for _ in range(100):
+        acceptance.observe(Cycle(0, (1, 12, 3), 1, (1, 2), draft, passes))
+    after = acceptance.of_draft(draft, 3)
+    assert after[0] > before[0]
+    assert after[1] > before[1]
+    assert after[2] == before[2]
+    assert acceptance.of_source(FROM_BLOCK, 3)[1] > 0.95
+    assert acceptance.of_source(FROM_BLOCK, 3)[2] < 0.95
+    assert acceptance.seconds_of_draft(draft, 3)[2] == pytest.approx(0.4 / 0.85)
+
+
+def test_what_stands_behind_second_choices_is_learned() -> None:
+    """Beside what the same tokens promise behind first choices; only a second choice that was
+    accepted has anything behind it."""
+    acceptance = Acceptance(8)
+    draft = Draft(FROM_BLOCK, (1, 2, 3), (0.2, 0.9, 0.7), ((11, 0.4), (12, 0.05), (13, 0.1)))
+    assert acceptance.behind(FROM_BLOCK) == BEHIND_SECOND
+    for _ in range(100):  # refused with no second choice that is right; refused as the last token
+        acceptance.observe(Cycle(0, draft.tokens, 1, (1, 99), draft))
+        acceptance.observe(Cycle(0, (1, 2, 13), 3, (1, 2, 13, 9), draft))
+    assert acceptance.behind(FROM_BLOCK) == BEHIND_SECOND
+    right = Cycle(0, (11, 2, 3), 2, (11, 2, 99), draft)
+    wrong = Cycle(0, (11, 2, 3), 1, (11, 99), draft)
+    for i in range(400):
+        acceptance.observe(wrong if i % 4 else right)
+    sure = acceptance.of_draft(draft, 2)[1]
+    assert acceptance.behind(FROM_BLOCK) == pytest.approx(0.25 / sure, abs=0.1)
+    for _ in range(400):
+        acceptance.observe(right)
+    assert acceptance.behind(FROM_BLOCK) == 1.0, "never worth more"
 
 
 @settings(deadline=None, max_examples=25)

@@ -130,6 +130,29 @@ def test_blocks_that_always_come_true() -> None:
     assert steady.rate == pytest.approx((1 + 30) / (1.2 + 10 * 1.2), rel=5e-3)
 
 
+def test_no_block_rides_with_a_tree() -> None:
+    """Blocks are worth something to a chain of two only, not to a tree of two that is one deep; and
+    trees that are chosen draft by draft are trees, whatever their size."""
+    hits = {Guess.LAST: 0.0, Guess.NEXT: 0.5}
+    e = estimates(block=[0, 1, 2], carried=[0, 1, 2], lead=0.2, hits=hits, carrying=0.2)
+    chain = values(e, 1.0)
+    assert chain.onward > 0
+    assert (chain.nodes, chain.branches) == (2, False)
+    alone = chain.drafting - chain.onward
+    tree = values(replace(e, passes={BLOCK: drafting([0, 1, 2], widths=[2, 1])}), 1.0)
+    assert (tree.nodes, tree.branches) == (2, True)
+    assert tree.drafting == pytest.approx(alone)
+    suited = values(replace(e, passes={}, trees={BLOCK: drafting([0, 1, 2])}), 1.0)
+    assert (suited.nodes, suited.branches) == (2, True)
+    assert suited.drafting == pytest.approx(alone)
+    better = drafting([0, 1, 2 + 1.01 * chain.onward], widths=[2, 2])
+    both = values(replace(e, trees={BLOCK: better}), 1.0)
+    assert both.branches
+    assert both.drafting > chain.drafting
+    assert found(replace(e, trees={BLOCK: better})).plan == Plan(Strategy.TWO_PASS, 2, tree=2)
+    assert found(e).plan.strategy is Strategy.FUSED
+
+
 def test_a_gain_is_what_a_draft_pass_would_have_taken() -> None:
     e = estimates(block=[0, 1, 2, 3], carried=[0, 1, 2, 3])
     worth = values(e, 2.0)
