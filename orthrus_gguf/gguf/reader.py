@@ -29,6 +29,9 @@ from orthrus_gguf.gguf.cursor import Cursor, map_file
 #: arrays of the element type in the file.
 Value = bool | int | float | str | list[str] | NDArray[Any]
 
+#: The type of a metadata value, and for arrays that of their items.
+ValueTypes = tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -84,7 +87,10 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """An open GGUF file (version 2 or 3, little-endian). Use as a context manager, or close it."""
+    """An open GGUF file (version 2 or 3, little-endian). Use as a context manager, or close it.
+
+    types: of the metadata's values; of an array, also that of its items.
+    """
 
     def __init__(
         self,
@@ -93,6 +99,7 @@ class GGUFFile:
         version: int,
         alignment: int,
         metadata: Mapping[str, Value],
+        types: Mapping[str, ValueTypes],
         tensors: Mapping[str, TensorInfo],
     ) -> None:
         self.path = path
@@ -100,8 +107,9 @@ class GGUFFile:
         self.version = version
         self.alignment = alignment
         self.metadata = metadata
+        self.types = types
         self.tensors = tensors
-        self._mapping = buffer
+        self._mapping: mmap.mmap | None = buffer
         self._bytes: NDArray[np.uint8] | None = np.frombuffer(buffer, np.uint8)
 
     @classmethod
@@ -113,7 +121,7 @@ class GGUFFile:
         path = Path(path)
         cursor = Cursor(map_file(path), path)
         version, n_tensors, n_metadata = _read_header(cursor)
-        metadata = _read_metadata(cursor, n_metadata)
+        metadata, types = _read_metadata(cursor, n_metadata)
         alignment = _alignment(cursor, metadata)
         tensors = _read_tensors(cursor, n_tensors, alignment)
         return cls(
@@ -122,6 +130,7 @@ class GGUFFile:
             version,
             alignment,
             MappingProxyType(metadata),
+            MappingProxyType(types),
             MappingProxyType(tensors),
         )
 
@@ -151,7 +160,7 @@ class GGUFFile:
 
     def release(self, name: str) -> None:
         """Let the system have the memory of a tensor's data; reading it again brings it back."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         info, page = self.tensors[name], mmap.PAGESIZE
         first = -(-info.offset // page) * page
@@ -161,7 +170,7 @@ class GGUFFile:
 
     def close(self) -> None:
         """Let go of the mapping. It ends with the last view that data() has handed out."""
-        self._bytes = None
+        self._bytes = self._mapping = None
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -216,8 +225,9 @@ def _read_header(cursor: Cursor) -> tuple[int, int, int]:
     return version, n_tensors, n_metadata
 
 
-def _read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
+def _read_metadata(cursor: Cursor, count: int) -> tuple[dict[str, Value], dict[str, ValueTypes]]:
     metadata: dict[str, Value] = {}
+    types: dict[str, ValueTypes] = {}
     for index in range(count):
         key = cursor.string(f"key of metadata entry {index}", MAX_KEY)
         if not key:
@@ -225,16 +235,21 @@ def _read_metadata(cursor: Cursor, count: int) -> dict[str, Value]:
         what = f"metadata key {_shorten(key)}"
         if key in metadata:
             raise cursor.error(f"{what} occurs twice")
-        metadata[key] = _read_value(cursor, _value_type(cursor, what), what)
-    return metadata
+        kind = _value_type(cursor, what)
+        if kind == _TYPES.ARRAY:
+            item = _value_type(cursor, f"array at {what}")
+            metadata[key] = _read_array(cursor, item, f"array at {what}")
+            types[key] = (kind, item)
+        else:
+            metadata[key] = _read_value(cursor, kind, what)
+            types[key] = (kind, None)
+    return metadata, types
 
 
 def _read_value(cursor: Cursor, kind: gguf.GGUFValueType, what: str) -> Value:
-    """One metadata value of type `kind`."""
+    """One metadata value of type `kind`, which is no array."""
     if kind == _TYPES.STRING:
         return cursor.string(what)
-    if kind == _TYPES.ARRAY:
-        return _read_array(cursor, what)
     value = cursor.number(_SCALARS[kind], what)
     if kind == _TYPES.BOOL:
         if value not in (0, 1):
@@ -243,10 +258,9 @@ def _read_value(cursor: Cursor, kind: gguf.GGUFValueType, what: str) -> Value:
     return value
 
 
-def _read_array(cursor: Cursor, what: str) -> list[str] | NDArray[Any]:
-    kind = _value_type(cursor, f"array at {what}")
-    count = cursor.integer(_U64, f"length of the array at {what}")
-    what = f"array at {what}"
+def _read_array(cursor: Cursor, kind: gguf.GGUFValueType, what: str) -> list[str] | NDArray[Any]:
+    """An array with items of type `kind`."""
+    count = cursor.integer(_U64, f"length of the {what}")
     if kind == _TYPES.ARRAY:
         raise cursor.error(f"{what} holds arrays", "nested arrays are not supported")
     if kind == _TYPES.STRING:
