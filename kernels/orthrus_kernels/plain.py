@@ -1,12 +1,11 @@
 """Every kernel's function in plain torch, under the names and signatures of the real ones."""
 
-from orthrus_kernels.attention.plain import attention
+from orthrus_kernels.attention.plain import attention, finish_qkv, move_columns
 from orthrus_kernels.elementwise.plain import (
     embed,
-    finish_qkv,
-    plan_rows,
     quantize_rows,
     residual_norm,
+    rotary_angles,
     silu_multiply,
 )
 from orthrus_kernels.products.plain import (
@@ -17,24 +16,23 @@ from orthrus_kernels.products.plain import (
     natural_rows,
     prompt_matmul,
 )
-from orthrus_kernels.sampling.plain import accept, pick, sample, write_drafts
+from orthrus_kernels.sampling.plain import draw, pick
 
 __all__ = [
-    "accept",
     "attention",
     "dequantize",
+    "draw",
     "embed",
     "finish_qkv",
     "gate_up",
     "head_argmax",
     "matmul",
+    "move_columns",
     "natural_rows",
     "pick",
-    "plan_rows",
     "prompt_matmul",
     "quantize_rows",
     "residual_norm",
-    "sample",
+    "rotary_angles",
     "silu_multiply",
-    "write_drafts",
 ]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import orthrus_kernels.products.plain
+import torch
 from orthrus_kernels.packing.quant_tensor import QuantTensor
 from torch import Tensor
 
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.plan import FixedPolicy, parse
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
+from orthrus_gguf.runtime.protocol import ar_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 
 @contextmanager
@@ -42,6 +50,53 @@ def stand_in(path: Path, **settings: Any) -> Iterator[CudaModel]:
         CudaModel.load(file, **{"device": "cpu", **settings}) as model,
     ):
         yield model
+
+
+class FakeGraphs:
+    """Stands for CUDA graphs: a replay runs what was recorded, and nothing newer.
+
+    A step that looks at anything but its key and static memory thus gives wrong results.
+    recorded: how many graphs there are. replays: of all of them.
+    """
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.replays = 0
+
+    def __call__(self, step: Callable[[], None]) -> Callable[[], None]:
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replays += 1
+            step()
+
+        return replay
+
+
+def filled(model: CudaModel, tokens: Sequence[int], capacity: int) -> CudaCache:
+    """A cache that holds `tokens`."""
+    cache = model.new_cache(capacity)
+    model.logits([ar_segment(cache, tokens, 0, wanted=range(0))])
+    cache.commit(range(len(tokens)))
+    return cache
+
+
+def generate(
+    model: CudaModel,
+    prompt: Sequence[int],
+    settings: SamplingSettings,
+    plan: str,
+    n: int,
+    *,
+    cache: CudaCache | None = None,
+) -> tuple[list[int], list[Cycle]]:
+    """`n` tokens after the prompt, and the cycles that found them."""
+    cache = model.new_cache(len(prompt) + n) if cache is None else cache
+    sequence = TokenSequence(model.config, cache, Sampler(settings), list(prompt))
+    drive(model, prefill(sequence))
+    cycles = list(decode(model, sequence, FixedPolicy(parse(plan), model.config), n - 1))
+    assert cache.length == len(sequence.tokens) - 1
+    return sequence.tokens[len(prompt) :], cycles
 
 
 DemoFile = Callable[..., Path]

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.model.architectures import QWEN3, Architecture
 from orthrus_gguf.model.config import ModelConfig, Rope
-from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.tensors import ROPE_FREQS, base_tensors, diffusion_tensors
 
 _TYPES = gguf.GGMLQuantizationType
 
@@ -48,8 +49,9 @@ def model_shape(
     rope: Rope | None = None,
     tied: bool = True,
     block_size: int | None = 16,
+    architecture: Architecture = QWEN3,
 ) -> ModelConfig:
-    """A config to write; without a block size, one of a plain Qwen3 model."""
+    """A config to write; without a block size, one of a plain model of the architecture."""
     return ModelConfig(
         name="synthetic",
         n_layers=n_layers,
@@ -65,6 +67,7 @@ def model_shape(
         tied=tied,
         block_size=block_size,
         mask_token=None if block_size is None else n_vocab - 1,
+        architecture=architecture,
     )
 
 
@@ -117,8 +120,10 @@ def write_model(
 
     add_tokenizer: writes the keys of a vocabulary; by default one without real merges.
     """
-    arch = keys.ARCH_ORTHRUS if config.has_heads else keys.ARCH_QWEN3
-    writer = gguf.GGUFWriter(path, arch)
+    base = config.architecture.name
+    writer = gguf.GGUFWriter(path, keys.ARCH_ORTHRUS if config.has_heads else base)
+    if config.has_heads and base != keys.ARCH_QWEN3:
+        writer.add_string(keys.BASE_ARCHITECTURE, base)
     _write_metadata(writer, config)
     if add_tokenizer is None:
         _add_tokenizer(writer, config.n_vocab)
@@ -129,7 +134,9 @@ def write_model(
         tensors |= diffusion_tensors(config)
     rng = np.random.default_rng(seed)
     for name, shape in tensors.items():
-        if len(shape) == 1:
+        if name == ROPE_FREQS:
+            writer.add_tensor(name, np.asarray(config.rope.freq_factors, np.float32))
+        elif len(shape) == 1:
             writer.add_tensor(name, (1 + 0.1 * rng.standard_normal(shape)).astype(np.float32))
         else:
             data = _random_matrix(api, rng, shape, rule(name))

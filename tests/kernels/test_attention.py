@@ -7,7 +7,8 @@ before the result is rounded to f16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +17,73 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from orthrus_kernels.attention import plain as reference_attention
-from orthrus_kernels.attention.attention import CHUNK, LANES, attention, new_attention_scratch
-from orthrus_kernels.attention.kv_cache import KvPlanes, new_planes
+from orthrus_kernels.attention.attention import (
+    CHUNK,
+    LANES,
+    NO_EDGE,
+    Run,
+    Tiles,
+    attention,
+    new_attention_scratch,
+    tile_entries,
+)
+from orthrus_kernels.attention.kv_cache import Caches, KvPlanes, cache_entry, new_planes
 from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_int8_rows
 from orthrus_kernels.elementwise.activations import deinterleave, interleave
+from pass_rows import rows_of
 from torch import Tensor
 
 PERIOD = CHUNK * LANES
 NAN = float("nan")
 
+#: What offsets of caches count from.
+ANCHOR = torch.zeros(64, dtype=torch.uint8)
+
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of a pass, and a cache and scratch in which every unwritten number is NaN."""
+    """Rows of a pass in one layer of caches, and a scratch, in which every unwritten number is NaN.
+
+    sequence: of each row, an index into `caches`. runs: by default one per sequence.
+    """
 
     q: Tensor
-    keys: KvPlanes
-    values: KvPlanes
+    caches: tuple[tuple[KvPlanes, KvPlanes], ...]
     block_keys: KvPlanes
     block_values: KvPlanes
     visible: Tensor
     block_first: Tensor
     block_stop: Tensor
+    sequence: tuple[int, ...] = ()
+    runs: tuple[Run, ...] = ()
+    layer: int = 1
+
+    @property
+    def keys(self) -> KvPlanes:
+        return self.caches[0][0].layer(self.layer)
+
+    @property
+    def values(self) -> KvPlanes:
+        return self.caches[0][1].layer(self.layer)
+
+    def tiles(self, window: int) -> Tiles:
+        """Launches of up to `window` rows each."""
+        rows, n_head, head_dim = self.q.shape
+        group = n_head // self.keys.heads
+        runs = self.runs or (Run(0, rows, 0),)
+        entries: list[tuple[int, ...]] = []
+        windows = []
+        for first in range(0, rows, window):
+            stop = min(first + window, rows)
+            here = [
+                Run(max(r.first - first, 0), min(r.first + r.rows, stop) - max(r.first, first),
+                    r.sequence, r.edge, r.shift)
+                for r in runs if r.first < stop and r.first + r.rows > first
+            ]  # fmt: skip
+            found = [*tile_entries(here, group, head_dim), (0, 0, 0, 0, NO_EDGE, 0)]
+            windows.append((first, stop - first, len(entries), len(found)))
+            entries += found
+        return Tiles(torch.tensor(entries, dtype=torch.int32), tuple(windows))
 
     def call(self, function: Callable[..., None], window: int, out: Tensor | Int8Rows) -> None:
         """Run the kernels or the reference, the scratch full of NaN."""
@@ -45,29 +91,40 @@ class Case:
         scratch = new_attention_scratch(window, n_head, self.keys.heads, head_dim, "cpu")
         scratch.sums.fill_(NAN)
         scratch.stats.fill_(NAN)
-        function(
-            self.q,
-            self.keys,
-            self.values,
-            self.block_keys,
-            self.block_values,
-            self.visible,
-            self.block_first,
-            self.block_stop,
-            scratch,
-            out,
+        keys, values = self.caches[0]
+        entries = [cache_entry(*planes, ANCHOR) for planes in self.caches]
+        caches = Caches(
+            keys.type_name, values.type_name, keys.heads, head_dim, ANCHOR,
+            torch.tensor(entries), list(self.caches),
+        )  # fmt: skip
+        rows = rows_of(
+            len(self.q),
+            visible=self.visible,
+            block_first=self.block_first,
+            block_stop=self.block_stop,
         )
+        function(
+            self.q, caches, self.layer, self.block_keys, self.block_values, rows,
+            self.tiles(window), scratch, out,
+        )  # fmt: skip
 
     def row(self, i: int) -> Case:
         """The pass that holds row i alone (which must not see a block)."""
         one = slice(i, i + 1)
         visible, zero = self.visible[one], torch.zeros(1, dtype=torch.int32)
         block = poisoned("f16", self.keys.heads, 1, self.keys.head_dim)
-        return Case(self.q[one], self.keys, self.values, block, block, visible, zero, zero)
+        run = next((r for r in self.runs if r.first <= i < r.first + r.rows), Run(0, 1, 0))
+        alone = (Run(0, 1, run.sequence, run.edge, run.shift),)
+        return Case(
+            self.q[one], self.caches, block, block, visible, zero, zero, runs=alone,
+            layer=self.layer,
+        )  # fmt: skip
 
 
-def poisoned(type_name: str, heads: int, capacity: int, head_dim: int) -> KvPlanes:
-    planes = new_planes(type_name, heads, capacity, head_dim, "cpu")
+def poisoned(
+    type_name: str, heads: int, capacity: int, head_dim: int, layers: int | None = None
+) -> KvPlanes:
+    planes = new_planes(type_name, heads, capacity, head_dim, "cpu", layers)
     planes.scales.fill_(NAN)
     if type_name == "f16":
         planes.values.fill_(NAN)
@@ -101,10 +158,13 @@ def make(
     g = torch.Generator().manual_seed(seed)
     rows, longest = len(visible), max(visible)
     spans = torch.tensor(blocks or [(0, 0)] * rows, dtype=torch.int32)
-    keys, values = (poisoned(type_name, heads, capacity or longest + 70, head_dim) for _ in "kv")
+    # The middle one of three layers: what lies around it must not be read.
+    keys, values = (
+        poisoned(type_name, heads, capacity or longest + 70, head_dim, layers=3) for _ in "kv"
+    )
     block_keys, block_values = (poisoned("f16", heads, rows, head_dim) for _ in "kv")
     for planes in (keys, values):
-        fill(planes, longest, g)
+        fill(planes.layer(1), longest, g)
     for planes in (block_keys, block_values):
         numbers = torch.randn(planes.values.shape, generator=g)
         in_block = (spans[:, 1] > spans[:, 0])[None, :, None]
@@ -112,7 +172,7 @@ def make(
     q = torch.randn(rows, heads * group, head_dim, generator=g).half()
     seen = torch.tensor(visible, dtype=torch.int32)
     first, stop = (spans[:, i].contiguous() for i in (0, 1))
-    return Case(q, keys, values, block_keys, block_values, seen, first, stop)
+    return Case(q, ((keys, values),), block_keys, block_values, seen, first, stop)
 
 
 def run(case: Case, *, window: int = 64) -> Tensor:
@@ -251,3 +311,66 @@ def test_rows_beyond_the_context_are_not_seen() -> None:
     after = run(case)
     assert torch.equal(after[:3], before[:3])
     assert not torch.equal(after[3], before[3])
+
+
+# --- several sequences, trees ---
+
+
+def joined(cases: Sequence[Case]) -> Case:
+    """One pass of the rows of several cases without blocks, a sequence each."""
+    runs, first = [], 0
+    for number, case in enumerate(cases):
+        runs.append(Run(first, len(case.q), number))
+        first += len(case.q)
+    heads, head_dim = cases[0].keys.heads, cases[0].keys.head_dim
+    block = poisoned("f16", heads, first, head_dim)
+    zeros = torch.zeros(first, dtype=torch.int32)
+    return Case(
+        torch.cat([case.q for case in cases]),
+        tuple(case.caches[0] for case in cases),
+        block,
+        block,
+        torch.cat([case.visible for case in cases]),
+        zeros,
+        zeros,
+        runs=tuple(runs),
+    )
+
+
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
+def test_sequences_share_a_pass(type_name: str) -> None:
+    """Caches of different sizes: each row gives what it gives in a pass of its sequence alone."""
+    parts = [
+        make(type_name, 64, [length + i for i in range(rows)], group=2, seed=length)
+        for rows, length in ((3, 40), (1, 300), (33, 7), (5, 1))
+    ]
+    together = joined(parts)
+    found = run(together)
+    assert nmse(found, exact(together)) < 1e-6
+    assert torch.equal(found, torch.cat([run(part) for part in parts]))
+    assert torch.equal(run(together, window=9), found), "windows of rows change nothing"
+
+
+@pytest.mark.usefixtures("ordered_products")
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("edge", [0, 5, 64, 257, 300])
+def test_branches_have_the_bits_of_chains(type_name: str, edge: int) -> None:
+    """Keys from a column on lie elsewhere: the rows do not notice."""
+    length, count = 300, 6
+    chain = make(type_name, 64, [length + 1 + i for i in range(count)], group=2, capacity=1000)
+    branch = make(type_name, 64, [length + 1 + i for i in range(count)], group=2, capacity=1000)
+    place, last = 517, length + count
+    for ours, theirs in zip(chain.caches[0], branch.caches[0], strict=True):
+        pairs = [(ours.values, theirs.values)]
+        if type_name != "f16":
+            pairs.append((ours.scales, theirs.scales))
+        for source, target in pairs:
+            target[1, :, place : place + last - edge] = source[1, :, edge:last]
+            target[1, :, edge:last] = 0 if type_name == "f16" else 1
+    moved = dataclasses.replace(branch, runs=(Run(0, count, 0, edge, place - edge),))
+    assert torch.equal(run(moved), run(chain))
+    assert torch.equal(run(moved.row(4))[0], run(chain)[4])
+    assert nmse(run(moved), exact(moved)) < 1e-6
+    if edge < length:
+        assert not torch.equal(run(branch), run(chain))

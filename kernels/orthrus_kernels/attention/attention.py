@@ -1,16 +1,21 @@
-"""Attention of all rows of a pass in one launch: causal AR rows and diffusion blocks together.
+"""Attention of all rows of a pass in one launch: rows of any sequences, in both views.
 
-What a row sees is data, not code. Row r sees the first `visible[r]` positions of the cache, then
+What a row sees is data, not code. Row r sees the first `visible[r]` columns of its sequence, then
 rows `block_first[r] .. block_stop[r]-1` of the pass's own key/value scratch. An AR row at position
-p has its key in the cache already and sees p + 1 of them; a diffusion row sees the context of its
+p has its key in the cache already and sees p + 1 columns; a diffusion row sees the context of its
 block and the block itself. An unused row sees nothing and gets zeros. Lengths thus live on the
 device, and one CUDA graph serves them all.
+
+Rows of one sequence that follow one another are a *run*. A table (`Tiles`) says which run a program
+works on, so that no program reads keys of two sequences. A run may be a branch of a tree, whose
+rows see the cache up to the column `edge` and from there on columns that lie `shift` further: where
+each key lies is data, too, while the order in which keys are summed follows from the column alone.
 
 The rows x query heads of one kv head are packed into tiles of `tile` rows, so that keys are read
 once for all of them. The cache is cut into chunks of CHUNK positions, dealt in turn to LANES
 programs; each keeps one running softmax over its chunks, in ascending order. `_combine` then merges
 the lanes in order, and the block last. Both constants are part of the arithmetic: which lane sums
-which key depends on absolute positions only, so a row's bits depend neither on the other rows, nor
+which key depends on columns only, so a row's bits depend neither on the other rows, nor
 on how many there are, nor on the capacity of the cache. (Only AR rows need that. A diffusion row
 may depend on where its block lies in the scratch.)
 
@@ -21,6 +26,7 @@ positions would take 0.5 GB at a context of 256k.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,19 +34,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthrus_kernels.attention.kv_cache import FORMATS, KvPlanes, halves, load_halves
+from orthrus_kernels.attention.kv_cache import (
+    FORMATS,
+    Caches,
+    KvPlanes,
+    halves,
+    load_halves,
+    planes_of,
+)
 from orthrus_kernels.elementwise.activation_rows import (
     Int8Rows,
     row_pointers,
     row_strides,
     store_columns,
 )
+from orthrus_kernels.elementwise.rows import Rows
 
 CHUNK = 256
 LANES = 16
 KEYS = 32
-STAGES = 2
 """Keys per step of the inner loop; divides CHUNK."""
+STAGES = 2
 
 LOG2_E = 1.4426950408889634
 
@@ -77,52 +91,90 @@ def attention_tile(head_dim: int) -> tuple[int, int]:
     return (64, 4) if head_dim <= 128 else (32, 4)
 
 
+TILE_SIZE = 6
+"""Columns of the table of tiles."""
+
+NO_EDGE = 2**31 - 1
+"""The edge of a run that finds all its keys in place."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows `first .. first + rows - 1` of a pass, of one sequence; edge, shift: see the module."""
+
+    first: int
+    rows: int
+    sequence: int
+    edge: int = NO_EDGE
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What the programs of a pass work on.
+
+    table: i32 [tiles, TILE_SIZE]: first row and rows of a run, the first of its packed rows that
+        this tile holds, sequence, edge, shift; no rows: an unused tile. Rows count from the
+        window's first.
+    windows: (first row, rows, first tile, tiles) of each launch.
+    """
+
+    table: Tensor
+    windows: tuple[tuple[int, int, int, int], ...]
+
+
+def tile_entries(runs: Sequence[Run], group: int, head_dim: int) -> list[tuple[int, ...]]:
+    """The table of the tiles of some runs. group: query heads per key/value head."""
+    tile, _ = attention_tile(head_dim)
+    return [
+        (run.first, run.rows, packed, run.sequence, run.edge, run.shift)
+        for run in runs
+        for packed in range(0, run.rows * group, tile)
+    ]
+
+
 def attention(
     q: Tensor,
-    keys: KvPlanes,
-    values: KvPlanes,
+    caches: Caches,
+    layer: int,
     block_keys: KvPlanes,
     block_values: KvPlanes,
-    visible: Tensor,
-    block_first: Tensor,
-    block_stop: Tensor,
+    rows: Rows,
+    tiles: Tiles,
     scratch: AttentionScratch,
     out: Tensor | Int8Rows,
 ) -> None:
     """Softmax attention of every row, scaled by 1 / sqrt(head_dim).
 
     q: f16 [rows, n_head, head_dim], normed and rotated.
-    keys, values: the layer's cache; rows of this pass are already written.
+    caches: of the pass; the keys of this layer's AR rows are already written.
     block_keys, block_values: the pass's scratch, f16 planes by row, filled for diffusion rows.
-    visible, block_first, block_stop: i32 [rows], see the module; `rows` may exceed the rows in use.
+    rows: `visible`, `block_first` and `block_stop` say what each sees.
     out: f16 rows of n_head * head_dim columns, or int8 rows (head_dim a multiple of 32).
     """
-    rows, n_head, head_dim = q.shape
-    group = n_head // keys.heads
+    n_head, head_dim = q.shape[1:]
+    group = n_head // caches.heads
     tile, warps = attention_tile(head_dim)
     low, high = halves(head_dim)
     packed = scratch.sums.shape[2]
-    for first in range(0, rows, scratch.rows):
-        count = min(scratch.rows, rows - first)
-        _parts[(keys.heads, triton.cdiv(count * group, tile), LANES + 1)](
+    for first, count, first_tile, n_tiles in tiles.windows:
+        _parts[(caches.heads, n_tiles, LANES + 1)](
             q[first:],
-            keys.values,
-            keys.scales,
-            values.values,
-            values.scales,
+            tiles.table[first_tile:],
+            caches.entries,
+            *caches.pointers(),
             block_keys.values,
             block_values.values,
-            visible[first:],
-            block_first[first:],
-            block_stop[first:],
+            rows.visible[first:],
+            rows.block_first[first:],
+            rows.block_stop[first:],
             scratch.sums,
             scratch.stats,
-            count,
-            keys.capacity,
+            layer,
             block_keys.capacity,
             packed,
             LOG2_E / head_dim**0.5,
-            HEADS=keys.heads,
+            HEADS=caches.heads,
             GROUP=group,
             LOW=low,
             HIGH=high,
@@ -130,8 +182,8 @@ def attention(
             KEYS=KEYS,
             CHUNK=CHUNK,
             LANES=LANES,
-            K_FORMAT=FORMATS[keys.type_name],
-            V_FORMAT=FORMATS[values.type_name],
+            K_FORMAT=FORMATS[caches.type_k],
+            V_FORMAT=FORMATS[caches.type_v],
             num_warps=warps,
             num_stages=STAGES,
             enable_fp_fusion=False,
@@ -139,13 +191,13 @@ def attention(
         _combine[(n_head, count)](
             scratch.sums,
             scratch.stats,
-            visible[first:],
-            block_first[first:],
-            block_stop[first:],
+            rows.visible[first:],
+            rows.block_first[first:],
+            rows.block_stop[first:],
             *row_pointers(out, first),
             packed,
             *row_strides(out),
-            HEADS=keys.heads,
+            HEADS=caches.heads,
             GROUP=group,
             D=head_dim,
             WIDTH=triton.next_power_of_2(head_dim),
@@ -186,9 +238,11 @@ def _step(
 
 
 # Not specialized on what varies between passes: they must all run one and the same compiled kernel.
-@triton.jit(do_not_specialize=["rows", "capacity", "block_capacity", "packed"])
+@triton.jit(do_not_specialize=["layer", "block_capacity", "packed"])
 def _parts(
     q,
+    tiles,
+    entries,
     k_values,
     k_scales,
     v_values,
@@ -200,8 +254,7 @@ def _parts(
     block_stop,
     sums,
     stats,
-    rows,
-    capacity,
+    layer,
     block_capacity,
     packed,
     scale,
@@ -216,12 +269,15 @@ def _parts(
     K_FORMAT: tl.constexpr,
     V_FORMAT: tl.constexpr,
 ):
-    """Program (kv head, row tile, lane): one lane's softmax; lane LANES is the block's."""
+    """Program (kv head, tile, lane): one lane's softmax; lane LANES is the block's."""
     head = tl.program_id(0)
     lane = tl.program_id(2)
-    r = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    at_tile = tiles + tl.program_id(1) * 6
+    first_row = tl.load(at_tile)
+    in_run = tl.load(at_tile + 2) + tl.arange(0, TILE)
+    r = first_row * GROUP + in_run
     row = r // GROUP
-    used = row < rows
+    used = in_run < tl.load(at_tile + 1) * GROUP
     sees = tl.load(visible + row, mask=used, other=0)
     first = tl.load(block_first + row, mask=used, other=0)
     stop = tl.load(block_stop + row, mask=used, other=0)
@@ -239,6 +295,13 @@ def _parts(
     if tl.where(is_block, block_end, tiles) == 0:
         return
 
+    sequence = tl.load(at_tile + 3)
+    edge = tl.load(at_tile + 4)
+    shift = tl.load(at_tile + 5)
+    k_values, k_scales, capacity = planes_of(entries, sequence, k_values, k_scales, 0, K_FORMAT)
+    v_values, v_scales, _ = planes_of(entries, sequence, v_values, v_scales, 2, V_FORMAT)
+    cache_base = (layer.to(tl.int64) * HEADS + head) * capacity
+
     D: tl.constexpr = LOW + HIGH
     low = tl.arange(0, LOW)[None, :]
     high = LOW + tl.arange(0, HIGH)[None, :]
@@ -254,19 +317,24 @@ def _parts(
 
     for t in range(tiles):
         at = (t // (CHUNK // KEYS)) * period + lane * CHUNK + (t % (CHUNK // KEYS)) * KEYS
-        base = head.to(tl.int64) * capacity + at
-        there = at + n < end
-        k_low, k_high = load_halves(k_values, k_scales, base, there, KEYS, LOW, HIGH, K_FORMAT)
-        v_low, v_high = load_halves(v_values, v_scales, base, there, KEYS, LOW, HIGH, V_FORMAT)
-        seen = (at + n)[None, :] < sees[:, None]
+        column = at + n
+        there = column < end
+        place = column + tl.where(column >= edge, shift, 0)
+        k_low, k_high = load_halves(
+            k_values, k_scales, cache_base, place, there, KEYS, LOW, HIGH, K_FORMAT
+        )
+        v_low, v_high = load_halves(
+            v_values, v_scales, cache_base, place, there, KEYS, LOW, HIGH, V_FORMAT
+        )
+        seen = column[None, :] < sees[:, None]
         top, total, sum_low, sum_high = _step(
             q_low, q_high, k_low, k_high, v_low, v_high, seen, scale, top, total, sum_low, sum_high
         )
     for at in range(block_begin, tl.where(is_block, block_end, 0), KEYS):
-        base = head.to(tl.int64) * block_capacity + at
+        base = head.to(tl.int64) * block_capacity
         there = at + n < block_end
-        k_low, k_high = load_halves(block_k, block_k, base, there, KEYS, LOW, HIGH, 0)
-        v_low, v_high = load_halves(block_v, block_v, base, there, KEYS, LOW, HIGH, 0)
+        k_low, k_high = load_halves(block_k, block_k, base, at + n, there, KEYS, LOW, HIGH, 0)
+        v_low, v_high = load_halves(block_v, block_v, base, at + n, there, KEYS, LOW, HIGH, 0)
         j = (at + n)[None, :]
         seen = (j >= first[:, None]) & (j < stop[:, None])
         top, total, sum_low, sum_high = _step(

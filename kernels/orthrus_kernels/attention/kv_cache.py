@@ -1,4 +1,4 @@
-"""The key/value cache of one layer on the device: its layout in f16, q8_0 and q4_0.
+"""Keys and values on the device: their layout in f16, q8_0 and q4_0, and how kernels find them.
 
 Quantized caches hold exactly the numbers of ggml's q8_0 and q4_0 qblocks (32 values share one f16
 scale, same rounding), but in planes of their own instead of ggml's 34- and 18-byte structs: those
@@ -12,6 +12,11 @@ positions, so that the tile of one program is one run of memory.
 
 h is the first of `halves(d)`: half the head where d is a power of two, 64 where it is 96. q8_0 is
 stored with an offset so that a byte becomes an f16 by OR-ing 0x6400 in, without a conversion.
+
+The cache of a sequence holds all layers in one piece, [layers, heads, capacity, ...]. A pass may
+serve any sequences, and a CUDA graph of it must outlive them all. So kernels get no pointers to
+caches: they get one fixed address (`Caches.anchor`), and a table of how far from it the caches lie
+that the rows of this pass belong to.
 """
 
 from __future__ import annotations
@@ -36,9 +41,17 @@ def halves(head_dim: int) -> tuple[int, int]:
     return low, head_dim - low
 
 
+UNIT = 16
+"""Bytes that offsets of planes count in: so that the compiler knows how they are aligned."""
+
+ENTRY = 5
+"""Columns of `Caches.entries`: offsets of key values, key scales, value values, value scales; and
+the capacity."""
+
+
 @dataclass(frozen=True)
 class KvPlanes:
-    """Keys or values of one layer. `scales` is a one-element placeholder for f16."""
+    """Keys or values, of one layer or of all. `scales` is one unit of nothing for f16."""
 
     type_name: str
     head_dim: int
@@ -47,17 +60,67 @@ class KvPlanes:
 
     @property
     def heads(self) -> int:
-        return self.values.shape[0]
+        return self.values.shape[-3]
 
     @property
     def capacity(self) -> int:
-        return self.values.shape[1]
+        return self.values.shape[-2]
+
+    def layer(self, index: int) -> KvPlanes:
+        """The planes of one layer, of planes of all."""
+        scales = self.scales if self.type_name == "f16" else self.scales[index]
+        return KvPlanes(self.type_name, self.head_dim, self.values[index], scales)
+
+
+@dataclass(frozen=True)
+class Caches:
+    """The caches that the rows of a pass may belong to.
+
+    anchor: u8, what offsets are counted from. entries: i64 [sequences, ENTRY], see `cache_entry`.
+    held: the keys and values that the entries stand for, for implementations in plain torch; the
+        same list for all passes, filled anew before each.
+    """
+
+    type_k: str
+    type_v: str
+    heads: int
+    head_dim: int
+    anchor: Tensor
+    entries: Tensor
+    held: list[tuple[KvPlanes, KvPlanes]]
+
+    def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The anchor in the types of the four planes of an entry."""
+        half = self.anchor.view(torch.float16)
+        keys, values = (half if name == "f16" else self.anchor for name in self.types)
+        return keys, half, values, half
+
+    @property
+    def types(self) -> tuple[str, str]:
+        return self.type_k, self.type_v
+
+
+def cache_entry(keys: KvPlanes, values: KvPlanes, anchor: Tensor) -> tuple[int, ...]:
+    """The row of `Caches.entries` for a cache of one sequence."""
+    offsets = []
+    for plane in (keys.values, keys.scales, values.values, values.scales):
+        distance = plane.data_ptr() - anchor.data_ptr()
+        if distance % UNIT:
+            raise ValueError(f"planes lie {distance} bytes apart, not a multiple of {UNIT}")
+        offsets.append(distance // UNIT)
+    return (*offsets, keys.capacity)
 
 
 def new_planes(
-    type_name: str, heads: int, capacity: int, head_dim: int, device: torch.device | str
+    type_name: str,
+    heads: int,
+    capacity: int,
+    head_dim: int,
+    device: torch.device | str,
+    layers: int | None = None,
 ) -> KvPlanes:
-    """Uninitialised planes: nothing reads a row before it has been written.
+    """Uninitialised planes, of one layer unless `layers` is given: nothing reads a row before it
+    has been written.
 
     Raises ValueError for an unknown type, or a head that does not consist of whole qblocks.
     """
@@ -65,25 +128,24 @@ def new_planes(
         raise ValueError(f"cache type {type_name!r}: expected one of {', '.join(FORMATS)}")
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim {head_dim}: expected one of {HEAD_DIMS}")
+    outer = (heads, capacity) if layers is None else (layers, heads, capacity)
     if type_name == "f16":
-        values = torch.empty(heads, capacity, head_dim, dtype=torch.float16, device=device)
-        return KvPlanes(
-            type_name, head_dim, values, torch.empty(1, dtype=torch.float16, device=device)
-        )
+        values = torch.empty(*outer, head_dim, dtype=torch.float16, device=device)
+        scales = torch.empty(UNIT // 2, dtype=torch.float16, device=device)
+        return KvPlanes(type_name, head_dim, values, scales)
     if head_dim % QBLOCK:
         raise ValueError(
             f"cache type {type_name} needs a head_dim divisible by {QBLOCK}, found {head_dim};"
             " use f16"
         )
     width = head_dim if type_name == "q8_0" else halves(head_dim)[0]
-    values = torch.empty(heads, capacity, width, dtype=torch.uint8, device=device)
-    groups = head_dim // QBLOCK
-    scales = torch.empty(heads, capacity, groups, dtype=torch.float16, device=device)
+    values = torch.empty(*outer, width, dtype=torch.uint8, device=device)
+    scales = torch.empty(*outer, head_dim // QBLOCK, dtype=torch.float16, device=device)
     return KvPlanes(type_name, head_dim, values, scales)
 
 
 def dequantize_planes(planes: KvPlanes) -> Tensor:
-    """All values as f32 [heads, capacity, head_dim], in plain torch."""
+    """All values as f32 [..., heads, capacity, head_dim], in plain torch."""
     if planes.type_name == "f16":
         return planes.values.float()
     if planes.type_name == "q8_0":
@@ -94,22 +156,89 @@ def dequantize_planes(planes: KvPlanes) -> Tensor:
     return quants * planes.scales.float().repeat_interleave(QBLOCK, dim=-1)
 
 
+def move_columns(caches: Caches, moves: Tensor, layers: int) -> None:
+    """Copy the keys and values of rows to other places of the same cache, in every layer.
+
+    moves: i32 [moves, 3]: sequence (-1: nothing to do), from, to. No target is another's source.
+    """
+    head_dim = caches.head_dim
+    for keys in (True, False):
+        name = caches.types[0 if keys else 1]
+        values, scales = caches.pointers()[0:2] if keys else caches.pointers()[2:4]
+        width = halves(head_dim)[0] if name == "q4_0" else head_dim
+        _move[(moves.shape[0], layers * caches.heads)](
+            caches.entries,
+            values,
+            scales,
+            moves,
+            FIRST=0 if keys else 2,
+            WIDTH=width,
+            SPAN=triton.next_power_of_2(width),
+            GROUPS=head_dim // QBLOCK,
+            FORMAT=FORMATS[name],
+            num_warps=1,
+        )
+
+
+@triton.jit
+def _move(
+    entries,
+    values,
+    scales,
+    moves,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """Program (move, layer and head)."""
+    at = moves + tl.program_id(0) * 3
+    sequence = tl.load(at)
+    if sequence < 0:
+        return
+    values, scales, capacity = planes_of(entries, sequence, values, scales, FIRST, FORMAT)
+    base = tl.program_id(1).to(tl.int64) * capacity
+    source, target = base + tl.load(at + 1), base + tl.load(at + 2)
+    c = tl.arange(0, SPAN)
+    row = tl.load(values + source * WIDTH + c, mask=c < WIDTH)
+    tl.store(values + target * WIDTH + c, row, mask=c < WIDTH)
+    if FORMAT != 0:
+        g = tl.arange(0, 8)
+        groups = tl.load(scales + source * GROUPS + g, mask=g < GROUPS)
+        tl.store(scales + target * GROUPS + g, groups, mask=g < GROUPS)
+
+
+@triton.jit
+def planes_of(entries, sequence, values, scales, FIRST: tl.constexpr, FORMAT: tl.constexpr):
+    """Pointers to the planes of a sequence's keys (FIRST 0) or values (2), and the capacity.
+
+    values, scales: the anchor, in the types of the planes.
+    """
+    at = entries + sequence.to(tl.int64) * 5
+    values += tl.load(at + FIRST) * (8 if FORMAT == 0 else 16)
+    scales += tl.load(at + FIRST + 1) * 8
+    return values, scales, tl.load(at + 4)
+
+
 @triton.jit
 def load_halves(
     values,
     scales,
     base,
+    place,
     mask,
     KEYS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The first LOW and the other HIGH columns of KEYS positions, as two f16 tiles.
+    """The first LOW and the other HIGH elements of KEYS rows of the cache, as two f16 tiles.
 
-    base: i64 scalar, index of the first position over all heads. Masked positions give zeros.
+    base: i64 scalar, index of the head's first row over all heads. place: i32 [KEYS], rows of the
+    head. Masked rows give zeros.
     """
-    n = tl.arange(0, KEYS)
+    n = place
     low = tl.arange(0, LOW)
     high = tl.arange(0, HIGH)
     there = mask[:, None]

@@ -1,42 +1,145 @@
-"""Attention in plain torch and float64, with the signature of the kernels. Slow, the oracle."""
+"""Attention and the cache in plain torch and float64, with the signatures of the kernels: slow, the
+oracle."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from orthrus_kernels.attention.attention import AttentionScratch
-from orthrus_kernels.attention.kv_cache import KvPlanes, dequantize_planes
+from orthrus_kernels.attention.attention import AttentionScratch, Tiles
+from orthrus_kernels.attention.finish_qkv import HeadWeights
+from orthrus_kernels.attention.kv_cache import QBLOCK, Caches, KvPlanes, dequantize_planes
 from orthrus_kernels.elementwise.activation_rows import Int8Rows
-from orthrus_kernels.elementwise.plain import store_rows
+from orthrus_kernels.elementwise.plain import normed, store_rows
+from orthrus_kernels.elementwise.rows import AR, DIFFUSION, Rows
 
 
 def attention(
     q: Tensor,
-    keys: KvPlanes,
-    values: KvPlanes,
+    caches: Caches,
+    layer: int,
     block_keys: KvPlanes,
     block_values: KvPlanes,
-    visible: Tensor,
-    block_first: Tensor,
-    block_stop: Tensor,
+    rows: Rows,
+    tiles: Tiles,
     scratch: AttentionScratch,
     out: Tensor | Int8Rows,
 ) -> None:
     """See `orthrus_kernels.attention.attention.attention`; `scratch` is not used."""
-    rows, n_head, head_dim = q.shape
-    group = n_head // keys.heads
-    result = torch.zeros(rows, n_head * head_dim, dtype=torch.float64, device=q.device)
-    all_keys, all_values = dequantize_planes(keys).double(), dequantize_planes(values).double()
-    for row in range(rows):
-        seen = slice(0, int(visible[row]))
-        block = slice(int(block_first[row]), max(int(block_first[row]), int(block_stop[row])))
-        k = torch.cat([all_keys[:, seen], block_keys.values[:, block].double()], dim=1)
-        v = torch.cat([all_values[:, seen], block_values.values[:, block].double()], dim=1)
-        if k.shape[1] == 0:
-            continue
-        heads = q[row].double().view(keys.heads, group, head_dim)
-        scores = torch.einsum("hgd,hnd->hgn", heads, k) / head_dim**0.5
-        mixed = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), v)
-        result[row] = mixed.reshape(-1)
+    count, n_head, head_dim = q.shape
+    group = n_head // caches.heads
+    result = torch.zeros(count, n_head * head_dim, dtype=torch.float64, device=q.device)
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+    for first, _, first_tile, n_tiles in tiles.windows:
+        for entry in tiles.table[first_tile : first_tile + n_tiles].tolist():
+            run, run_rows, packed, sequence, edge, shift = entry
+            if packed or not run_rows:
+                continue  # all rows of a run at its first tile
+            if sequence not in known:
+                known[sequence] = _of_layer(caches, sequence, layer)
+            keys, values = known[sequence]
+            for row in range(first + run, first + run + run_rows):
+                seen = torch.arange(int(rows.visible[row]))
+                seen += torch.where(seen >= edge, shift, 0)
+                start, stop = int(rows.block_first[row]), int(rows.block_stop[row])
+                block = slice(start, max(start, stop))
+                k = torch.cat([keys[:, seen], block_keys.values[:, block].double()], dim=1)
+                v = torch.cat([values[:, seen], block_values.values[:, block].double()], dim=1)
+                if k.shape[1] == 0:
+                    continue
+                heads = q[row].double().view(caches.heads, group, head_dim)
+                scores = torch.einsum("hgd,hnd->hgn", heads, k) / head_dim**0.5
+                mixed = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), v)
+                result[row] = mixed.reshape(-1)
     store_rows(result, out)
+
+
+def _of_layer(caches: Caches, sequence: int, layer: int) -> tuple[Tensor, Tensor]:
+    """All keys and values of a sequence in one layer, f64."""
+    keys, values = (
+        dequantize_planes(planes.layer(layer)).double() for planes in caches.held[sequence]
+    )
+    return keys, values
+
+
+def finish_qkv(
+    partials: Tensor,
+    weights: HeadWeights,
+    rows: Rows,
+    q: Tensor,
+    caches: Caches,
+    layer: int,
+    block_keys: KvPlanes,
+    block_values: KvPlanes,
+) -> None:
+    """See `orthrus_kernels.attention.finish_qkv.finish_qkv`."""
+    count, n_head, d = q.shape
+    sums = partials.double().sum(0)
+    more = rows.more.tolist()
+    for row in range(count):
+        view = int(rows.views[row])
+        x = sums[row] if weights.biases is None else sums[row] + weights.biases[max(view, 0)]
+        heads = x.view(-1, d)
+        cos, sin = rows.cos[row].double(), rows.sin[row].double()
+        turned = []
+        for part, index in ((slice(0, n_head), 0), (slice(n_head, n_head + caches.heads), 1)):
+            y = heads[part]
+            if weights.norms is not None:
+                y = normed(y, weights.norms[max(view, 0)][index], weights.eps)
+            turned.append(_rotated(y, cos, sin, weights.adjacent))
+        q[row] = turned[0].to(q.dtype)
+        k, v = turned[1].float(), heads[n_head + caches.heads :].float()
+        if view == AR:
+            places = [int(rows.places[row])]
+            places += more[int(rows.more_first[row]) : int(rows.more_stop[row])]
+            for planes, written in zip(caches.held[int(rows.sequences[row])], (k, v), strict=True):
+                for place in places:
+                    write_planes(planes.layer(layer), place, written)
+        elif view == DIFFUSION:
+            write_planes(block_keys, row, k)
+            write_planes(block_values, row, v)
+
+
+def move_columns(caches: Caches, moves: Tensor, layers: int) -> None:
+    """See `orthrus_kernels.attention.kv_cache.move_columns`."""
+    for sequence, source, target in moves.tolist():
+        if sequence < 0:
+            continue
+        for planes in caches.held[sequence]:
+            planes.values[:, :, target] = planes.values[:, :, source]
+            if planes.type_name != "f16":
+                planes.scales[:, :, target] = planes.scales[:, :, source]
+
+
+def write_planes(planes: KvPlanes, position: int, x: Tensor) -> None:
+    """Store f32 [heads, head_dim] at one position, quantized as ggml does."""
+    if planes.type_name == "f16":
+        planes.values[:, position] = x.half()
+        return
+    groups = x.view(planes.heads, -1, QBLOCK)
+    if planes.type_name == "q8_0":
+        d = groups.abs().amax(-1, keepdim=True) / 127
+    else:
+        d = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
+    scaled = groups * torch.where(d == 0, 0, 1 / torch.where(d == 0, 1, d))
+    planes.scales[:, position] = d[..., 0].half()
+    if planes.type_name == "q8_0":
+        size = scaled.abs()
+        rounded = size.floor() + (2 * (size - size.floor())).floor()
+        quants = (rounded.copysign(scaled) + 128).to(torch.uint8)
+        planes.values[:, position] = quants.view(planes.heads, -1)
+    else:
+        quants = (scaled + 8.5).to(torch.uint8).clamp_max(15).view(planes.heads, -1)
+        half = planes.values.shape[2]
+        padded = torch.nn.functional.pad(quants, (0, 2 * half - planes.head_dim), value=8)
+        planes.values[:, position] = padded[:, :half] | (padded[:, half:] << 4)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
+    """Heads [heads, d], each pair turned."""
+    if adjacent:
+        low, high = x[:, 0::2], x[:, 1::2]
+        pairs = torch.stack([low * cos - high * sin, high * cos + low * sin], dim=-1)
+        return pairs.flatten(1)
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)

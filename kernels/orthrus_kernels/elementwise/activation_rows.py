@@ -16,6 +16,9 @@ from torch import Tensor
 
 from orthrus_kernels.elementwise.activations import interleaved, padded_columns
 
+GROUP = 32
+"""Columns of int8 rows that share a scale."""
+
 
 @dataclass(frozen=True)
 class Int8Rows:
@@ -33,8 +36,8 @@ class Int8Rows:
 
 def new_int8_rows(rows: int, columns: int, device: torch.device | str) -> Int8Rows:
     """Uninitialised, row-major. `columns` must be a multiple of 32."""
-    groups = columns // 32
-    quants = torch.empty(rows, groups, 32, dtype=torch.int8, device=device)
+    groups = columns // GROUP
+    quants = torch.empty(rows, groups, GROUP, dtype=torch.int8, device=device)
     scales, sums = (torch.empty(rows, groups, device=device) for _ in range(2))
     return Int8Rows(quants, scales, sums)
 

@@ -1,4 +1,4 @@
-"""Small fused kernels between the products: ordered split-K sums, norms, RoPE, cache writes.
+"""Small fused kernels between the products: ordered split-K sums, norms, gating.
 
 A product leaves `splits` f32 partial sums; the next kernel here adds them in order, so nothing is
 atomic and a row's bits depend on nothing but the row: one program per row (or per row and head).
@@ -14,37 +14,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orthrus_kernels.attention.kv_cache import FORMATS, KvPlanes, store_head
 from orthrus_kernels.elementwise.activation_rows import (
     Int8Rows,
     row_pointers,
     row_strides,
     store_columns,
 )
-from orthrus_kernels.elementwise.rows import Rows
 
 
 def residual_norm(
-    partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out: Tensor | Int8Rows
+    partials: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | Int8Rows,
+    index: Tensor | None = None,
 ) -> None:
     """residual += sum of partials, in place; out = RMSNorm(residual) * weight.
 
     residual: f32 [rows, n]. weight: f32 [n]. out: f16 or int8 rows of n columns.
+    index: i32, rows to take: out then holds those, in that order, and the residual stays as it is.
     """
-    rows, n = residual.shape
+    n = residual.shape[1]
     given = residual[None] if partials is None else partials
-    _residual_norm[(rows,)](
+    _residual_norm[(residual.shape[0] if index is None else index.shape[0],)](
         given,
         residual,
         weight,
+        given if index is None else index,
         *row_pointers(out),
-        *_part_sizes(given),
+        *part_sizes(given),
         *row_strides(out),
         eps,
         SPLITS=0 if partials is None else partials.shape[0],
         N=n,
         WIDTH=triton.next_power_of_2(n),
         INT8=isinstance(out, Int8Rows),
+        INDEXED=index is not None,
         num_warps=8,
         enable_fp_fusion=False,
     )
@@ -59,7 +65,7 @@ def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
         gate,
         up,
         *row_pointers(out),
-        *_part_sizes(gate),
+        *part_sizes(gate),
         *row_strides(out),
         n,
         SPLITS=splits,
@@ -85,56 +91,7 @@ def quantize_rows(x: Tensor, out: Int8Rows) -> None:
     )
 
 
-def finish_qkv(
-    partials: Tensor,
-    norms: Tensor,
-    eps: float,
-    rows: Rows,
-    q: Tensor,
-    keys: KvPlanes,
-    values: KvPlanes,
-    block_keys: KvPlanes,
-    block_values: KvPlanes,
-) -> None:
-    """Sum the q, k and v products; norm and rotate q and k; write all three where they belong.
-
-    partials: f32 [splits, rows, (n_head + 2 n_head_kv) * head_dim], q heads, then k, then v.
-    norms: f32 [2 views, 2 (q, k), head_dim].
-    q: f16 [rows, n_head, head_dim]. AR keys and values go to the cache at the row's position,
-    those of diffusion rows to the pass's scratch (f16 planes by row); unused rows write only q.
-    """
-    count, n_head, head_dim = q.shape
-    _finish_qkv[(count, n_head + 2 * keys.heads)](
-        partials,
-        norms,
-        rows.views,
-        rows.positions,
-        rows.cos,
-        rows.sin,
-        q,
-        keys.values,
-        keys.scales,
-        values.values,
-        values.scales,
-        block_keys.values,
-        block_values.values,
-        *_part_sizes(partials),
-        keys.capacity,
-        block_keys.capacity,
-        eps,
-        SPLITS=partials.shape[0],
-        N_HEAD=n_head,
-        HEADS=keys.heads,
-        D=head_dim,
-        WIDTH=triton.next_power_of_2(head_dim),
-        K_FORMAT=FORMATS[keys.type_name],
-        V_FORMAT=FORMATS[values.type_name],
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
-
-
-def _part_sizes(partials: Tensor) -> tuple[int, int]:
+def part_sizes(partials: Tensor) -> tuple[int, int]:
     """Rows per split, and elements per row.
 
     The kernels get the number of rows rather than the stride between splits, and are not
@@ -148,7 +105,7 @@ def _part_sizes(partials: Tensor) -> tuple[int, int]:
 
 
 @triton.jit
-def _split_sum(partials, row, part_rows, part_stride, columns, mask, SPLITS: tl.constexpr):
+def split_sum(partials, row, part_rows, part_stride, columns, mask, SPLITS: tl.constexpr):
     """The partial sums of some columns of one row, added in ascending order."""
     at = partials + row.to(tl.int64) * part_stride + columns
     total = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -163,6 +120,7 @@ def _residual_norm(
     partials,
     residual,
     weight,
+    index,
     out,
     scales,
     sums,
@@ -177,15 +135,20 @@ def _residual_norm(
     N: tl.constexpr,
     WIDTH: tl.constexpr,
     INT8: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):
     row = tl.program_id(0)
+    source = row
+    if INDEXED:
+        source = tl.load(index + row)
     c = tl.arange(0, WIDTH)
     inside = c < N
-    at = residual + row.to(tl.int64) * N + c
+    at = residual + source.to(tl.int64) * N + c
     x = tl.load(at, mask=inside, other=0.0)
     if SPLITS > 0:
-        x += _split_sum(partials, row, part_rows, part_stride, c, inside, SPLITS)
-        tl.store(at, x, mask=inside)
+        x += split_sum(partials, source, part_rows, part_stride, c, inside, SPLITS)
+        if not INDEXED:  # one row may be taken more than once
+            tl.store(at, x, mask=inside)
     mean = tl.sum(x * x, 0) / N
     inverse = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     y = x * inverse * tl.load(weight + c, mask=inside, other=0.0)
@@ -228,8 +191,8 @@ def _silu_multiply(
     first = tl.program_id(1) * TILE
     c = first + tl.arange(0, TILE)
     inside = c < n
-    g = _split_sum(gate, row, part_rows, part_stride, c, inside, SPLITS)
-    u = _split_sum(up, row, part_rows, part_stride, c, inside, SPLITS)
+    g = split_sum(gate, row, part_rows, part_stride, c, inside, SPLITS)
+    u = split_sum(up, row, part_rows, part_stride, c, inside, SPLITS)
     y = tl.div_rn(g, 1.0 + tl.exp(-g)) * u
     store_columns(
         y,
@@ -281,66 +244,3 @@ def _quantize_rows(
         TILE,
         True,
     )
-
-
-@triton.jit(do_not_specialize=["part_rows", "capacity", "block_capacity"])
-def _finish_qkv(
-    partials,
-    norms,
-    views,
-    positions,
-    cos,
-    sin,
-    q,
-    k_values,
-    k_scales,
-    v_values,
-    v_scales,
-    block_k,
-    block_v,
-    part_rows,
-    part_stride,
-    capacity,
-    block_capacity,
-    eps,
-    SPLITS: tl.constexpr,
-    N_HEAD: tl.constexpr,
-    HEADS: tl.constexpr,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    K_FORMAT: tl.constexpr,
-    V_FORMAT: tl.constexpr,
-):
-    """Program (row, head), heads counted over q, k and v."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    view = tl.load(views + row)
-    c = tl.arange(0, WIDTH)
-    inside = c < D
-    x = _split_sum(partials, row, part_rows, part_stride, head * D + c, inside, SPLITS)
-    kv_head = ((head + HEADS - N_HEAD % HEADS) % HEADS).to(tl.int64)
-    at_cache = kv_head * capacity + tl.load(positions + row)
-    at_block = kv_head * block_capacity + row
-    if head < N_HEAD + HEADS:
-        # Norm and rotation. Element c turns with its partner half a head away (NeoX pairing).
-        partner = tl.where(c < D // 2, c + D // 2, c - D // 2)
-        y = _split_sum(partials, row, part_rows, part_stride, head * D + partner, inside, SPLITS)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / D + eps))
-        at_norm = norms + (tl.maximum(view, 0) * 2 + (head >= N_HEAD).to(tl.int32)) * D
-        x = x * inverse * tl.load(at_norm + c, mask=inside, other=0.0)
-        y = y * inverse * tl.load(at_norm + partner, mask=inside, other=0.0)
-        pair = row * (D // 2) + tl.where(c < D // 2, c, c - D // 2)
-        turned = y * tl.load(sin + pair, mask=inside, other=0.0)
-        x = x * tl.load(cos + pair, mask=inside, other=0.0)
-        x = x + tl.where(c < D // 2, -turned, turned)
-        if head < N_HEAD:
-            at_q = q + (row * N_HEAD + head).to(tl.int64) * D + c
-            tl.store(at_q, x.to(tl.float16), mask=inside)
-        elif view == 0:
-            store_head(x, k_values, k_scales, at_cache, D, WIDTH, K_FORMAT)
-        elif view == 1:
-            store_head(x, block_k, block_k, at_block, D, WIDTH, 0)
-    elif view == 0:
-        store_head(x, v_values, v_scales, at_cache, D, WIDTH, V_FORMAT)
-    elif view == 1:
-        store_head(x, block_v, block_v, at_block, D, WIDTH, 0)

@@ -10,21 +10,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orthrus_kernels.attention.kv_cache import QBLOCK, KvPlanes
-from orthrus_kernels.elementwise.activation_rows import Int8Rows
+from orthrus_kernels.elementwise.activation_rows import GROUP, Int8Rows
 from orthrus_kernels.elementwise.activations import interleave
-from orthrus_kernels.elementwise.rows import AR, DIFFUSION, UNUSED, Rows
+from orthrus_kernels.elementwise.rows import Rows
 
 
 def residual_norm(
-    partials: Tensor | None, residual: Tensor, weight: Tensor, eps: float, out: Tensor | Int8Rows
+    partials: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | Int8Rows,
+    index: Tensor | None = None,
 ) -> None:
     """See `orthrus_kernels.elementwise.ops.residual_norm`."""
-    x = residual.double()
+    taken = slice(None) if index is None else index.long()
+    x = residual[taken].double()
     if partials is not None:
-        x = x + partials.double().sum(0)
-        residual.copy_(x)
-    store_rows(_normed(x, weight, eps), out)
+        x = x + partials[:, taken].double().sum(0)
+        if index is None:
+            residual.copy_(x)
+    store_rows(normed(x, weight, eps), out)
 
 
 def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
@@ -37,92 +43,11 @@ def quantize_rows(x: Tensor, out: Int8Rows) -> None:
     store_rows(x.double(), out)
 
 
-def finish_qkv(
-    partials: Tensor,
-    norms: Tensor,
-    eps: float,
-    rows: Rows,
-    q: Tensor,
-    keys: KvPlanes,
-    values: KvPlanes,
-    block_keys: KvPlanes,
-    block_values: KvPlanes,
-) -> None:
-    """See `orthrus_kernels.elementwise.ops.finish_qkv`."""
-    count, n_head, d = q.shape
-    heads = partials.double().sum(0).view(count, -1, d)
-    for row in range(count):
-        view, position = int(rows.views[row]), int(rows.positions[row])
-        q_norm, k_norm = norms[max(view, 0)]
-        cos, sin = rows.cos[row].double(), rows.sin[row].double()
-        q[row] = _rotated(_normed(heads[row, :n_head], q_norm, eps), cos, sin).to(q.dtype)
-        k = _rotated(_normed(heads[row, n_head : n_head + keys.heads], k_norm, eps), cos, sin)
-        v = heads[row, n_head + keys.heads :]
-        if view == AR:
-            write_planes(keys, position, k.float())
-            write_planes(values, position, v.float())
-        elif view == DIFFUSION:
-            write_planes(block_keys, row, k.float())
-            write_planes(block_values, row, v.float())
-
-
-def write_planes(planes: KvPlanes, position: int, x: Tensor) -> None:
-    """Store f32 [heads, head_dim] at one position, quantized as ggml does."""
-    if planes.type_name == "f16":
-        planes.values[:, position] = x.half()
-        return
-    groups = x.view(planes.heads, -1, QBLOCK)
-    if planes.type_name == "q8_0":
-        d = groups.abs().amax(-1, keepdim=True) / 127
-    else:
-        d = groups.gather(-1, groups.abs().argmax(-1, keepdim=True)) / -8
-    scaled = groups * torch.where(d == 0, 0, 1 / torch.where(d == 0, 1, d))
-    planes.scales[:, position] = d[..., 0].half()
-    if planes.type_name == "q8_0":
-        size = scaled.abs()
-        rounded = size.floor() + (2 * (size - size.floor())).floor()
-        quants = (rounded.copysign(scaled) + 128).to(torch.uint8)
-        planes.values[:, position] = quants.view(planes.heads, -1)
-    else:
-        quants = (scaled + 8.5).to(torch.uint8).clamp_max(15).view(planes.heads, -1)
-        half = planes.values.shape[2]
-        padded = torch.nn.functional.pad(quants, (0, 2 * half - planes.head_dim), value=8)
-        planes.values[:, position] = padded[:, :half] | (padded[:, half:] << 4)
-
-
-def plan_rows(
-    state: Tensor,
-    history: Tensor,
-    segments: Tensor,
-    alternatives: Tensor,
-    mask_token: int,
-    capacity: int,
-    inv_freq: Tensor,
-    rope_scale: float,
-    rows: Rows,
-) -> None:
-    """See `orthrus_kernels.elementwise.rows.plan_rows`."""
-    anchor = int(state[0])
-    rows.views.fill_(UNUSED)
-    for column in (rows.tokens, rows.positions, rows.visible, rows.block_first, rows.block_stop):
-        column.zero_()
-    for view, first, count, offset, alternative in segments.tolist():
-        start = anchor + offset
-        for i in range(count):
-            row, position = first + i, start + i
-            if view == UNUSED or (view == AR and position >= capacity):
-                continue
-            rows.views[row], rows.positions[row] = view, position
-            if view == AR:
-                rows.tokens[row], rows.visible[row] = history[position], position + 1
-                continue
-            guess = history[position] if alternative < 0 else alternatives[alternative]
-            rows.tokens[row] = guess if i == 0 else mask_token
-            rows.visible[row] = min(start, capacity)
-            rows.block_first[row], rows.block_stop[row] = first, first + count
+def rotary_angles(rows: Rows, inv_freq: Tensor, scale: float) -> None:
+    """See `orthrus_kernels.elementwise.rows.rotary_angles`."""
     angles = rows.positions.double()[:, None] * inv_freq
-    rows.cos.copy_(angles.cos() * rope_scale)
-    rows.sin.copy_(angles.sin() * rope_scale)
+    rows.cos.copy_(angles.cos() * scale)
+    rows.sin.copy_(angles.sin() * scale)
 
 
 def embed(table: Tensor, type_name: str, tokens: Tensor, codebook: Tensor, out: Tensor) -> None:
@@ -132,13 +57,9 @@ def embed(table: Tensor, type_name: str, tokens: Tensor, codebook: Tensor, out: 
     out.copy_(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of f64 rows."""
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
 
 
 def store_rows(y: Tensor, out: Tensor | Int8Rows) -> None:
@@ -146,7 +67,7 @@ def store_rows(y: Tensor, out: Tensor | Int8Rows) -> None:
     if isinstance(out, Tensor):
         out.copy_(interleave(y.clamp(-65504, 65504)))
         return
-    groups = y.float().view(y.shape[0], -1, QBLOCK)
+    groups = y.float().view(y.shape[0], -1, GROUP)
     d = groups.abs().amax(-1) / 127
     size = (groups.abs() / torch.where(d == 0, 1, d)[..., None] + 0.5).floor()
     out.quants.copy_(size.copysign(groups))

@@ -1,13 +1,8 @@
-"""The rows of one pass, laid out on the device from a segment table and the decoding state.
+"""The rows of one pass: what the host says about each of them, and their rotary angles.
 
-A pass is captured once as a CUDA graph and replayed at any length, so nothing that depends on the
-length may come from the host. The host fixes the shape of the pass (the segment table); this kernel
-adds what the state knows: tokens, positions, what each row sees, and its rotary angles, once per
-pass rather than once per layer.
-
-`history` holds the tokens by position: committed up to the anchor, then the drafts to verify. AR
-rows read their tokens there. So does the first row of a diffusion block, unless its segment names
-one of the `alternatives` instead.
+Everything that varies from pass to pass comes from the host in one upload; a pass is captured once
+as a CUDA graph and replayed for any positions and lengths. Only the angles are made on the device,
+once per pass rather than once per layer.
 """
 
 from __future__ import annotations
@@ -22,25 +17,32 @@ from torch import Tensor
 UNUSED, AR, DIFFUSION = -1, 0, 1
 """Views of a row; UNUSED rows fill up the bucket."""
 
-POSITION, EMITTED, LIMIT, STATUS, CYCLES = range(5)
-STATE_SIZE = 8
-"""The decoding state, i32 [STATE_SIZE]: position of the anchor (equally the rows of the cache that
-count), tokens committed so far, how many may be committed at most, why decoding stopped, cycles."""
-
-RUNNING, STOPPED, BAD_LOGITS = 0, 1, 2
-"""Values of state[STATUS]: going on (or at its limit), a stop token came, no finite logits."""
-
-SEGMENT_SIZE = 5
-"""Columns of the segment table, i32 [segments, 5]: view, first row, rows, position of the first row
-minus the anchor's, index of the first token in `alternatives` (-1: take it from the history)."""
+COLUMNS = (
+    "views",
+    "tokens",
+    "positions",
+    "visible",
+    "block_first",
+    "block_stop",
+    "sequences",
+    "places",
+    "more_first",
+    "more_stop",
+)
+"""Fields of `Rows` that the host fills, each i32 [rows]."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """What the kernels know about the rows of a pass; all i32 [rows] but the angles.
+    """What the kernels know about the rows of a pass; all i32 [rows] but the last three.
 
     positions: of the row itself; the token drawn from its logits belongs one further.
-    visible: cache rows it sees; block_first, block_stop: rows of the pass that its block covers.
+    visible: columns of the sequence that it sees; block_first, block_stop: rows of the pass that its
+        block covers.
+    sequences: the entry of `kv_cache.Caches` that it belongs to.
+    places: where in that cache an AR row's keys go; more_first, more_stop: the range of `more` that
+        holds further places, for rows that several branches of a tree share.
+    more: i32, any number.
     cos, sin: f32 [rows, head_dim/2], scaled as YaRN asks.
     """
 
@@ -50,54 +52,34 @@ class Rows:
     visible: Tensor
     block_first: Tensor
     block_stop: Tensor
+    sequences: Tensor
+    places: Tensor
+    more_first: Tensor
+    more_stop: Tensor
+    more: Tensor
     cos: Tensor
     sin: Tensor
 
 
-def new_rows(rows: int, head_dim: int, device: torch.device | str) -> Rows:
-    """Uninitialised rows for `plan_rows` to fill."""
-    whole = [torch.empty(rows, dtype=torch.int32, device=device) for _ in range(6)]
-    angles = [torch.empty(rows, head_dim // 2, device=device) for _ in range(2)]
-    return Rows(*whole, *angles)
+def new_angles(rows: int, head_dim: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Uninitialised cosines and sines for `rotary_angles` to fill."""
+    cos, sin = (torch.empty(rows, head_dim // 2, device=device) for _ in range(2))
+    return cos, sin
 
 
-def plan_rows(
-    state: Tensor,
-    history: Tensor,
-    segments: Tensor,
-    alternatives: Tensor,
-    mask_token: int,
-    capacity: int,
-    inv_freq: Tensor,
-    rope_scale: float,
-    rows: Rows,
-) -> None:
-    """Fill `rows` for the pass that `segments` describes, at the place where `state` stands.
+def rotary_angles(rows: Rows, inv_freq: Tensor, scale: float) -> None:
+    """Fill `cos` and `sin` for the rows' positions.
 
-    history: i32, tokens by position. alternatives: i32, at least one element.
-    capacity: of the cache; AR rows that do not fit become unused.
-    inv_freq: f64 [head_dim/2], radians per position of each pair (scaled, for YaRN).
+    inv_freq: f64 [head_dim/2], radians per position of each pair; scale: factor on both (YaRN).
     Angles are reduced in double precision, good to the rounding of f32 below position 2^20.
     """
     count, half = rows.cos.shape
-    _plan[(count,)](
-        state,
-        history,
-        segments,
-        alternatives,
-        inv_freq,
-        rows.views,
-        rows.tokens,
+    _angles[(count,)](
         rows.positions,
-        rows.visible,
-        rows.block_first,
-        rows.block_stop,
+        inv_freq,
         rows.cos,
         rows.sin,
-        segments.shape[0],
-        mask_token,
-        capacity,
-        rope_scale,
+        scale,
         HALF=half,
         WIDTH=triton.next_power_of_2(half),
         num_warps=1,
@@ -106,69 +88,14 @@ def plan_rows(
 
 
 @triton.jit
-def _plan(
-    state,
-    history,
-    segments,
-    alternatives,
-    inv_freq,
-    views,
-    tokens,
-    positions,
-    visible,
-    block_first,
-    block_stop,
-    cos,
-    sin,
-    n_segments,
-    mask_token,
-    capacity,
-    rope_scale,
-    HALF: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+def _angles(positions, inv_freq, cos, sin, scale, HALF: tl.constexpr, WIDTH: tl.constexpr):
     row = tl.program_id(0)
-    anchor = tl.load(state)  # POSITION
-    view = -1
-    first = 0
-    count = 0
-    start = 0
-    alternative = -1
-    for i in range(n_segments):
-        at = segments + i * 5
-        its_first = tl.load(at + 1)
-        its_count = tl.load(at + 2)
-        mine = (row >= its_first) & (row < its_first + its_count)
-        view = tl.where(mine, tl.load(at), view)
-        first = tl.where(mine, its_first, first)
-        count = tl.where(mine, its_count, count)
-        start = tl.where(mine, anchor + tl.load(at + 3), start)
-        alternative = tl.where(mine, tl.load(at + 4), alternative)
-    position = start + row - first
-    is_ar = (view == 0) & (position < capacity)
-    is_block = view == 1
-    used = is_ar | is_block
-    position = tl.where(used, position, 0)
-
-    guessed = is_block & (alternative >= 0)
-    from_history = is_ar | (is_block & (row == first) & (alternative < 0))
-    known = tl.load(history + position, mask=from_history, other=0)
-    guess = tl.load(alternatives + alternative, mask=guessed, other=0)
-    head = tl.where(guessed, guess, known)
-    token = tl.where(is_block & (row > first), mask_token, tl.where(used, head, 0))
-    tl.store(views + row, tl.where(used, view, -1))
-    tl.store(tokens + row, token)
-    tl.store(positions + row, position)
-    sees = tl.where(is_ar, position + 1, tl.minimum(start, capacity))
-    tl.store(visible + row, tl.where(used, sees, 0))
-    tl.store(block_first + row, tl.where(is_block, first, 0))
-    tl.store(block_stop + row, tl.where(is_block, first + count, 0))
-
     c = tl.arange(0, WIDTH)
-    radians = tl.load(inv_freq + c, mask=c < HALF, other=0.0) * position.to(tl.float64)
+    position = tl.load(positions + row).to(tl.float64)
+    radians = tl.load(inv_freq + c, mask=c < HALF, other=0.0) * position
     x, y = _cos_sin(radians, WIDTH)
-    tl.store(cos + row * HALF + c, (x * rope_scale).to(tl.float32), mask=c < HALF)
-    tl.store(sin + row * HALF + c, (y * rope_scale).to(tl.float32), mask=c < HALF)
+    tl.store(cos + row * HALF + c, (x * scale).to(tl.float32), mask=c < HALF)
+    tl.store(sin + row * HALF + c, (y * scale).to(tl.float32), mask=c < HALF)
 
 
 @triton.jit

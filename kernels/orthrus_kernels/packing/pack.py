@@ -6,11 +6,8 @@ several tensors of one type (Q, K and V; gate and up), so that one launch comput
 
 from __future__ import annotations
 
-import logging
-
 import torch
 from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
 from orthrus_kernels.elementwise.activations import deinterleave
@@ -29,8 +26,6 @@ from orthrus_kernels.packing.quant_tensor import (
 )
 from orthrus_kernels.packing.unpack import from_planes
 from orthrus_kernels.packing.words import Words, to_words
-
-log = logging.getLogger(__name__)
 
 _T = GGMLQuantizationType
 
@@ -54,9 +49,8 @@ def pack(
     """GGUF rows (u8 [rows, row bytes] on any device) -> QuantTensor on `device`, or where they are.
 
     The bytes go to the device as they are, some rows at a time, and are packed there. The host
-    waits once, at the end, for the largest scale. F32 becomes F16, and so does a type without
-    kernels: both are logged with what it costs. ValueError where the bytes do not fit the shape, or
-    (A16) where a weight may exceed fp16.
+    waits once, at the end, for the largest scale. ValueError where the bytes do not fit the shape,
+    for a type without kernels, or (A16) where a weight may exceed fp16.
     """
     if raw.dtype != torch.uint8 or raw.ndim != 2 or raw.shape[1] != row_bytes(kind, k):
         raise ValueError(
@@ -65,15 +59,10 @@ def pack(
         )
     target = raw.device if device is None else torch.device(device)
     if kind not in TRAITS and kind not in PLAIN_TYPES:
-        raw, kind = _without_kernel(raw, kind, k, name), _T.F16
-    rows = raw.shape[0]
-    panels, steps = -(-rows // PANEL_ROWS), -(-k // STEP)
-    if kind in PLAIN_TYPES:
-        dtype = torch.float16 if kind == _T.F16 else torch.bfloat16
-        shape = (panels, 4 * steps, PANEL_ROWS, 64)
-        planes = {"main": torch.empty(shape, dtype=dtype, device=target)}
-    else:
-        planes = new_planes(TRAITS[kind], panels, steps, layout, target)
+        raise ValueError(f"{name}: {kind.name} has no kernel: dequantize it to F16")
+    rows, steps = raw.shape[0], -(-k // STEP)
+    packed = empty_tensor(kind, rows, k, layout, target)
+    planes = packed.planes
     chunk = max(1, _chunk_weights(target) // (steps * STEP * PANEL_ROWS)) * PANEL_ROWS
     largest = []
     for start in range(0, rows, chunk):
@@ -87,7 +76,20 @@ def pack(
             largest.append(_largest_scales(words, TRAITS[kind]))
     if kind == _T.BF16 or (kind in TRAITS and layout is Layout.A16):
         _refuse_beyond_half(torch.stack(largest).amax(0).tolist(), kind, name)
-    return QuantTensor(kind, rows, k, layout, planes)
+    return packed
+
+
+def empty_tensor(
+    kind: GGMLQuantizationType, rows: int, k: int, layout: Layout, device: torch.device
+) -> QuantTensor:
+    """Uninitialised planes of a matrix of a type with kernels."""
+    panels, steps = -(-rows // PANEL_ROWS), -(-k // STEP)
+    if kind not in PLAIN_TYPES:
+        planes = new_planes(TRAITS[kind], panels, steps, layout, device)
+        return QuantTensor(kind, rows, k, layout, planes)
+    dtype = torch.float16 if kind == _T.F16 else torch.bfloat16
+    main = torch.empty(panels, 4 * steps, PANEL_ROWS, 64, dtype=dtype, device=device)
+    return QuantTensor(kind, rows, k, layout, {"main": main})
 
 
 def unpack(tensor: QuantTensor) -> Tensor:
@@ -193,17 +195,3 @@ def _unpack_plain(tensor: QuantTensor) -> Tensor:
     panels = tensor.planes["main"].permute(0, 2, 1, 3)
     wide = deinterleave(panels.reshape(tensor.padded_rows, tensor.padded_k), tensor.k)
     return wide[: tensor.rows].contiguous().view(torch.uint8)
-
-
-def _without_kernel(raw: Tensor, kind: GGMLQuantizationType, k: int, name: str) -> Tensor:
-    """Dequantize once to F16 rows, on the host, and say what that costs."""
-    rows = raw.shape[0]
-    numbers = torch.from_numpy(dequantize(raw.cpu().numpy(), kind)).to(torch.float16)
-    log.warning(
-        "%s: no kernel for %s, dequantized to F16: %.1f MB instead of %.1f MB, read on every pass",
-        name,
-        kind.name,
-        2 * rows * k / 1e6,
-        raw.numel() / 1e6,
-    )
-    return numbers.contiguous().view(torch.uint8).reshape(rows, 2 * k)

@@ -50,15 +50,27 @@ def dequantize(weight: QuantTensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor | None = None) -> Tensor:
-    """f32 [rows, weight.rows] for many rows. x: f16 [rows, padded k], in `dequantize`'s order.
+_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
+"""Whether this torch leaves fp16 products in f32: outputs of `down` may lie beyond fp16."""
 
-    scratch: f16 of at least weight.rows * padded k numbers, reused between calls.
+
+def prompt_matmul(
+    x: Tensor, weight: QuantTensor, scratch: Tensor, half: Tensor, out: Tensor
+) -> None:
+    """x W^T for many rows → out, f32 [rows, weight.rows], of any row stride.
+
+    x: f16 [rows, padded k], in `dequantize`'s order. scratch: f16 of at least weight.rows * padded
+    k numbers. half: f16, of the shape of `out`: the product where torch rounds products to f16.
     """
-    size = weight.rows * weight.padded_k
-    dense = None if scratch is None else scratch.flatten()[:size].view(weight.rows, -1)
-    # fp16 factors, fp32 sums; the product itself is rounded to fp16 only by cuBLAS's output type.
-    return torch.mm(x, dequantize(weight, dense).T).float()
+    dense = scratch.flatten()[: weight.rows * weight.padded_k].view(weight.rows, -1)
+    factor = dequantize(weight, dense).T
+    if _WIDE_PRODUCTS and x.is_cuda:
+        if out.is_contiguous():
+            torch.mm(x, factor, out_dtype=torch.float32, out=out)
+        else:
+            out.copy_(torch.mm(x, factor, out_dtype=torch.float32))
+    else:
+        out.copy_(torch.mm(x, factor, out=half))
 
 
 @triton.jit

@@ -39,13 +39,6 @@ class Use(enum.Enum):
     HEAD = "head"
 
 
-class Route(enum.Enum):
-    """How a product is computed."""
-
-    FUSED = "fused"  # dequantize in the product: up to MAX_ROWS rows
-    PROMPT = "prompt"  # dequantize to fp16 once, then a dense product
-
-
 @dataclass(frozen=True)
 class Tile:
     """Shape of one program: rows of x, rows of W, warps, pipeline stages."""
@@ -60,7 +53,6 @@ class Tile:
 class Choice:
     """Everything a launch needs besides the tensors."""
 
-    route: Route
     layout: Layout
     split: int
     tile: Tile
@@ -175,8 +167,7 @@ def choose(
             f"tuned tile of {tile.n} rows does not divide {n} rows padded to {PANEL_ROWS}: "
             "run the tuner again"
         )
-    route = Route.FUSED if rows <= MAX_ROWS else Route.PROMPT
-    return Choice(route, layout, split_for(n, k), tile)
+    return Choice(layout, split_for(n, k), tile)
 
 
 def fit_tile(tile: Tile, n: int) -> Tile:

@@ -87,8 +87,10 @@ def head_argmax(x: Activations, weight: QuantTensor, tile: Tile, out: Best | Non
     return out
 
 
-def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor | None = None) -> Tensor:
-    """See `orthrus_kernels.products.dequantize.prompt_matmul`."""
+def prompt_matmul(
+    x: Tensor, weight: QuantTensor, scratch: Tensor, half: Tensor, out: Tensor
+) -> None:
+    """See `orthrus_kernels.products.dequantize.prompt_matmul`; scratch and half are not used."""
     in_order = weight.layout is Layout.A8 and weight.type not in PLAIN_TYPES
     rows = x[:, : weight.k].double() if in_order else natural_rows(x, weight.k)
-    return (rows @ dequantize(weight).double().T).float()
+    out.copy_(rows @ dequantize(weight).double().T)

@@ -154,21 +154,28 @@ def biased_codes(
     """fp16 numbers 1024 + code of dot (H, O), from the u16 elements of its tile of each plane."""
     AT: tl.constexpr = O * 4 + H
     if ASM:
+        # Named first: triton 3.6 takes a bare element of a constant tuple for a plain string.
         if MAIN == 8:
-            half = _pair(_ASM_8[AT], main)
+            TEXT_8: tl.constexpr = _ASM_8[AT]
+            half = _pair(TEXT_8, main)
         elif TABLE:
             half = _table_codes(main, H)
         elif MAIN == 4:
             if HIGH == 0:
-                half = _pair(_ASM_4[AT], main)
+                TEXT_4: tl.constexpr = _ASM_4[AT]
+                half = _pair(TEXT_4, main)
             elif HIGH == 1:
-                half = _pair2(_ASM_41[AT], main, high)
+                TEXT_41: tl.constexpr = _ASM_41[AT]
+                half = _pair2(TEXT_41, main, high)
             else:
-                half = _pair2(_ASM_42[AT], main, high)
+                TEXT_42: tl.constexpr = _ASM_42[AT]
+                half = _pair2(TEXT_42, main, high)
         elif HIGH == 0:
-            half = _pair(_ASM_2[AT], main)
+            TEXT_2: tl.constexpr = _ASM_2[AT]
+            half = _pair(TEXT_2, main)
         else:
-            half = _pair2(_ASM_21[AT], main, high)
+            TEXT_21: tl.constexpr = _ASM_21[AT]
+            half = _pair2(TEXT_21, main, high)
     else:
         BYTE: tl.constexpr = 8 * (H % 2)
         J: tl.constexpr = H // 2

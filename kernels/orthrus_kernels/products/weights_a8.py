@@ -122,16 +122,21 @@ def signed_codes(
     """int8 codes (bias taken off) of the group (R, J), from its bytes of each plane."""
     AT: tl.constexpr = R * 2 + J
     if ASM:
+        # Named first: triton 3.6 takes a bare element of a constant tuple for a plain string.
         if KIND[0] == 8:
-            codes = _bytes(_ASM_8[AT], main)
+            TEXT_8: tl.constexpr = _ASM_8[AT]
+            codes = _bytes(TEXT_8, main)
         elif KIND[6]:
             codes = _table_bytes(main, J)
         elif KIND[1] == 0:
-            codes = _bytes(_ASM_4[AT] if KIND[3] == 0 else _ASM_4_BIAS[AT], main)
+            TEXT_4: tl.constexpr = _ASM_4[AT] if KIND[3] == 0 else _ASM_4_BIAS[AT]
+            codes = _bytes(TEXT_4, main)
         elif KIND[1] == 1:
-            codes = _bytes2(_ASM_41[AT] if KIND[3] == 0 else _ASM_41_BIAS[AT], main, high)
+            TEXT_41: tl.constexpr = _ASM_41[AT] if KIND[3] == 0 else _ASM_41_BIAS[AT]
+            codes = _bytes2(TEXT_41, main, high)
         else:
-            codes = _bytes2(_ASM_42[AT], main, high)
+            TEXT_42: tl.constexpr = _ASM_42[AT]
+            codes = _bytes2(TEXT_42, main, high)
     else:
         codes = (_plain_codes(main, high, R, J, KIND) - KIND[3]).to(tl.int8)
     return codes

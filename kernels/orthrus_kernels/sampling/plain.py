@@ -1,4 +1,4 @@
-"""Sampling and commit in plain torch, with the signatures of the kernels. Slow, row by row."""
+"""Sampling in plain torch, with the signatures of the kernels. Slow, row by row."""
 
 from __future__ import annotations
 
@@ -7,39 +7,44 @@ import math
 import torch
 from torch import Tensor
 
-from orthrus_kernels.elementwise.rows import (
-    BAD_LOGITS,
-    CYCLES,
-    DIFFUSION,
-    EMITTED,
-    LIMIT,
-    POSITION,
-    RUNNING,
-    STATUS,
-    STOPPED,
+from orthrus_kernels.sampling.sample import (
+    GREEDY,
+    RESULT,
+    UNUSED,
+    DrawKind,
+    Draws,
+    SampleScratch,
 )
-from orthrus_kernels.sampling.sample import SampleScratch, SamplingParameters
 
 
-def sample(
-    logits: Tensor,
-    positions: Tensor,
-    history: Tensor,
-    parameters: SamplingParameters,
-    scratch: SampleScratch,
-    out: Tensor,
-) -> None:
-    """See `orthrus_kernels.sampling.sample.sample`; `scratch` is not used."""
-    for row in range(logits.shape[0]):
-        prefix = history[: int(positions[row]) + 1].long()
-        if parameters.penalizes:
-            _penalize(logits[row], prefix, parameters)
-        logits[row, parameters.banned] = -math.inf
+def draw(logits: Tensor, draws: Draws, kind: DrawKind, scratch: SampleScratch, out: Tensor) -> None:
+    """See `orthrus_kernels.sampling.sample.draw`; `scratch` is not used."""
+    given = logits.clone()
+    if kind.bans:
+        bans = draws.bans[draws.bans[:, 0] >= 0].long()
+    for row, mode in enumerate(draws.modes.tolist()):
+        if mode == UNUSED:
+            out[row, 0] = -1
+            continue
+        if kind.penalizes:
+            _penalize(logits[row], draws, row)
+        if kind.bans:
+            logits[row, bans[bans[:, 0] == row, 1]] = -math.inf
+        if kind.masked:
+            bit = torch.arange(logits.shape[1])
+            allowed = (draws.masks[row].long()[bit // 32] >> (bit % 32)) & 1
+            logits[row, allowed == 0] = -math.inf
         scores = logits[row].double().nan_to_num(math.inf, math.inf, -math.inf)
-        if not parameters.greedy:
-            scores = _noisy(scores, len(prefix), parameters)
+        kept = torch.ones_like(scores, dtype=torch.bool)
+        if mode != GREEDY:
+            scores, kept = _noisy(scores, int(draws.positions[row]) + 1, draws, row)
         best = int(scores.argmax())  # the lowest id wins a draw
-        out[row] = best if scores[best].isfinite() else -1
+        finite = bool(scores[best].isfinite())
+        out[row, 0] = best if finite else -1
+        if kind.detail and finite:
+            _detail(scores, kept, best, out[row])
+        if kind.top:
+            _report(given[row], max(int(out[row, 0]), 0), kind.top, out[row])
 
 
 def pick(best: Tensor, tokens: Tensor, out: Tensor) -> None:
@@ -58,62 +63,46 @@ def gumbel_noise(seed: int, position: int, tokens: Tensor) -> Tensor:
     return -torch.log(-torch.log((chosen.double() + 0.5) * 2.0**-32))
 
 
-def accept(
-    ar_tokens: Tensor,
-    segments: Tensor,
-    history: Tensor,
-    stop_tokens: Tensor,
-    state: Tensor,
-    ring: Tensor,
-    log: Tensor,
-) -> None:
-    """See `orthrus_kernels.sampling.accept.accept`."""
-    position, emitted = int(state[POSITION]), int(state[EMITTED])
-    drawn, width = ar_tokens.tolist(), int(segments[0, 2]) - 1
-    drafts = history[position + 1 : position + 1 + width].tolist()
-    accepted = 0
-    while accepted < width and drawn[accepted] == drafts[accepted]:
-        accepted += 1
-
-    count = 0
-    while state[STATUS] == RUNNING and count <= accepted and emitted + count < int(state[LIMIT]):
-        token = drawn[count]
-        if token < 0:
-            state[STATUS] = BAD_LOGITS
-            break
-        history[position + 1 + count] = token
-        ring[(emitted + count) % ring.numel()] = token
-        count += 1
-        if token in stop_tokens.tolist():
-            state[STATUS] = STOPPED
-    entry = [position, width, accepted, count]
-    log[int(state[CYCLES]) % log.shape[0]] = torch.tensor(entry, dtype=log.dtype)
-    state[POSITION], state[EMITTED] = position + count, emitted + count
-    state[CYCLES] += 1
+def _bits(values: Tensor) -> Tensor:
+    """f32 numbers as i32."""
+    return values.float().view(torch.int32)
 
 
-def write_drafts(
-    tokens: Tensor, views: Tensor, positions: Tensor, history: Tensor, shift: int = 1
-) -> None:
-    """See `orthrus_kernels.sampling.accept.write_drafts`."""
-    at = positions.long() + shift
-    mine = (views == DIFFUSION) & (at < history.numel())
-    history[at[mine]] = tokens[mine].clamp_min(0)
+def _detail(scores: Tensor, kept: Tensor, best: int, out: Tensor) -> None:
+    """Runner-up and probabilities. kept: tokens that count."""
+    weights = (scores - scores[best]).exp()
+    rest = scores.clone()
+    rest[best] = -math.inf
+    second = int(torch.where(kept & (rest == rest.max()), 1, 0).argmax())
+    both = torch.stack([weights[best], (rest[second] - scores[best]).exp()]) / weights.sum()
+    out[1] = second
+    out[2:4] = _bits(both)
 
 
-def _penalize(scores: Tensor, prefix: Tensor, parameters: SamplingParameters) -> None:
-    _, _, _, repeat, frequency, presence = parameters.numbers.tolist()
-    window = prefix[-int(parameters.integers[2]) :]
+def _report(logits: Tensor, token: int, top: int, out: Tensor) -> None:
+    """Log-probabilities of a row's token and of the likeliest ones."""
+    logs = logits.double().log_softmax(0)
+    likeliest = logits.nan_to_num(math.inf, math.inf, -math.inf).sort(descending=True, stable=True)
+    tokens = likeliest.indices[:top]
+    out[RESULT - 1] = _bits(logs[token : token + 1])[0]
+    out[RESULT : RESULT + top] = tokens.int()
+    out[RESULT + top :] = _bits(logs[tokens])
+
+
+def _penalize(scores: Tensor, draws: Draws, row: int) -> None:
+    _, _, _, repeat, frequency, presence = draws.numbers[row].tolist()
+    window = draws.windows[int(draws.window_first[row]) : int(draws.window_stop[row])].long()
     tokens, counts = torch.unique(window, return_counts=True)
     seen = scores[tokens]
     seen = torch.where(seen <= 0, seen * repeat, seen / repeat)
     scores[tokens] = (seen.double() - (counts.double() * frequency + presence)).float()
 
 
-def _noisy(scores: Tensor, position: int, parameters: SamplingParameters) -> Tensor:
-    """Tempered scores plus noise of the tokens that survive the filters, -inf for the others."""
-    temperature, top_p, log_min_p, *_ = parameters.numbers.tolist()
-    seed, top_k, _ = parameters.integers.tolist()
+def _noisy(scores: Tensor, position: int, draws: Draws, row: int) -> tuple[Tensor, Tensor]:
+    """Tempered scores plus noise of the tokens that survive the filters, -inf for the others; and
+    which survive."""
+    temperature, top_p, log_min_p, *_ = draws.numbers[row].tolist()
+    seed, top_k = draws.integers[row].tolist()
     ordered, tokens = scores.sort(descending=True, stable=True)
     ordered, tokens = ordered[:top_k], tokens[:top_k]
     mass = (ordered - ordered[0]).exp()
@@ -123,7 +112,7 @@ def _noisy(scores: Tensor, position: int, parameters: SamplingParameters) -> Ten
     ordered, tokens = ordered[kept], tokens[kept]
     result = torch.full_like(scores, -math.inf)
     result[tokens] = ordered / temperature + gumbel_noise(seed, position, tokens)
-    return result
+    return result, torch.zeros_like(result, dtype=torch.bool).index_fill_(0, tokens, True)
 
 
 def _philox(counter: list[Tensor], key0: int, key1: int) -> list[Tensor]:

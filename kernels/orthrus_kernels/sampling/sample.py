@@ -1,9 +1,13 @@
 """Logits → tokens on the device: seeded sampling with the noise and filter order of the CPU's.
 
 The token at position p is `argmax(score / temperature + noise(seed, p, token))` over tokens that
-survive penalties, top-k, top-p and min-p (llama.cpp's order). The noise is standard Gumbel noise
-made from word `token % 4` of Philox4x32-10 with counter (token // 4, p, 0, 0) and the seed as key,
-in double precision, as are the sums for top-p.
+survive penalties, bans, a mask, top-k, top-p and min-p (llama.cpp's order). The noise is standard
+Gumbel noise made from word `token % 4` of Philox4x32-10 with counter (token // 4, p, 0, 0) and the
+seed as key, in double precision, as are the sums for top-p.
+
+Each row has settings of its own, so that requests may share a pass; a row's *mode* says which
+kernels decide it, and a `DrawKind` which of them a pass launches at all. What decides one row does
+not depend on its company.
 
 Candidates are sorted as 64-bit keys: the score in an order-preserving form, then the token, lower
 ids first; equal scores thus have one order, and so does everything after. Up to MAX_TOP_K of them
@@ -22,71 +26,117 @@ from torch import Tensor
 from orthrus_kernels.sampling import kernels as kernels
 
 MAX_TOP_K = 128
-"""Largest top-k that does not sort the whole vocabulary."""
+"""Largest top-k that does not sort the whole vocabulary, and most log-probabilities of a row."""
 
 EXTRACT_TILE = 4096
 SORTED_TILE = 1024
 ROW_PROGRAMS = 16
 """Programs that share the penalty window of one row; its cost grows with the window squared."""
 
+UNUSED, GREEDY, EXTRACTED, SORTED = -1, 0, 1, 2
+"""Modes of a row: not drawn; largest score; sampled from up to MAX_TOP_K candidates; from more."""
+
+NUMBERS = 6
+"""Columns of `Draws.numbers`: temperature, top-p, ln(min-p), repeat, frequency, presence penalty."""
+
+RESULT = 5
+"""Columns of a row of results before the likeliest tokens: token (-1: logits not finite),
+runner-up, both their probabilities, the token's log-probability; numbers as the bits of f32."""
+
 
 @dataclass(frozen=True)
-class SamplingParameters:
-    """Settings of one request. The tensors may be rewritten between replays of a graph; the rest
-    decides which kernels run.
+class DrawKind:
+    """What a pass launches to draw its rows.
 
-    numbers: f64 [6], temperature, top-p, ln(min-p), repeat, frequency and presence penalty.
-    integers: i64 [3], seed (two's complement), top-k, penalty window (both resolved to a count).
-    banned: i64, tokens that are never chosen.
+    greedy, extracted, sorted: modes that occur. penalizes, bans, masked: what changes scores first.
+    detail: runner-up and probabilities. top: log-probabilities, of this many likeliest tokens.
     """
 
+    greedy: bool = False
+    extracted: bool = False
+    sorted: bool = False
+    penalizes: bool = False
+    bans: bool = False
+    masked: bool = False
+    detail: bool = False
+    top: int = 0
+
+    @property
+    def changes(self) -> bool:
+        """Whether scores are not the logits themselves."""
+        return self.penalizes or self.bans or self.masked
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the largest logit of each row is all that is asked for."""
+        sampled = self.extracted or self.sorted
+        return not (sampled or self.changes or self.detail or self.top)
+
+    @property
+    def columns(self) -> int:
+        """Columns of the results."""
+        return RESULT + 2 * self.top
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How each row is drawn; tensors of a pass.
+
+    modes, positions: i32 [rows]; the token drawn belongs one past the row's position.
+    numbers: f64 [rows, NUMBERS]. integers: i64 [rows, 2], seed (two's complement) and top-k.
+    windows: i32; penalties of row i look at windows[window_first[i] : window_stop[i]].
+    bans: i32 [any, 2], pairs of row (-1: none) and token. masks: i32 [rows, words], or any shape
+        where no row has one: bit v % 32 of word v // 32 allows token v.
+    """
+
+    modes: Tensor
+    positions: Tensor
     numbers: Tensor
     integers: Tensor
-    banned: Tensor
-    greedy: bool
-    penalizes: bool
-    top_k: int
+    windows: Tensor
+    window_first: Tensor
+    window_stop: Tensor
+    bans: Tensor
+    masks: Tensor
 
 
-def sampling_parameters(
-    n_vocab: int,
-    device: torch.device | str,
-    *,
+def row_mode(temperature: float, top_k: int, n_vocab: int) -> int:
+    """The mode of a row of such settings (llama.cpp's flags)."""
+    if temperature <= 0:
+        return GREEDY
+    return EXTRACTED if kept_tokens(top_k, n_vocab) <= MAX_TOP_K else SORTED
+
+
+def kept_tokens(top_k: int, n_vocab: int) -> int:
+    """Candidates that top-k leaves; 0 or less is off."""
+    return top_k if 0 < top_k < n_vocab else n_vocab
+
+
+def row_numbers(
     temperature: float,
-    top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
     repeat_penalty: float = 1.0,
-    repeat_last_n: int = 0,
-    presence_penalty: float = 0.0,
     frequency_penalty: float = 0.0,
-    seed: int = 0,
-    banned: tuple[int, ...] = (),
-) -> SamplingParameters:
-    """Parameters with the meaning of llama.cpp's flags: temperature <= 0 is greedy; top_k <= 0,
-    top_p >= 1 and min_p <= 0 are off; repeat_last_n -1 is the whole context."""
-    kept = top_k if 0 < top_k < n_vocab else n_vocab
-    window = 2**31 - 1 if repeat_last_n < 0 else repeat_last_n
+    presence_penalty: float = 0.0,
+) -> tuple[float, ...]:
+    """A row of `Draws.numbers`. top_p >= 1 and min_p <= 0 are off."""
     log_min_p = math.log(min_p) if min_p > 0 else -math.inf
-    numbers = [temperature, top_p, log_min_p, repeat_penalty, frequency_penalty, presence_penalty]
-    signed_seed = seed - 2**64 if seed >= 2**63 else seed
-    return SamplingParameters(
-        torch.tensor(numbers, dtype=torch.float64, device=device),
-        torch.tensor([signed_seed, kept, window], dtype=torch.int64, device=device),
-        torch.tensor(banned, dtype=torch.int64, device=device),
-        greedy=temperature <= 0,
-        penalizes=window > 0
-        and (repeat_penalty != 1 or presence_penalty != 0 or frequency_penalty != 0),
-        top_k=kept,
-    )
+    return temperature, top_p, log_min_p, repeat_penalty, frequency_penalty, presence_penalty
+
+
+def signed(seed: int) -> int:
+    """A 64-bit seed as an i64."""
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 @dataclass(frozen=True)
 class SampleScratch:
     """Buffers between the kernels, for up to `rows` rows of one vocabulary size.
 
-    extracted: i64 [rows, tiles * MAX_TOP_K]; top: i64 [rows, MAX_TOP_K];
-    masses, best: f64 [rows, tiles]; tokens: i32 [rows, tiles].
+    extracted: i64 [rows, tiles * MAX_TOP_K]; top: i64 [rows, MAX_TOP_K].
+    masses; and of each tile the best score, its token, the runner-up and its token, the sum of
+    exp(score - best): f64 or i32 [rows, tiles].
     """
 
     extracted: Tensor
@@ -94,111 +144,172 @@ class SampleScratch:
     masses: Tensor
     best: Tensor
     tokens: Tensor
+    second: Tensor
+    second_tokens: Tensor
+    sums: Tensor
+
+    @property
+    def tiles(self) -> tuple[Tensor, ...]:
+        """What tiles leave, in the order of the kernels' arguments."""
+        return self.best, self.tokens, self.second, self.second_tokens, self.sums
 
 
 def new_sample_scratch(rows: int, n_vocab: int, device: torch.device | str) -> SampleScratch:
     """Uninitialised scratch."""
     extract = triton.cdiv(n_vocab, EXTRACT_TILE)
     tiles = triton.cdiv(n_vocab, SORTED_TILE)
+
+    def plane(dtype: torch.dtype, columns: int = tiles) -> Tensor:
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+
     return SampleScratch(
-        torch.empty(rows, extract * MAX_TOP_K, dtype=torch.int64, device=device),
-        torch.empty(rows, MAX_TOP_K, dtype=torch.int64, device=device),
-        torch.empty(rows, tiles, dtype=torch.float64, device=device),
-        torch.empty(rows, tiles, dtype=torch.float64, device=device),
-        torch.empty(rows, tiles, dtype=torch.int32, device=device),
+        plane(torch.int64, extract * MAX_TOP_K),
+        plane(torch.int64, MAX_TOP_K),
+        plane(torch.float64),
+        plane(torch.float64),
+        plane(torch.int32),
+        plane(torch.float64),
+        plane(torch.int32),
+        plane(torch.float64),
     )
 
 
-def sample(
-    logits: Tensor,
-    positions: Tensor,
-    history: Tensor,
-    parameters: SamplingParameters,
-    scratch: SampleScratch,
-    out: Tensor,
-) -> None:
-    """out[i] = the token after row i, or -1 where the logits have no finite maximum.
+def draw(logits: Tensor, draws: Draws, kind: DrawKind, scratch: SampleScratch, out: Tensor) -> None:
+    """Draw the token after each row.
 
-    logits: f32 [rows, vocab], contiguous; changed in place by penalties and bans.
-    positions: i32 [rows] of the rows; the token drawn belongs one further.
-    history: i32, tokens by position, valid up to and including each row's own (for penalties). The
-        rows of a draft see the drafts before them only if they are sampled one by one, with
-        `accept.write_drafts` in between; otherwise they draw from a coarser distribution, which
-        costs acceptance and nothing else.
-    out: i32 [rows].
+    logits: f32 [rows, vocab], contiguous; changed in place by penalties, bans and masks.
+    kind: must cover all that `draws` holds.
+    out: i32 [rows, kind.columns], see RESULT; then come the likeliest tokens and their
+        log-probabilities, best first. Log-probabilities are those of the logits as they came.
+        Columns that `kind` does not ask for stay as they are.
     """
+    given = logits.clone() if kind.top and kind.changes else logits
+    _adjust(logits, draws, kind)
     rows, n_vocab = logits.shape
-    if parameters.penalizes:
-        kernels.penalize[(rows, ROW_PROGRAMS)](
+    counts = [0, 0, 0]
+    if kind.greedy:
+        counts[GREEDY] = triton.cdiv(n_vocab, EXTRACT_TILE)
+        kernels.best_of_tile[(rows, counts[GREEDY])](
             logits,
-            positions,
-            history,
-            parameters.numbers,
-            parameters.integers,
+            draws.modes,
+            *scratch.tiles,
             n_vocab,
-            PROGRAMS=ROW_PROGRAMS,
-            TILE=64,
-            num_warps=4,
-            enable_fp_fusion=False,
+            scratch.best.stride(0),
+            TILE=EXTRACT_TILE,
+            DETAIL=kind.detail,
         )
-    if parameters.banned.numel():
-        logits.index_fill_(1, parameters.banned, -math.inf)
-    if parameters.greedy:
-        tiles = triton.cdiv(n_vocab, EXTRACT_TILE)
-        kernels.best_of_tile[(rows, tiles)](
-            logits, scratch.best, scratch.tokens, n_vocab, scratch.best.stride(0), TILE=EXTRACT_TILE
-        )
-        pick(scratch.best[:, :tiles], scratch.tokens[:, :tiles], out)
-        return
-    keys = _sorted_keys(logits, parameters, scratch)
-    tiles = triton.cdiv(keys.shape[1], SORTED_TILE)
-    tile = min(SORTED_TILE, triton.next_power_of_2(keys.shape[1]))
-    shared = (keys, parameters.numbers, parameters.integers, scratch.masses)
-    sizes = (keys.shape[1], keys.stride(0), scratch.masses.stride(0))
-    kernels.mass_of_tile[(rows, tiles)](*shared, *sizes, TILE=tile, enable_fp_fusion=False)
-    kernels.choose_in_tile[(rows, tiles)](
-        *shared,
-        positions,
-        scratch.best,
-        scratch.tokens,
-        *sizes,
-        TILE=tile,
-        TILES=triton.next_power_of_2(tiles),
-        enable_fp_fusion=False,
+    if kind.extracted:
+        _extract(logits, draws, scratch, 0)
+        counts[EXTRACTED] = _choose(scratch.top[:rows], draws, EXTRACTED, kind.detail, scratch)
+    if kind.sorted:
+        keys = torch.empty(rows, n_vocab, dtype=torch.int64, device=logits.device)
+        kernels.pack_keys[(rows, triton.cdiv(n_vocab, 1024))](logits, keys, n_vocab, TILE=1024)
+        keys = keys.sort(dim=1, descending=True).values
+        counts[SORTED] = _choose(keys, draws, SORTED, kind.detail, scratch)
+    kernels.settle[(rows,)](
+        draws.modes,
+        *scratch.tiles,
+        out,
+        *counts,
+        scratch.best.stride(0),
+        out.stride(0),
+        WIDTH=triton.next_power_of_2(max(counts)),
+        DETAIL=kind.detail,
+        num_warps=1,
     )
-    pick(scratch.best[:, :tiles], scratch.tokens[:, :tiles], out)
+    if kind.top:
+        _report(given, draws, kind.top, scratch, out)
 
 
 def pick(best: Tensor, tokens: Tensor, out: Tensor) -> None:
     """The token of the largest value per row, the lowest id on a draw, -1 if that is not finite.
 
     best: f32 or f64 [rows, tiles], largest value per tile; tokens: i32, where it was. Any strides,
-    so that the tiles of a head with a fused argmax serve, too. out: i32 [rows].
+    so that the tiles of a head with a fused argmax serve. out: i32 [rows], of any stride.
     """
     rows, tiles = best.shape
     width = triton.next_power_of_2(tiles)
-    kernels.pick[(rows,)](best, tokens, out, tiles, *best.stride(), *tokens.stride(), WIDTH=width)
+    strides = (*best.stride(), *tokens.stride(), out.stride(0))
+    kernels.pick[(rows,)](best, tokens, out, tiles, *strides, WIDTH=width)
 
 
-def _sorted_keys(logits: Tensor, parameters: SamplingParameters, scratch: SampleScratch) -> Tensor:
-    """Keys [rows, n] in descending order, n at least top-k."""
+def _adjust(logits: Tensor, draws: Draws, kind: DrawKind) -> None:
+    """Penalties, bans and masks, in place."""
     rows, n_vocab = logits.shape
-    if parameters.top_k > MAX_TOP_K:
-        keys = torch.empty(rows, n_vocab, dtype=torch.int64, device=logits.device)
-        kernels.pack_keys[(rows, triton.cdiv(n_vocab, 1024))](logits, keys, n_vocab, TILE=1024)
-        return keys.sort(dim=1, descending=True).values
+    if kind.penalizes:
+        kernels.penalize[(rows, ROW_PROGRAMS)](
+            logits,
+            draws.windows,
+            draws.window_first,
+            draws.window_stop,
+            draws.numbers,
+            n_vocab,
+            PROGRAMS=ROW_PROGRAMS,
+            TILE=64,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    if kind.bans:
+        pairs = draws.bans.shape[0]
+        kernels.ban[(triton.cdiv(pairs, 128),)](logits, draws.bans, pairs, n_vocab, TILE=128)
+    if kind.masked:
+        words = draws.masks.shape[1]
+        grid = (rows, triton.cdiv(n_vocab, 1024))
+        kernels.mask[grid](logits, draws.masks, n_vocab, words, TILE=1024)
+
+
+def _choose(keys: Tensor, draws: Draws, mode: int, detail: bool, scratch: SampleScratch) -> int:
+    """Draw the rows of a mode from keys [rows, n] in descending order, n at least top-k; leaves
+    what `settle` needs, and returns the number of tiles."""
+    rows, n = keys.shape
+    tiles = triton.cdiv(n, SORTED_TILE)
+    tile = min(SORTED_TILE, triton.next_power_of_2(n))
+    sizes = (n, keys.stride(0), scratch.masses.stride(0))
+    kernels.mass_of_tile[(rows, tiles)](
+        keys,
+        draws.modes,
+        draws.integers,
+        scratch.masses,
+        *sizes,
+        TILE=tile,
+        MODE=mode,
+        enable_fp_fusion=False,
+    )
+    kernels.choose_in_tile[(rows, tiles)](
+        keys,
+        draws.modes,
+        draws.numbers,
+        draws.integers,
+        scratch.masses,
+        draws.positions,
+        *scratch.tiles,
+        *sizes,
+        TILE=tile,
+        TILES=triton.next_power_of_2(tiles),
+        MODE=mode,
+        DETAIL=detail,
+        enable_fp_fusion=False,
+    )
+    return int(tiles)
+
+
+def _extract(logits: Tensor, draws: Draws, scratch: SampleScratch, count: int) -> None:
+    """The largest keys of each row → scratch.top. count: how many, 0: as top-k says."""
+    rows, n_vocab = logits.shape
     tiles = triton.cdiv(n_vocab, EXTRACT_TILE)
     extracted = scratch.extracted if tiles > 1 else scratch.top
     kernels.extract[(rows, tiles)](
         logits,
         extracted,
-        parameters.integers,
+        draws.modes,
+        draws.integers,
         n_vocab,
         logits.stride(0),
         extracted.stride(0),
         TILE=min(EXTRACT_TILE, triton.next_power_of_2(n_vocab)),
         KEEP=MAX_TOP_K,
         FROM_KEYS=False,
+        COUNT=count,
         num_warps=8,
     )
     if tiles > 1:
@@ -206,13 +317,41 @@ def _sorted_keys(logits: Tensor, parameters: SamplingParameters, scratch: Sample
         kernels.extract[(rows, 1)](
             extracted,
             scratch.top,
-            parameters.integers,
+            draws.modes,
+            draws.integers,
             found,
             extracted.stride(0),
             scratch.top.stride(0),
             TILE=triton.next_power_of_2(found),
             KEEP=MAX_TOP_K,
             FROM_KEYS=True,
+            COUNT=count,
             num_warps=8,
         )
-    return scratch.top[:rows]
+
+
+def _report(logits: Tensor, draws: Draws, top: int, scratch: SampleScratch, out: Tensor) -> None:
+    """Log-probabilities of the rows' tokens and of the likeliest ones."""
+    rows, n_vocab = logits.shape
+    _extract(logits, draws, scratch, top)
+    tiles = triton.cdiv(n_vocab, EXTRACT_TILE)
+    stride = scratch.best.stride(0)
+    kernels.log_sum_of_tile[(rows, tiles)](
+        logits, scratch.best, scratch.sums, n_vocab, stride, TILE=EXTRACT_TILE
+    )
+    kernels.report[(rows,)](
+        logits,
+        scratch.best,
+        scratch.sums,
+        scratch.top,
+        out,
+        tiles,
+        n_vocab,
+        stride,
+        scratch.top.stride(0),
+        out.stride(0),
+        WIDTH=triton.next_power_of_2(tiles),
+        TOP=top,
+        SPAN=triton.next_power_of_2(top),
+        num_warps=1,
+    )

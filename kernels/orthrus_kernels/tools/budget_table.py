@@ -27,7 +27,12 @@ from orthrus_kernels.tools.offline import (
     report_module,
 )
 
-MODULES = ("orthrus_kernels.products.cases", "orthrus_kernels.elementwise.cases")
+MODULES = (
+    "orthrus_kernels.products.cases",
+    "orthrus_kernels.attention.cases",
+    "orthrus_kernels.elementwise.cases",
+    "orthrus_kernels.sampling.cases",
+)
 """Modules whose CASES are compiled."""
 
 MATRIX = "orthrus_kernels.products.matrix"

@@ -56,8 +56,6 @@ MODELS = (
     qwen3("8B", 36, 4096, 32, 12288),
 )
 
-TIMED_TYPES = (_T.Q4_K, _T.Q5_K, _T.Q6_K, _T.Q8_0)
-
 TIMED_TYPES = MAIN_TYPES
 
 PREDICTED = {

@@ -1,4 +1,4 @@
-"""Static buffers: what every fused pass writes, allocated once so that graphs keep their addresses.
+"""Static buffers: what every pass writes, allocated once so that graphs keep their addresses.
 
 Passes of up to `rows` rows use the first rows of each buffer.
 """
@@ -12,7 +12,7 @@ from orthrus_kernels.attention.attention import AttentionScratch, new_attention_
 from orthrus_kernels.attention.kv_cache import KvPlanes, new_planes
 from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
 from orthrus_kernels.elementwise.embedding import iq4_codebook
-from orthrus_kernels.elementwise.rows import Rows, new_rows
+from orthrus_kernels.elementwise.rows import new_angles
 from orthrus_kernels.packing.quant_tensor import Layout
 from orthrus_kernels.products.dispatch import MAX_ROWS
 from orthrus_kernels.products.matmul import Activations
@@ -33,7 +33,8 @@ class Buffers:
     are separate products.
     """
 
-    rows: Rows
+    cos: Tensor
+    sin: Tensor
     x: Tensor
     normed: dict[Layout, Activations]
     qkv: Tensor
@@ -49,18 +50,17 @@ class Buffers:
     down: Tensor
     hidden: Activations
     logits: Tensor
-    tokens: Tensor
     sampling: SampleScratch
     codebook: Tensor
 
 
 def pass_rows(config: ModelConfig) -> int:
-    """Most rows of one fused pass: what the kernels are made for, but at least a whole block."""
+    """Most rows of one pass that is no prompt: what the kernels are made for, but at least a whole block."""
     return max(MAX_ROWS, config.block_size or 0)
 
 
 def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> Buffers:
-    """Buffers for the passes of a model; `memory_plan.buffer_bytes` counts them."""
+    """Buffers for the passes of a model."""
     c, rows = config, pass_rows(config)
     first = plan.layers[0]
     heads = c.n_head * c.head_dim
@@ -73,11 +73,13 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
 
     separate = [layer.gate_up for layer in plan.layers if len(layer.gate_up.matrices) > 1]
     gate, up = (partials(separate[0].split, c.n_ff) if separate else None for _ in range(2))
+    cos, sin = new_angles(rows, c.head_dim, device)
     block_keys, block_values = (
         new_planes("f16", c.n_head_kv, rows, c.head_dim, device) for _ in range(2)
     )
     return Buffers(
-        rows=new_rows(rows, c.head_dim, device),
+        cos=cos,
+        sin=sin,
         x=torch.empty(rows, c.n_embd, device=device),
         normed=activations(c.n_embd, normed_layouts(plan)),
         qkv=partials(first.qkv[View.AR].split, heads + 2 * c.n_head_kv * c.head_dim),
@@ -93,7 +95,6 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
         down=partials(first.down.split, c.n_embd),
         hidden=_new_rows(plan.head.layout, rows, c.n_embd, device),
         logits=torch.empty(rows, c.n_vocab, device=device),
-        tokens=torch.zeros(rows, dtype=torch.int32, device=device),
         sampling=new_sample_scratch(rows, c.n_vocab, device),
         codebook=iq4_codebook(device),
     )
@@ -116,25 +117,3 @@ def row_range(x: Activations, start: int, stop: int) -> Activations:
     if isinstance(x, Int8Rows):
         return Int8Rows(x.quants[start:stop], x.scales[start:stop], x.sums[start:stop])
     return x[start:stop]
-
-
-def pick_rows(x: Activations, index: Tensor) -> Activations:
-    """A copy of the rows of `index` (i64)."""
-    if isinstance(x, Int8Rows):
-        return Int8Rows(x.quants[index], x.scales[index], x.sums[index])
-    return x[index]
-
-
-def some_rows(rows: Rows, start: int, stop: int) -> Rows:
-    """Rows start .. stop-1 of a pass. Blocks keep their row numbers, which count from its first."""
-    part = slice(start, stop)
-    return Rows(
-        rows.views[part],
-        rows.tokens[part],
-        rows.positions[part],
-        rows.visible[part],
-        rows.block_first[part],
-        rows.block_stop[part],
-        rows.cos[part],
-        rows.sin[part],
-    )

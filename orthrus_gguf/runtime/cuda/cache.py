@@ -1,17 +1,18 @@
-"""Keys and values of one session on the device, and the tokens that they belong to."""
+"""Keys and values of one sequence on the device."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-from orthrus_kernels.attention.kv_cache import FORMATS, QBLOCK, KvPlanes, new_planes
+from orthrus_kernels.attention.kv_cache import FORMATS, QBLOCK, KvPlanes, cache_entry, new_planes
+from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from orthrus_gguf.runtime.cuda.stepper import Stepper
+from orthrus_gguf.runtime.cuda.trees import TreeLayout, tree_layout
+from orthrus_gguf.runtime.passes import check_path
+from orthrus_gguf.runtime.protocol import Checkpoint
 
 
 def check_cache_types(config: ModelConfig, type_k: str, type_v: str) -> None:
@@ -28,11 +29,23 @@ def check_cache_types(config: ModelConfig, type_k: str, type_v: str) -> None:
             )
 
 
-class CudaCache:
-    """See `segments.Cache`. Fixed in size, so that graphs can be captured on it.
+def new_cache_planes(
+    config: ModelConfig, type_k: str, type_v: str, columns: int, device: torch.device
+) -> tuple[KvPlanes, KvPlanes]:
+    """Keys and values of all layers, for `columns` rows."""
+    keys, values = (
+        new_planes(name, config.n_head_kv, columns, config.head_dim, device, config.n_layers)
+        for name in (type_k, type_v)
+    )
+    return keys, values
 
-    layers: keys and values of each layer. history: i32, tokens by position, with room for a block
-    beyond the end. stepper: the decoding state on this cache, once there is one.
+
+class CudaCache:
+    """See `protocol.Cache`. It needs no graph of its own: graphs find it through a table.
+
+    planes: keys and values of all layers, with columns beyond the capacity for branches of trees.
+    entry: its row in that table. moves: (from, to) of columns that the next pass copies before it
+    does anything else: a path of a tree that was committed.
     """
 
     def __init__(
@@ -41,30 +54,28 @@ class CudaCache:
         type_k: str,
         type_v: str,
         capacity: int,
-        device: torch.device,
+        anchor: Tensor,
         spare: int,
     ) -> None:
-        """spare: positions beyond the end that `history` needs. OrthrusError if it cannot fit."""
+        """anchor: see `kv_cache.Caches`; on the cache's device. spare: columns for branches, and
+        most rows of a tree. OrthrusError if it cannot fit."""
         if capacity < 1:
             raise OrthrusError(f"a context of {capacity} tokens: expected at least 1")
-        self.layers: list[tuple[KvPlanes, KvPlanes]] = []
+        device = anchor.device
         try:
-            for _ in range(config.n_layers):
-                keys, values = (
-                    new_planes(name, config.n_head_kv, capacity, config.head_dim, device)
-                    for name in (type_k, type_v)
-                )
-                self.layers.append((keys, values))
-            self.history = torch.zeros(capacity + spare, dtype=torch.int32, device=device)
+            planes = new_cache_planes(config, type_k, type_v, capacity + spare, device)
         except RuntimeError as error:  # torch's out-of-memory errors, on any device
-            self.layers.clear()
             raise OrthrusError(
                 f"a context of {capacity} tokens cannot be allocated on {device}: "
                 f"{str(error).splitlines()[0]}; choose a smaller one with -c, or smaller cache"
                 " types with -ctk and -ctv"
             ) from error
-        self.stepper: Stepper | None = None
-        self._capacity = capacity
+        self.planes: tuple[KvPlanes, KvPlanes] | None = planes
+        self.anchor = anchor
+        self.entry = cache_entry(*planes, anchor)
+        self.moves: list[tuple[int, int]] = []
+        self._pending: tuple[int, TreeLayout | None] | None = None
+        self._capacity, self._spare = capacity, spare
         self._length = 0
 
     @property
@@ -75,20 +86,58 @@ class CudaCache:
     def capacity(self) -> int:
         return self._capacity
 
-    def truncate(self, length: int) -> None:
-        """See `Cache.truncate`."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a cache of {self._length} rows to {length}")
-        self._length = length
+    def commit(self, rows: Sequence[int]) -> None:
+        """See `Cache.commit`. A chain's rows lie where they belong; the next pass moves a tree's
+        path there."""
+        if self._pending is None:
+            raise ValueError("no AR rows are pending: the last pass on this cache ran none")
+        count, tree = self._pending
+        check_path(rows, count, None if tree is None else tree.parents)
+        if tree is not None:
+            self.moves += tree.moves(rows)
+        self._length += len(rows)
+        self._pending = None
 
-    def append(self, rows: int) -> None:
-        """Count `rows` more rows as held."""
+    def checkpoint(self, length: int | None = None) -> Checkpoint:
+        """See `Cache.checkpoint`: anywhere up to where it stands."""
+        length = self._length if length is None else length
+        if not 0 <= length <= self._length:
+            raise ValueError(f"no place to come back to: {length} of {self._length} rows held")
+        return Checkpoint(length)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """See `Cache.restore`."""
+        self._length = self.checkpoint(checkpoint.length).length
+        self._pending = None
+
+    def fit(self, parents: Sequence[int]) -> int:
+        """See `Cache.fit`: a tree is one pass, and its branches take columns beyond the rows."""
+        count = min(len(parents), self._spare)
+        while count > 1 and not self.holds(tree_layout(parents[:count], self._length)):
+            count -= 1
+        return count
+
+    def holds(self, tree: TreeLayout) -> bool:
+        """Whether there are columns for a tree."""
+        return tree.columns <= self._capacity + self._spare
+
+    def assume(self, rows: int) -> None:
+        """See `Cache.assume`."""
         if not 0 <= rows <= self._capacity - self._length:
             raise ValueError(f"no room for {rows} rows after {self._length} of {self._capacity}")
         self._length += rows
+        self._pending = None
+
+    def hold(self, rows: int, tree: TreeLayout | None = None) -> None:
+        """Have that many rows, which a pass has written, wait for `commit`."""
+        self._pending = rows, tree
+
+    def drop(self) -> None:
+        """Forget what is pending."""
+        self._pending = None
 
     def close(self) -> None:
-        """Free the memory (and the graphs captured on it); it cannot be used afterwards."""
-        self.layers.clear()
-        self.stepper = None
+        """Free the memory; it cannot be used afterwards."""
+        self.planes = None
+        self._pending = None
         self._capacity = self._length = 0

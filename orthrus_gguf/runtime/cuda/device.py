@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from orthrus_kernels.packing.quant_tensor import QuantTensor
 from orthrus_kernels.products.dispatch import (
     MAX_ROWS,
@@ -81,9 +83,31 @@ class Machine:
         )
         return choice.tile if second is None else fit_tile(choice.tile, second.rows)
 
-    def upload(self, data: Tensor) -> Tensor:
-        """A host tensor on the device. From pageable memory: the host may reuse it at once."""
-        return data.to(self.device)
+    def host_buffer(self, n_bytes: int) -> Tensor:
+        """Host memory (u8) that copies can go to and from without anybody waiting."""
+        return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self.is_cuda)
+
+    def new_event(self) -> torch.cuda.Event | None:
+        """Something to wait for, once it has been recorded."""
+        return torch.cuda.Event() if self.is_cuda else None  # type: ignore[no-untyped-call]
+
+    def record(self, event: torch.cuda.Event | None) -> None:
+        """Have an event stand for all that has been enqueued so far."""
+        if event is not None:
+            event.record()
+
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        """Wait until what an event stands for is done."""
+        if event is not None:
+            event.synchronize()
+
+    def download(self, found: Tensor, buffer: Tensor) -> NDArray[Any]:
+        """Wait for numbers of the device: the one place where a pass does. buffer: host memory of
+        the same size, which the result lies in."""
+        buffer.copy_(found, non_blocking=True)
+        if self.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        return buffer.numpy()
 
     def trim(self) -> None:
         """Give memory that loading needed for a moment back to the device."""

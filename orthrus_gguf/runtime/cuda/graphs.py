@@ -1,11 +1,12 @@
-"""CUDA graphs, captured lazily: a step runs plainly the first time, as a graph from the second on.
+"""CUDA graphs, captured lazily: a pass runs plainly the first time, as a graph from the second on.
 
-The first run compiles what the step launches, which a capture could not do. A step whose capture
+The first run compiles what the pass launches, which a capture could not do. A pass whose capture
 fails goes on running plainly, and a log line says so.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -16,41 +17,83 @@ from orthrus_gguf.runtime.cuda.device import Machine
 
 log = logging.getLogger(__name__)
 
+Launch = Callable[[], None]
+
+#: Records what a function launches, without running it; the result runs it.
+Capture = Callable[[Launch], Launch]
+
 
 class Graphs:
-    """The graphs of one decoding state. They share one memory pool: no two run at a time, and none
-    leaves anything there for another (results live in static buffers).
+    """What has been captured, by key. capture: None where nothing is (`capture_for`)."""
 
-    captured: how many graphs there are. On the CPU, or while rows are checked, there are none.
-    """
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._enabled = machine.is_cuda and not machine.check_rows
-        self._pool: Any = None
-        self._ready: dict[Hashable, torch.cuda.CUDAGraph] = {}
+    def __init__(self, capture: Capture | None) -> None:
+        self._capture = capture
+        self._ready: dict[Hashable, Launch] = {}
         self._seen: set[Hashable] = set()
         self._failed: set[Hashable] = set()
 
     @property
     def captured(self) -> int:
+        """How many graphs there are."""
         return len(self._ready)
 
-    def run(self, key: Hashable, step: Callable[[], None]) -> None:
+    @property
+    def failed(self) -> int:
+        """How many captures failed."""
+        return len(self._failed)
+
+    def run(self, key: Hashable, step: Launch) -> None:
         """Enqueue `step`, whose launches must depend on `key` and on nothing else."""
         graph = self._ready.get(key)
         if graph is not None:
-            graph.replay()
-        elif self._enabled and key in self._seen and key not in self._failed:
-            self._capture(key, step)
+            graph()
+        elif self._capture is not None and key in self._seen and key not in self._failed:
+            self._record(self._capture, key, step)
         else:
-            self._seen.add(key)
             step()
+            self._seen.add(key)  # only now: an interrupted run may have compiled nothing
 
-    def _capture(self, key: Hashable, step: Callable[[], None]) -> None:
+    def drop(self, key: Hashable) -> None:
+        """Forget a key; its graph is freed."""
+        self._ready.pop(key, None)
+        self._seen.discard(key)
+
+    def _record(self, capture: Capture, key: Hashable, step: Launch) -> None:
+        try:
+            graph = capture(step)
+        except Exception as error:  # triton's errors have no base class of their own
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.warning("no CUDA graph for %s, it runs launch by launch: %s", key, reason)
+            self._failed.add(key)
+            step()
+            return
+        self._ready[key] = graph
+        graph()
+
+
+def capture_for(machine: Machine) -> Capture | None:
+    """How passes are captured; None on the CPU, or while rows are checked."""
+    if not machine.is_cuda or machine.check_rows:
+        return None
+    return CudaCapture(machine)
+
+
+class CudaCapture:
+    """Graphs that share one memory pool: no two run at a time, and none leaves anything there for
+    another (results live in static buffers)."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._pool: Any = None
+
+    def __call__(self, step: Launch) -> Launch:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        # A collection inside the capture might free pinned memory, which records an event.
+        gc.collect()
+        collects = gc.isenabled()
+        gc.disable()
         try:
             with torch.cuda.graph(
                 graph,
@@ -59,11 +102,11 @@ class Graphs:
                 capture_error_mode="thread_local",
             ):
                 step()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            log.warning("no CUDA graph for %s, it runs launch by launch: %s", key, reason)
-            self._failed.add(key)
-            step()
-            return
-        self._ready[key] = graph
-        graph.replay()
+        except BaseException:
+            self._pool = None  # the allocator may still take this one for a capture's
+            raise
+        finally:
+            if collects:
+                gc.enable()
+        replay: Launch = graph.replay
+        return replay

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from orthrus_kernels import plain as reference
-from orthrus_kernels.attention import attention
-from orthrus_kernels.elementwise import embedding, ops, rows
-from orthrus_kernels.products import dequantize as matmul_dequantize
-from orthrus_kernels.products import matmul
-from orthrus_kernels.sampling import accept, sample
+from orthrus_kernels import plain
+from orthrus_kernels.attention.attention import attention
+from orthrus_kernels.attention.finish_qkv import finish_qkv
+from orthrus_kernels.attention.kv_cache import move_columns
+from orthrus_kernels.elementwise.embedding import embed
+from orthrus_kernels.elementwise.ops import residual_norm, silu_multiply
+from orthrus_kernels.elementwise.rows import rotary_angles
+from orthrus_kernels.products.dequantize import prompt_matmul
+from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
+from orthrus_kernels.sampling.sample import draw, pick
 
 Launch = Callable[..., Any]
 
@@ -22,7 +26,8 @@ class Kernels:
 
     name: str
     embed: Launch
-    plan_rows: Launch
+    rotary_angles: Launch
+    move_columns: Launch
     residual_norm: Launch
     matmul: Launch
     gate_up: Launch
@@ -31,46 +36,29 @@ class Kernels:
     attention: Launch
     head_argmax: Launch
     prompt_matmul: Launch
-    sample: Launch
+    draw: Launch
     pick: Launch
-    accept: Launch
-    write_drafts: Launch
 
 
 TRITON = Kernels(
     name="triton",
-    embed=embedding.embed,
-    plan_rows=rows.plan_rows,
-    residual_norm=ops.residual_norm,
-    matmul=matmul.matmul,
-    gate_up=matmul.gate_up,
-    silu_multiply=ops.silu_multiply,
-    finish_qkv=ops.finish_qkv,
-    attention=attention.attention,
-    head_argmax=matmul.head_argmax,
-    prompt_matmul=matmul_dequantize.prompt_matmul,
-    sample=sample.sample,
-    pick=sample.pick,
-    accept=accept.accept,
-    write_drafts=accept.write_drafts,
+    embed=embed,
+    rotary_angles=rotary_angles,
+    move_columns=move_columns,
+    residual_norm=residual_norm,
+    matmul=matmul,
+    gate_up=gate_up,
+    silu_multiply=silu_multiply,
+    finish_qkv=finish_qkv,
+    attention=attention,
+    head_argmax=head_argmax,
+    prompt_matmul=prompt_matmul,
+    draw=draw,
+    pick=pick,
 )
 """For a GPU; in a process with TRITON_INTERPRET=1 also for tensors on the CPU."""
 
 STAND_INS = Kernels(
-    name="stand-ins",
-    embed=reference.embed,
-    plan_rows=reference.plan_rows,
-    residual_norm=reference.residual_norm,
-    matmul=reference.matmul,
-    gate_up=reference.gate_up,
-    silu_multiply=reference.silu_multiply,
-    finish_qkv=reference.finish_qkv,
-    attention=reference.attention,
-    head_argmax=reference.head_argmax,
-    prompt_matmul=reference.prompt_matmul,
-    sample=reference.sample,
-    pick=reference.pick,
-    accept=reference.accept,
-    write_drafts=reference.write_drafts,
+    "stand-ins", *(getattr(plain, field.name) for field in fields(Kernels) if field.name != "name")
 )
 """For the CPU: slow, and the oracle."""

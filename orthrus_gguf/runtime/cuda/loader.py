@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
+from orthrus_kernels.attention.finish_qkv import HeadWeights
 from orthrus_kernels.packing.pack import interleave_rows, pack, stack_rows
 from orthrus_kernels.packing.quant_tensor import QuantTensor, row_bytes
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.tensors import TOKEN_EMBD
@@ -84,7 +86,7 @@ def load_weights(
         pieces.close()  # type: ignore[attr-defined]  # a generator: ends the reader's thread
     _report_converted(plan)
     vectors = {name: _vector(file, name).to(device) for name in plan.vectors}
-    return _assemble(file.config, plan, packed, vectors, embedding)
+    return assemble(file.config, plan, packed, vectors, embedding)
 
 
 def reading_order(plan: WeightPlan) -> list[str]:
@@ -155,33 +157,29 @@ def _embedding(file: ModelFile, plan: WeightPlan, raw: Tensor) -> Embedding:
 
 
 def _vector(file: ModelFile, name: str) -> Tensor:
-    """A norm, f32."""
+    """A norm or a bias, f32."""
     values = dequantize(file.data(name).reshape(1, -1), file.tensors[name].type)
     return torch.from_numpy(np.array(values, np.float32).reshape(-1))
 
 
-def _assemble(
+def assemble(
     config: ModelConfig,
     plan: WeightPlan,
     packed: Mapping[MatrixPlan, QuantTensor],
     vectors: Mapping[str, Tensor],
     embedding: Embedding,
 ) -> Weights:
+    """Everything in its place. vectors: norms and biases, by name."""
+
     def product(wanted: ProductPlan) -> Product:
         matrices = tuple(packed[matrix] for matrix in wanted.matrices)
         return Product(matrices, wanted.split, wanted.layout)
 
     def layer(index: int, wanted: LayerPlan) -> Layer:
         prefix = f"blk.{index}."
-        # Without heads the second view's norms are never read, but have a place.
-        suffixes = [SUFFIX[view] if view in wanted.qkv else "" for view in View]
-        norms = [
-            torch.stack([vectors[f"{prefix}attn_{part}_norm{suffix}.weight"] for part in "qk"])
-            for suffix in suffixes
-        ]
         return Layer(
             vectors[prefix + "attn_norm.weight"],
-            torch.stack(norms),
+            _head_weights(config, vectors, prefix, wanted),
             {view: product(part) for view, part in wanted.qkv.items()},
             {view: product(part) for view, part in wanted.output.items()},
             vectors[prefix + "ffn_norm.weight"],
@@ -191,3 +189,28 @@ def _assemble(
 
     layers = tuple(layer(index, wanted) for index, wanted in enumerate(plan.layers))
     return Weights(embedding, layers, vectors["output_norm.weight"], product(plan.head))
+
+
+def _head_weights(
+    config: ModelConfig, vectors: Mapping[str, Tensor], prefix: str, wanted: LayerPlan
+) -> HeadWeights:
+    """Norms and biases of both views. Without heads the second view's are never read, but have a
+    place."""
+    arch = config.architecture
+    suffixes = [SUFFIX[view] if view in wanted.qkv else "" for view in View]
+    norms = biases = None
+    if arch.qk_norms:
+        norms = torch.stack(
+            [
+                torch.stack([vectors[f"{prefix}attn_{part}_norm{suffix}.weight"] for part in "qk"])
+                for suffix in suffixes
+            ]
+        )
+    if arch.qkv_biases:
+        biases = torch.stack(
+            [
+                torch.cat([vectors[f"{prefix}attn_{part}{suffix}.bias"] for part in "qkv"])
+                for suffix in suffixes
+            ]
+        )
+    return HeadWeights(norms, biases, arch.pairing is Pairing.ADJACENT, config.rms_eps)

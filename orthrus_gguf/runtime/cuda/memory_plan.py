@@ -1,26 +1,32 @@
-"""Does it fit? Arithmetic before anything is allocated, and what would fit if it does not.
+"""Does it fit? Before anything is allocated, and what would fit if it does not.
 
-Every part is computed from shapes and types alone. Tests compare the parts with what is really
-allocated.
+Everything is made once on the meta device, by the functions that make it for real, and its bytes
+are added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from orthrus_kernels.attention.attention import LANES
-from orthrus_kernels.attention.kv_cache import QBLOCK, halves
-from orthrus_kernels.packing.quant_tensor import STEP, Layout, row_bytes
-from orthrus_kernels.sampling.sample import EXTRACT_TILE, MAX_TOP_K, SORTED_TILE
+import torch
+from orthrus_kernels.packing.quant_tensor import row_bytes
+from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import is_diffusion_tensor
-from orthrus_gguf.runtime.cuda.buffers import normed_layouts, pass_rows
+from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
+from orthrus_gguf.runtime.cuda.cache import new_cache_planes
+from orthrus_gguf.runtime.cuda.loader import assemble
+from orthrus_gguf.runtime.cuda.prompt_pass import new_prompt_buffers
 from orthrus_gguf.runtime.cuda.weight_plan import MatrixPlan, WeightPlan
-from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.cuda.weights import Embedding, Weights
+
+META = torch.device("meta")
 
 GIB = 2**30
 
@@ -37,7 +43,8 @@ PACKING_BYTES = 8 << 25
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device. weights: without heads; cache_row: per token of context.
+    """Bytes on the device. weights: without heads; cache_row: per token of context; spare: what a
+    cache takes beside its rows.
 
     work: buffers of passes, or what loading needs for a moment, whichever is more.
     """
@@ -48,16 +55,18 @@ class MemoryPlan:
     graphs: int
     runtime: int
     cache_row: int
+    spare: int
     context: int
 
     @property
     def cache(self) -> int:
+        """Of the rows of the context."""
         return self.cache_row * self.context
 
     @property
     def fixed(self) -> int:
-        """Everything but the cache."""
-        return self.weights + self.heads + self.work + self.graphs + self.runtime
+        """Everything but the cache's rows."""
+        return self.weights + self.heads + self.work + self.graphs + self.runtime + self.spare
 
     @property
     def total(self) -> int:
@@ -78,21 +87,63 @@ def plan_memory(
     prompt_rows: int,
 ) -> MemoryPlan:
     """What a model takes with a cache of `context` tokens. prompt_rows: of one prompt pass."""
+    weights = empty_weights(config, tensors, plan)
     heads = sum(matrix.nbytes for matrix in plan.matrices() if _is_heads(matrix))
-    packed = sum(matrix.nbytes for matrix in plan.matrices())
-    embedding = config.n_vocab * row_bytes(plan.embedding, config.n_embd)
-    norms = vector_bytes(config)
-    buffers = buffer_bytes(config, plan) + prompt_bytes(config, plan, prompt_rows)
+    buffers = allocated(new_buffers(config, plan, META))
+    buffers += allocated(new_prompt_buffers(config, weights, prompt_rows, META))
     loading = max(2 * matrix.raw_bytes for matrix in plan.matrices()) + PACKING_BYTES
+    cache_row, spare = cache_sizes(config, type_k, type_v)
     return MemoryPlan(
-        weights=packed - heads + embedding + norms,
+        weights=allocated(weights) - heads,
         heads=heads,
         work=max(buffers, loading),
         graphs=GRAPH_BYTES,
         runtime=RUNTIME_BYTES,
-        cache_row=cache_row_bytes(config, type_k, type_v),
+        cache_row=cache_row,
+        spare=spare,
         context=context,
     )
+
+
+def empty_weights(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], plan: WeightPlan
+) -> Weights:
+    """The weights of a model, without their numbers."""
+    size = row_bytes(plan.embedding, config.n_embd)
+    table = torch.empty(config.n_vocab, size, dtype=torch.uint8, device=META)
+    packed = {matrix: matrix.empty(META) for matrix in plan.matrices()}
+    vectors = {name: torch.empty(tensors[name].shape, device=META) for name in plan.vectors}
+    return assemble(config, plan, packed, vectors, Embedding(table, plan.embedding.name))
+
+
+def cache_sizes(config: ModelConfig, type_k: str, type_v: str) -> tuple[int, int]:
+    """Bytes of a cache per token, and beside its rows."""
+    rows = pass_rows(config)
+    none, one = (
+        allocated(new_cache_planes(config, type_k, type_v, columns, META))
+        for columns in (rows, rows + 1)
+    )
+    return one - none, none
+
+
+def tensors_in(thing: Any) -> Iterator[Tensor]:
+    """Every tensor of a dataclass, a sequence or a mapping, however deep."""
+    if isinstance(thing, Tensor):
+        yield thing
+    elif dataclasses.is_dataclass(thing):
+        for field in dataclasses.fields(thing):
+            yield from tensors_in(getattr(thing, field.name))
+    elif isinstance(thing, (list, tuple)):
+        for item in thing:
+            yield from tensors_in(item)
+    elif isinstance(thing, Mapping):
+        yield from tensors_in(list(thing.values()))
+
+
+def allocated(thing: Any) -> int:
+    """Bytes of the storages behind all tensors of a thing, each counted once."""
+    storages = [tensor.untyped_storage() for tensor in tensors_in(thing)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def check_memory(
@@ -103,7 +154,7 @@ def check_memory(
         return
     parts = (
         f"weights {_gib(plan.weights)} + heads {_gib(plan.heads)} + key/value cache of "
-        f"{plan.context} tokens ({type_k}/{type_v}) {_gib(plan.cache)} + buffers "
+        f"{plan.context} tokens ({type_k}/{type_v}) {_gib(plan.cache + plan.spare)} + buffers "
         f"{_gib(plan.work + plan.graphs)} + runtime {_gib(plan.runtime)}"
     )
     raise OrthrusError(
@@ -118,8 +169,8 @@ def _advice(plan: MemoryPlan, free: int, config: ModelConfig, type_k: str, type_
     if largest:
         choices.append(f"-c {largest}")
     if "q8_0" not in (type_k, type_v) and type_k == type_v == "f16" and not config.head_dim % 32:
-        row = cache_row_bytes(config, "q8_0", "q8_0")
-        quantized = max(0, (free - plan.fixed) // row)
+        row, spare = cache_sizes(config, "q8_0", "q8_0")
+        quantized = max(0, (free - plan.fixed + plan.spare - spare) // row)
         if quantized >= plan.context:
             choices.append("-ctk q8_0 -ctv q8_0")
         elif quantized:
@@ -127,80 +178,6 @@ def _advice(plan: MemoryPlan, free: int, config: ModelConfig, type_k: str, type_
     if not choices:
         return "use a smaller quantization of the model, or --runtime cpu"
     return f"what fits: {' or '.join(choices)}, or a smaller quantization of the model"
-
-
-def cache_row_bytes(config: ModelConfig, type_k: str, type_v: str) -> int:
-    """Bytes of one token's keys and values in all layers (`kv_cache.new_planes`)."""
-    row = {
-        "f16": 2 * config.head_dim,
-        "q8_0": config.head_dim + 2 * (config.head_dim // QBLOCK),
-        "q4_0": halves(config.head_dim)[0] + 2 * (config.head_dim // QBLOCK),
-    }
-    return config.n_layers * config.n_head_kv * (row[type_k] + row[type_v])
-
-
-def cache_bytes(config: ModelConfig, type_k: str, type_v: str, capacity: int, spare: int) -> int:
-    """Bytes of a `CudaCache`: rows, one-element placeholders for scales, and the token history."""
-    placeholders = 2 * config.n_layers * [type_k, type_v].count("f16")
-    rows = capacity * cache_row_bytes(config, type_k, type_v)
-    return rows + placeholders + 4 * (capacity + spare)
-
-
-def vector_bytes(config: ModelConfig) -> int:
-    """Bytes of all norms, f32. Both views' attention norms have a place even without heads."""
-    layer = 2 * config.n_embd + 4 * config.head_dim
-    return 4 * (config.n_layers * layer + config.n_embd)
-
-
-def buffer_bytes(config: ModelConfig, plan: WeightPlan) -> int:
-    """Bytes of `buffers.new_buffers`."""
-    c, first, rows = config, plan.layers[0], pass_rows(config)
-    heads, kv = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
-    row = 6 * 4 + 4 * c.head_dim  # tokens, positions and so on; angles
-    row += 4 * c.n_embd + 2 * heads + 4 * kv
-    row += sum(_activation_bytes(layout, c.n_embd) for layout in normed_layouts(plan))
-    row += sum(
-        _activation_bytes(layout, heads)
-        for layout in {layer.output[View.AR].layout for layer in plan.layers}
-    )
-    row += sum(
-        _activation_bytes(layout, c.n_ff) for layout in {layer.down.layout for layer in plan.layers}
-    )
-    row += _activation_bytes(plan.head.layout, c.n_embd)
-    row += 4 * first.qkv[View.AR].split * (heads + 2 * kv)
-    row += 4 * (first.output[View.AR].split + first.down.split) * c.n_embd
-    separate = [layer.gate_up for layer in plan.layers if len(layer.gate_up.matrices) > 1]
-    row += 2 * 4 * separate[0].split * c.n_ff if separate else 0
-    row += 4 * c.n_vocab + 4  # logits, tokens
-    row += _sampling_bytes(c.n_vocab)
-    packed = -(-rows * (c.n_head // c.n_head_kv) // 64) * 64
-    attention = 4 * (LANES + 1) * c.n_head_kv * packed * (c.head_dim + 2)
-    placeholders, codebook = 4, 64
-    return rows * row + attention + placeholders + codebook
-
-
-def prompt_bytes(config: ModelConfig, plan: WeightPlan, rows: int) -> int:
-    """Bytes that a prompt pass of `rows` rows allocates at its worst moment, at most."""
-    c = config
-    matrices = [m for layer in plan.layers for p in (layer.gate_up, layer.down) for m in p.matrices]
-    matrices += [m for layer in plan.layers for p in layer.qkv.values() for m in p.matrices]
-    dense = 2 * max(m.rows * -(-m.k // STEP) * STEP for m in matrices)
-    heads, kv = c.n_head * c.head_dim, c.n_head_kv * c.head_dim
-    wide = max(2 * c.n_ff, heads + 2 * kv)
-    # Residual and rows of activations; a product in fp16 and f32, then its halves or its parts.
-    row = 4 * c.n_embd + 2 * (c.n_embd + 2 * heads + c.n_ff + 3 * STEP) + 4 * c.head_dim + 24
-    return dense + rows * (row + (2 + 4 + 4) * wide + 4 * c.n_embd + 2 * c.n_ff)
-
-
-def _activation_bytes(layout: Layout, columns: int) -> int:
-    if layout is Layout.A8:
-        return columns + 8 * (columns // QBLOCK)
-    return 2 * -(-columns // STEP) * STEP
-
-
-def _sampling_bytes(n_vocab: int) -> int:
-    extract, tiles = -(-n_vocab // EXTRACT_TILE), -(-n_vocab // SORTED_TILE)
-    return 8 * MAX_TOP_K * (extract + 1) + 20 * tiles
 
 
 def _is_heads(matrix: MatrixPlan) -> bool:

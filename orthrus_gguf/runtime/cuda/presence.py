@@ -13,6 +13,10 @@ INSTALL = "pip install 'orthrus-gguf[cuda]'"
 #: The oldest GPU that the kernels are compiled for (Ampere).
 MIN_CAPABILITY = 80
 
+#: GPUs whose MMAs (tcgen05) miscompute products of several dots in one accumulator, as ours are,
+#: with the Triton releases so far (triton issue 10821): B100, B200, B300, GB10x.
+UNSAFE_CAPABILITIES = range(100, 120)
+
 
 def gpu_visible() -> bool:
     """Whether this machine seems to have an NVIDIA GPU: a device file, or the driver's own tool."""
@@ -49,6 +53,11 @@ def why_unusable(device: str | None = None) -> str | None:
         return (
             f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; "
             f"the kernels need {MIN_CAPABILITY / 10} (RTX 30 and later)"
+        )
+    if major * 10 + minor in UNSAFE_CAPABILITIES:
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, where "
+            "Triton may miscompute the products; use --runtime cpu"
         )
     return None
 

@@ -6,105 +6,152 @@ which is fine for prompts: they are processed alike whatever the strategy.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from orthrus_kernels.elementwise.activation_rows import new_f16_rows
 from orthrus_kernels.elementwise.activations import deinterleave
-from orthrus_kernels.elementwise.rows import Rows, new_rows
+from orthrus_kernels.elementwise.rows import new_angles
 from orthrus_kernels.packing.pack import PAIR_ROWS
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, Layout, QuantTensor
 from torch import Tensor
 
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.buffers import pass_rows, row_range
-from orthrus_gguf.runtime.cuda.cache import CudaCache
-from orthrus_gguf.runtime.cuda.fused_pass import PassRunner
-from orthrus_gguf.runtime.cuda.weights import Layer, Product
+from orthrus_gguf.runtime.cuda.runner import PassRunner
+from orthrus_gguf.runtime.cuda.tables import Table
+from orthrus_gguf.runtime.cuda.weights import Layer, Product, Weights
 from orthrus_gguf.runtime.protocol import View
 
 
-def run_prompt(runner: PassRunner, rows: Rows, cache: CudaCache) -> tuple[Tensor, Tensor | None]:
-    """All layers. Returns the residual f32 [rows, n_embd] and what `finish_prompt` adds to it."""
-    launch, b, c = runner.machine.kernels, runner.buffers, runner.config
-    count, device = rows.views.shape[0], rows.views.device
-    dense = torch.empty(dense_numbers(runner), dtype=torch.float16, device=device)
-    x = torch.empty(count, c.n_embd, device=device)
-    normed = new_f16_rows(count, c.n_embd, device)
-    mixed = new_f16_rows(count, c.n_head * c.head_dim, device)
-    gated = new_f16_rows(count, c.n_ff, device)
-    q = torch.empty(count, c.n_head, c.head_dim, dtype=torch.float16, device=device)
-    embedding = runner.weights.embedding
-    launch.embed(embedding.table, embedding.type_name, rows.tokens, b.codebook, x)
+@dataclass(frozen=True)
+class PromptBuffers:
+    """What a prompt pass of some rows works in, allocated for the pass.
+
+    dense: f16, the largest matrix of a layer. product: f32 [1, rows, columns], of the widest
+    product; half: the same rounded, of the widest matrix.
+    gate, up: f32 [1, rows, n_ff]. narrow: f32 [1, rows, n_embd].
+    """
+
+    dense: Tensor
+    cos: Tensor
+    sin: Tensor
+    x: Tensor
+    normed: Tensor
+    mixed: Tensor
+    gated: Tensor
+    q: Tensor
+    product: Tensor
+    half: Tensor
+    gate: Tensor
+    up: Tensor
+    narrow: Tensor
+
+
+def new_prompt_buffers(
+    config: ModelConfig, weights: Weights, rows: int, device: torch.device
+) -> PromptBuffers:
+    """Uninitialised, but for the padding of activations."""
+    c = config
+    heads = c.n_head * c.head_dim
+    products = [part for part in weights.products() if part is not weights.head]
+    matrices = [matrix for part in products for matrix in part.matrices]
+    widest = max(part.columns for part in products)
+    cos, sin = new_angles(rows, c.head_dim, device)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(*shape, device=device)
+
+    def halves(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float16, device=device)
+
+    return PromptBuffers(
+        dense=halves(max(matrix.rows * matrix.padded_k for matrix in matrices)),
+        cos=cos,
+        sin=sin,
+        x=numbers(rows, c.n_embd),
+        normed=new_f16_rows(rows, c.n_embd, device),
+        mixed=new_f16_rows(rows, heads, device),
+        gated=new_f16_rows(rows, c.n_ff, device),
+        q=halves(rows, c.n_head, c.head_dim),
+        product=numbers(rows * widest),
+        half=halves(rows * max(matrix.rows for matrix in matrices)),
+        gate=numbers(1, rows, c.n_ff),
+        up=numbers(1, rows, c.n_ff),
+        narrow=numbers(1, rows, c.n_embd),
+    )
+
+
+def run_prompt(runner: PassRunner, table: Table, logits: Tensor | None) -> None:
+    """A pass of AR rows of one sequence: its choices, or the logits of its wanted rows → `logits`
+    [wanted, n_vocab]; and its taps."""
+    launch, c, count = runner.machine.kernels, runner.config, table.shape.rows
+    w = runner.weights
+    b = new_prompt_buffers(c, w, count, runner.machine.device)
+    rows = table.rows(b.cos, b.sin)
+    runner.prepare(table, rows)
+    caches, tiles, static = runner.caches(table), table.tiles, runner.buffers
+    launch.embed(w.embedding.table, w.embedding.type_name, rows.tokens, static.codebook, b.x)
     partials: Tensor | None = None
-    for layer, (keys, values) in zip(runner.weights.layers, cache.layers, strict=True):
-        launch.residual_norm(partials, x, layer.attn_norm, c.rms_eps, normed)
-        qkv = _product(runner, normed, layer.qkv[View.AR], dense)
+    for index, layer in enumerate(w.layers):
+        launch.residual_norm(partials, b.x, layer.attn_norm, c.rms_eps, b.normed)
+        runner.tap(table, index, b.x)
+        qkv = _product(runner, b, b.normed, layer.qkv[View.AR])
         launch.finish_qkv(
-            qkv, layer.attention_norms, c.rms_eps, rows, q, keys, values, b.block_keys,
-            b.block_values,
-        )  # fmt: skip
-        launch.attention(
-            q, keys, values, b.block_keys, b.block_values, rows.visible, rows.block_first,
-            rows.block_stop, b.scratch, mixed,
-        )  # fmt: skip
-        sums = _product(runner, mixed, layer.output[View.AR], dense)
-        launch.residual_norm(sums, x, layer.ffn_norm, c.rms_eps, normed)
-        launch.silu_multiply(*_gate_up(runner, normed, layer, dense), gated)
-        partials = _product(runner, gated, layer.down, dense)
-    return x, partials
-
-
-def prompt_rows_of(runner: PassRunner, count: int) -> Rows:
-    """Rows for `PassRunner.plan` to fill."""
-    return new_rows(count, runner.config.head_dim, runner.machine.device)
-
-
-def dense_numbers(runner: PassRunner) -> int:
-    """Size of the fp16 scratch: the largest matrix of a layer."""
-    products = [part for part in runner.weights.products() if part is not runner.weights.head]
-    return max(m.rows * m.padded_k for part in products for m in part.matrices)
-
-
-def finish_prompt(
-    runner: PassRunner, x: Tensor, partials: Tensor | None, wanted: range, out: Tensor
-) -> None:
-    """Logits of the wanted rows → out f32 [len(wanted), n_vocab], with the head's fused product."""
-    b, limit = runner.buffers, pass_rows(runner.config)
-    for start in range(wanted.start, wanted.stop, limit):
-        stop = min(start + limit, wanted.stop)
-        hidden = row_range(b.hidden, 0, stop - start)
-        some = None if partials is None else partials[:, start:stop]
-        runner.machine.kernels.residual_norm(
-            some, x[start:stop], runner.weights.output_norm, runner.config.rms_eps, hidden
+            qkv, layer.heads, rows, b.q, caches, index, static.block_keys, static.block_values
         )
-        logits = b.logits[: stop - start]
-        runner.logits(hidden, logits)
-        if out.data_ptr() != logits.data_ptr():
-            out[start - wanted.start : stop - wanted.start].copy_(logits)
+        launch.attention(
+            b.q, caches, index, static.block_keys, static.block_values, rows, tiles,
+            static.scratch, b.mixed,
+        )  # fmt: skip
+        sums = _product(runner, b, b.mixed, layer.output[View.AR])
+        launch.residual_norm(sums, b.x, layer.ffn_norm, c.rms_eps, b.normed)
+        _gate_up(runner, b, layer)
+        launch.silu_multiply(b.gate, b.up, b.gated)
+        partials = b.narrow.copy_(_product(runner, b, b.gated, layer.down))
+    partials = runner.taps_behind(table, b.x, partials)
+    most, index_of = pass_rows(c), table.tensors["index"]
+    for start in range(0, table.shape.wanted, most):
+        stop = min(start + most, table.shape.wanted)
+        hidden = row_range(static.hidden, 0, stop - start)
+        runner.finish(b.x, partials, index_of[start:stop], hidden)
+        if logits is None:
+            runner.draw(table, hidden)
+        else:
+            some = static.logits[: stop - start]
+            runner.logits(hidden, some)
+            logits[start:stop].copy_(some)
 
 
-def _product(runner: PassRunner, x: Tensor, product: Product, dense: Tensor) -> Tensor:
-    """f32 [1, rows, columns]. x: interleaved f16 rows."""
-    parts = [_dense(runner, x, matrix, dense) for matrix in product.matrices]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[None]
+def _product(runner: PassRunner, b: PromptBuffers, x: Tensor, product: Product) -> Tensor:
+    """f32 [1, rows, columns], until the next product. x: interleaved f16 rows."""
+    out = b.product[: x.shape[0] * product.columns].view(1, x.shape[0], product.columns)
+    first = 0
+    for matrix in product.matrices:
+        _dense(runner, b, x, matrix, out[0, :, first : first + matrix.rows])
+        first += matrix.rows
+    return out
 
 
-def _dense(runner: PassRunner, x: Tensor, matrix: QuantTensor, dense: Tensor) -> Tensor:
+def _dense(
+    runner: PassRunner, b: PromptBuffers, x: Tensor, matrix: QuantTensor, out: Tensor
+) -> None:
     if matrix.layout is Layout.A8 and matrix.type not in PLAIN_TYPES:
         # These weights keep their natural order; rows are stored interleaved.
         natural = deinterleave(x, matrix.k)
         x = torch.nn.functional.pad(natural, (0, matrix.padded_k - matrix.k)).contiguous()
-    result: Tensor = runner.machine.kernels.prompt_matmul(x, matrix, dense)
-    return result
+    half = b.half[: out.numel()].view(out.shape)
+    runner.machine.kernels.prompt_matmul(x, matrix, b.dense, half, out)
 
 
-def _gate_up(
-    runner: PassRunner, normed: Tensor, layer: Layer, dense: Tensor
-) -> tuple[Tensor, Tensor]:
-    """gate and up, f32 [1, rows, n_ff] each."""
+def _gate_up(runner: PassRunner, b: PromptBuffers, layer: Layer) -> None:
+    """The products with gate and up → b.gate, b.up."""
     matrices = layer.gate_up.matrices
     if len(matrices) == 2:
-        gate, up = (_dense(runner, normed, matrix, dense)[None] for matrix in matrices)
-        return gate, up
-    both = _dense(runner, normed, matrices[0], dense)
+        for matrix, out in zip(matrices, (b.gate, b.up), strict=True):
+            _dense(runner, b, b.normed, matrix, out[0])
+        return
+    both = _product(runner, b, b.normed, layer.gate_up)[0]
     pairs = both.view(both.shape[0], -1, 2, PAIR_ROWS)
-    gate, up = (pairs[:, :, index].reshape(1, both.shape[0], -1) for index in range(2))
-    return gate, up
+    for index, out in enumerate((b.gate, b.up)):
+        out[0].view(out.shape[1], -1, PAIR_ROWS).copy_(pairs[:, :, index])

@@ -1,8 +1,8 @@
 """Which packed matrices a model becomes: decided from the file's tensor table alone.
 
 Matrices that read the same rows are joined where their types allow it, so that one launch computes
-them: q, k and v; gate and up (`orthrus_kernels.packing.pack`). They also share one kind of activations:
-int8 only where all of them want it, since rows exist in one form at a time.
+them: q, k and v; gate and up (`orthrus_kernels.packing.pack`). They also share one kind of
+activations: int8 only where all of them want it, since rows exist in one form at a time.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 
+import torch
 from gguf import GGMLQuantizationType
 from orthrus_kernels.elementwise.embedding import QBLOCK_BYTES
-from orthrus_kernels.packing.pack import PAIR_ROWS
+from orthrus_kernels.packing.pack import PAIR_ROWS, empty_tensor
 from orthrus_kernels.packing.quant_tensor import (
-    PANEL_ROWS,
     PLAIN_TYPES,
-    STEP,
     TRAITS,
     Layout,
+    QuantTensor,
     row_bytes,
 )
 from orthrus_kernels.products.dispatch import layout_for, split_for
@@ -59,10 +59,14 @@ class MatrixPlan:
         """Its type on the device: F16 where the stored one has no kernel."""
         return packed_type(self.stored)
 
+    def empty(self, device: torch.device) -> QuantTensor:
+        """Its planes, uninitialised; on the meta device they take no memory."""
+        return empty_tensor(self.packed, self.rows, self.k, self.layout, device)
+
     @property
     def nbytes(self) -> int:
         """Bytes of its planes."""
-        return packed_bytes(self.packed, self.rows, self.k)
+        return self.empty(torch.device("meta")).nbytes
 
     @property
     def raw_bytes(self) -> int:
@@ -119,17 +123,6 @@ class WeightPlan:
 def packed_type(stored: GGMLQuantizationType) -> GGMLQuantizationType:
     """The type that a matrix has on the device."""
     return stored if stored in TRAITS or stored in PLAIN_TYPES else _T.F16
-
-
-def packed_bytes(kind: GGMLQuantizationType, rows: int, k: int) -> int:
-    """Bytes of the planes of a matrix [rows, k] of a type with kernels (see `quant_tensor`)."""
-    padded = -(-rows // PANEL_ROWS) * PANEL_ROWS
-    steps = -(-k // STEP)
-    if kind in PLAIN_TYPES:
-        return 2 * padded * steps * STEP
-    traits = TRAITS[kind]
-    per_step = STEP * (traits.main_bits + traits.high_bits) // 8 + 16
-    return padded * steps * (per_step + (4 if traits.has_super else 0))
 
 
 def embedding_type(stored: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -198,9 +191,13 @@ def _gate_up(names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout
 
 
 def _vectors(config: ModelConfig, views: list[View]) -> Iterator[str]:
-    """Names of the norms."""
+    """Names of the norms and biases."""
+    arch = config.architecture
     for index in range(config.n_layers):
         yield from (f"blk.{index}.{name}.weight" for name in ("attn_norm", "ffn_norm"))
         for view in views:
-            yield from (f"blk.{index}.attn_{part}_norm{SUFFIX[view]}.weight" for part in "qk")
+            if arch.qk_norms:
+                yield from (f"blk.{index}.attn_{part}_norm{SUFFIX[view]}.weight" for part in "qk")
+            if arch.qkv_biases:
+                yield from (f"blk.{index}.attn_{part}{SUFFIX[view]}.bias" for part in "qkv")
     yield "output_norm.weight"

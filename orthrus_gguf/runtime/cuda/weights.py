@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orthrus_kernels.attention.finish_qkv import HeadWeights
 from orthrus_kernels.packing.quant_tensor import Layout, QuantTensor
 from torch import Tensor
 
@@ -30,10 +31,10 @@ class Product:
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer. attention_norms: f32 [2 views, 2 (q, k), head_dim]."""
+    """One transformer layer. heads: what happens between q, k and v and attention."""
 
     attn_norm: Tensor
-    attention_norms: Tensor
+    heads: HeadWeights
     qkv: Mapping[View, Product]
     output: Mapping[View, Product]
     ffn_norm: Tensor
@@ -70,7 +71,8 @@ class Weights:
         """Bytes on the device."""
         vectors = [self.output_norm]
         for layer in self.layers:
-            vectors += [layer.attn_norm, layer.attention_norms, layer.ffn_norm]
+            own = (layer.attn_norm, layer.heads.norms, layer.heads.biases, layer.ffn_norm)
+            vectors += [vector for vector in own if vector is not None]
         tensors = [self.embedding.table, *vectors]
         packed = sum(m.nbytes for product in self.products() for m in product.matrices)
         return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,72 @@
+"""ORTHRUS_CHECK_ROWS=1: every AR row of a pass again, alone, and its bits compared. To debug."""
+
+from __future__ import annotations
+
+import torch
+from orthrus_kernels.elementwise.rows import AR, COLUMNS
+from torch import Tensor
+
+from orthrus_gguf.runtime.cuda.buffers import row_range
+from orthrus_gguf.runtime.cuda.runner import PassRunner
+from orthrus_gguf.runtime.cuda.tables import Shape, Table
+
+_VIEWS, _FIRST, _STOP = (COLUMNS.index(name) for name in ("views", "more_first", "more_stop"))
+
+
+def check_rows(runner: PassRunner, table: Table) -> None:
+    """Compare the logits of the AR rows of the pass that has just run. It costs a pass per row.
+
+    Raises AssertionError with the first row whose bits differ. Results stay as they were.
+    """
+    count, b, c = table.shape.ar, runner.buffers, runner.config
+    if count < 2:
+        return
+    results, held = b.logits.clone(), list(runner.held)
+    partials = b.down[:, : table.shape.rows] if c.n_layers else None
+    together = _logits(runner, b.x[: table.shape.rows], partials, count).clone()
+    try:
+        for row in range(count):
+            if table.host["rows"][_VIEWS, row] != AR:
+                continue
+            single, sequence = _alone(runner, table, row)
+            runner.held[:] = [held[sequence]]
+            runner.prepare(single, single.rows(b.cos, b.sin))
+            x, rest = runner.layers(single, single.rows(b.cos, b.sin))
+            alone = _logits(runner, x, rest, 1)[0]
+            if not torch.equal(alone.view(torch.int32), together[row].view(torch.int32)):
+                difference = float((together[row] - alone).abs().max())
+                raise AssertionError(
+                    f"row {row} of a pass of {table.shape.rows} rows ({count} AR) has other bits "
+                    f"than alone: its logits differ by up to {difference:.3g}"
+                )
+    finally:
+        runner.held[:] = held
+        b.logits.copy_(results)
+
+
+def _logits(runner: PassRunner, x: Tensor, partials: Tensor | None, count: int) -> Tensor:
+    """Of the first rows (static)."""
+    index = torch.arange(count, dtype=torch.int32, device=x.device)
+    hidden = row_range(runner.buffers.hidden, 0, count)
+    runner.finish(x, partials, index, hidden)
+    logits = runner.buffers.logits[:count]
+    runner.logits(hidden, logits)
+    return logits
+
+
+def _alone(runner: PassRunner, table: Table, row: int) -> tuple[Table, int]:
+    """The tables of a pass of one row of another pass, uploaded; and the row's sequence there."""
+    c, tiles = runner.config, table.host["tiles"]
+    first, rows = tiles[:, 0], tiles[:, 1]
+    (own,) = tiles[(first <= row) & (row < first + rows) & (tiles[:, 2] == 0)]
+    shape = Shape(1, 0, 0, tiles=1, kind=None)
+    single = Table(shape, c.n_vocab, c.n_embd, ((0, 1, 0, 1),), runner.machine)
+    host = single.begin()
+    host["rows"][:, 0] = table.host["rows"][:, row]
+    host["rows"][_FIRST, 0] = host["rows"][_STOP, 0] = 0
+    sequence = int(own[3])
+    host["entries"][0] = table.host["entries"][sequence]
+    host["tiles"][0] = (0, 1, 0, 0, own[4], own[5])
+    host["rows"][COLUMNS.index("sequences"), 0] = 0
+    single.upload()
+    return single, sequence
