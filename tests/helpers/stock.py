@@ -1,7 +1,8 @@
 """Stock llama.cpp (the `xllamacpp` wheel) as an oracle: greedy tokens and their probabilities.
 
-One row per pass, without repacked weights and without flash attention, which rounds (with it, its
-own results move by up to 0.007): then its kernels are the plain ones that our runtime always uses.
+Unless told otherwise, one row per pass, without repacked weights and without flash attention, which
+rounds (with it, its own results move by up to 0.007): then its kernels are the plain ones that our
+runtime always uses.
 """
 
 from __future__ import annotations
@@ -21,22 +22,34 @@ CACHE_TYPES = {
 class Stock:
     """llama.cpp with a model loaded."""
 
-    def __init__(self, path: Path, cache_type: str, context: int) -> None:
+    def __init__(
+        self, path: Path, cache_type: str, context: int, *, by_default: bool = False
+    ) -> None:
+        """by_default: with the kernels that it would choose by itself."""
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_ctx, params.n_parallel, params.verbosity, params.warmup = context, 1, 0, False
-        params.n_ubatch, params.no_extra_bufts = 1, True
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = CACHE_TYPES[cache_type]
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if not by_default:
+            params.n_ubatch, params.no_extra_bufts = 1, True
+            flash = xllamacpp.llama_flash_attn_type
+            params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(params)
 
     def greedy(
-        self, prompt: Sequence[int], count: int, top: int, *, ignore_eos: bool = False
+        self,
+        prompt: Sequence[int],
+        count: int,
+        top: int,
+        *,
+        ignore_eos: bool = False,
+        reuse: bool = False,
     ) -> list[dict[str, Any]]:
         """`count` tokens after a prompt: `id`, and `top_logprobs` of the `top` likeliest.
 
         ignore_eos: never choose a token that ends the text; otherwise there may be fewer.
+        reuse: keys and values of what this prompt has in common with the last one.
         """
         answer = self._server.handle_completions(
             {
@@ -44,7 +57,7 @@ class Stock:
                 "n_predict": count,
                 "temperature": 0,
                 "n_probs": top,
-                "cache_prompt": False,
+                "cache_prompt": reuse,
                 "ignore_eos": ignore_eos,
             }
         )
