@@ -218,26 +218,29 @@ def _filtered(scores: NDArray[np.float32], settings: SamplingSettings) -> NDArra
     return tokens
 
 
-#: Scores whose maxima `_top_k` looks at first.
+#: Scores in a group, of whose maxima `_top_k` looks at first.
 TILE = 128
 
 
 def _top_k(scores: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     """Ids of the k largest scores, ascending; at the threshold the lowest ids win.
 
-    Of a large vocabulary, only tiles that can hold one are partitioned: those whose maximum is
-    among the k largest maxima. (Without them, the threshold would be lower than k scores.)
+    Of a large vocabulary, only groups that can hold one are partitioned: those whose maximum is
+    among the k largest maxima. (Without them, the threshold would be lower than k scores.) A group
+    is every n-th score, so that maxima are taken along rows of memory.
     """
     if not 0 < k < scores.size:
         return np.arange(scores.size)
-    whole = scores.size // TILE
-    if k >= whole:
+    groups = scores.size // TILE
+    if k >= groups:
         return _top_k_of(scores, k)
-    maxima = scores[: whole * TILE].reshape(whole, TILE).max(axis=1)
-    floor = np.partition(maxima, whole - k)[whole - k]
-    tiles = np.flatnonzero(maxima >= floor)
-    ids = (tiles[:, None] * TILE + np.arange(TILE)).ravel()
-    ids = np.concatenate([ids, np.arange(whole * TILE, scores.size)])
+    whole = groups * TILE
+    maxima = scores[:whole].reshape(TILE, groups).max(axis=0)
+    floor = np.partition(maxima, groups - k)[groups - k]
+    columns = np.flatnonzero(maxima >= floor)
+    ids = np.concatenate(
+        [(np.arange(0, whole, groups)[:, None] + columns).ravel(), np.arange(whole, scores.size)]
+    )
     ids = ids[scores[ids] >= floor]
     found: NDArray[np.int64] = ids[_top_k_of(scores[ids], k)]
     return found
@@ -262,7 +265,7 @@ def gumbel_noise(seed: int, position: int, tokens: NDArray[np.int64]) -> NDArray
     zero = np.zeros(tokens.shape, np.uint32)
     counter = ((tokens >> 2).astype(np.uint32), zero + np.uint32(position), zero, zero)
     words = np.stack(philox4x32(counter, (seed & 0xFFFFFFFF, seed >> 32)))
-    chosen = np.take_along_axis(words, (tokens & 3)[None], axis=0)[0]
+    chosen = words[tokens & 3, np.arange(tokens.size)]
     uniform = (chosen.astype(np.float64) + 0.5) / 2.0**32
     noise: NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
@@ -277,13 +280,14 @@ def philox4x32(counter: Words, key: tuple[int, int]) -> Words:
     The same function as `tl.philox` in Triton and the generator of CUDA's cuRAND, so that GPU
     runtimes can draw identical noise.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        product0 = c0.astype(np.uint64) * np.uint64(0xD2511F53)
-        product1 = c2.astype(np.uint64) * np.uint64(0xCD9E8D57)
-        high0, low0 = (product0 >> np.uint64(32)).astype(np.uint32), product0.astype(np.uint32)
-        high1, low1 = (product1 >> np.uint64(32)).astype(np.uint32), product1.astype(np.uint32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ np.uint32(k0), low1, high0 ^ c3 ^ np.uint32(k1), low0
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return c0, c1, c2, c3
+    even, odd = np.stack(counter[0::2]), np.stack(counter[1::2])
+    for keys in (key + _KEY_STEPS & 0xFFFFFFFF).astype(np.uint32)[..., None]:
+        products = np.multiply(even, _FACTORS).view(np.uint32).reshape(2, -1, 2)
+        low, high = products[::-1, :, 0], products[::-1, :, 1]
+        even, odd = high ^ odd ^ keys, low
+    return even[0], odd[0], even[1], odd[1]
+
+
+#: Of Philox4x32, for words 0 and 2; and what a key grows by, round by round.
+_FACTORS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_KEY_STEPS = np.arange(10)[:, None] * np.array([0x9E3779B9, 0xBB67AE85])
