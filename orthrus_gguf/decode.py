@@ -136,9 +136,8 @@ def run_cycle(
     costs.append(done.cost)
 
     verified, *carried = done.choices
-    chosen = follow(sequence, tree, verified)
-    committed = tuple(choice.token for choice in chosen)
-    path = tree.path(committed[:-1])
+    chosen, path = follow(sequence, tree, verified)
+    committed = tuple([choice.token for choice in chosen])
     sequence.cache.commit(path)
     sequence.tokens.extend(committed)
     accepted, seen = len(path) - 1, tree.likeliest(path)
@@ -172,21 +171,26 @@ def fitted(tree: Tree, sequence: TokenSequence) -> Tree:
     return tree.first(sequence.cache.fit((-1, *tree.parents)) - 1)
 
 
-def follow(sequence: TokenSequence, tree: Tree, choices: Choices) -> tuple[Choice, ...]:
-    """What to commit: what AR decoding would have drawn, as far as the choices reach.
+def follow(
+    sequence: TokenSequence, tree: Tree, choices: Choices
+) -> tuple[tuple[Choice, ...], list[int]]:
+    """What to commit: what AR decoding would have drawn, as far as the choices reach; and the rows
+    that stay.
 
     Row 0 follows the anchor, the others one draft each. From row 0 on, the token drawn leads to the
     row of the draft that says so; where there is none, it ends.
     """
     found: list[Choice] = []
+    path: list[int] = []
     row: int | None = 0
     while row is not None:
         choice = choices[row]
         if choice is None:
             raise _nothing_drawn(sequence, len(sequence.tokens) + len(found))
         found.append(choice)
+        path.append(row)
         row = tree.child(row, choice.token)
-    return tuple(found)
+    return tuple(found), path
 
 
 def drive(model: Model, steps: Steps[T], clock: Clock = time.perf_counter) -> T:
@@ -208,19 +212,31 @@ def run_together(
     before = clock()
     choices = model.forward([segment for segments in wanted for segment in segments])
     seconds = clock() - before
-    total = sum(len(segment) for segments in wanted for segment in segments)
+    rows = [_rows(segments) for segments in wanted]
+    total = sum([ar + diffusion for ar, diffusion in rows])
     found, first = [], 0
-    for segments in wanted:
-        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in View)
+    for segments, (ar, diffusion) in zip(wanted, rows, strict=True):
         cost = Pass(ar, diffusion, segments[0].start, seconds, total - ar - diffusion)
         found.append(Done(choices[first : first + len(segments)], cost))
         first += len(segments)
     return found
 
 
+def _rows(segments: Sequence[Segment]) -> tuple[int, int]:
+    """AR and diffusion rows of some segments."""
+    ar = diffusion = 0
+    for segment in segments:
+        if segment.view is View.AR:
+            ar += len(segment.tokens)
+        else:
+            diffusion += len(segment.tokens)
+    return ar, diffusion
+
+
 def _taps(drafters: Sequence[Drafter]) -> tuple[int, ...]:
     """Layers whose input somebody reads."""
-    return tuple(sorted({layer for drafter in drafters for layer in drafter.taps}))
+    found = [layer for drafter in drafters for layer in drafter.taps]
+    return tuple(sorted(set(found))) if found else ()
 
 
 def _tell(

@@ -195,7 +195,8 @@ def _penalize(
     scores: NDArray[np.float32], prefix: Sequence[int], settings: SamplingSettings
 ) -> None:
     """Apply repeat, frequency and presence penalties to `scores` [vocab] in place."""
-    window = prefix if settings.repeat_last_n < 0 else prefix[-settings.repeat_last_n :]
+    # A slice is a list at once; other sequences of tokens are slow to read one by one.
+    window = prefix[:] if settings.repeat_last_n < 0 else prefix[-settings.repeat_last_n :]
     tokens, counts = np.unique(np.asarray(window, dtype=np.int64), return_counts=True)
     seen = scores[tokens]
     seen = np.where(seen <= 0, seen * settings.repeat_penalty, seen / settings.repeat_penalty)

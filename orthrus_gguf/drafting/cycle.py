@@ -50,6 +50,10 @@ class Hypothesis:
     probability: float
     rows: int = 0
 
+    def sized(self, rows: int) -> Hypothesis:
+        """The guess with a block of so many rows."""
+        return Hypothesis(self.guess, self.accepted, self.anchor, self.probability, rows)
+
     def segment(self, sequence: TokenSequence, tree: Tree) -> Segment:
         """Its block, behind the first drafts of the chain that the same pass verifies."""
         ahead = tree.tokens[: self.accepted]

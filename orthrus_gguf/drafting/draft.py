@@ -6,7 +6,7 @@ Nothing here can change the text: the decode loop commits only what the AR view 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from orthrus_gguf.drafting.tree import Branches, Tree
 from orthrus_gguf.sampling import Choice
@@ -47,12 +47,7 @@ class Draft:
 
     def after(self, count: int) -> Draft:
         """The draft without its first `count` tokens."""
-        return replace(
-            self,
-            tokens=self.tokens[count:],
-            confidence=self.confidence[count:],
-            second=self.second[count:],
-        )
+        return Draft(self.source, self.tokens[count:], self.confidence[count:], self.second[count:])
 
     def second_shares(self, count: int) -> list[float]:
         """Of the first `count` tokens, the probability of the second choice if the first one is
@@ -86,7 +81,7 @@ def read_draft(source: Source, choices: Sequence[Choice | None]) -> Draft:
         known.append(choice)
     return Draft(
         source,
-        tuple(choice.token for choice in known),
-        tuple(choice.probability for choice in known),
-        tuple((choice.second, choice.second_probability) for choice in known),
+        tuple([choice.token for choice in known]),
+        tuple([choice.probability for choice in known]),
+        tuple([(choice.second, choice.second_probability) for choice in known]),
     )

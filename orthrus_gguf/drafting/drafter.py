@@ -31,6 +31,11 @@ class DraftPass:
     read: Callable[[Sequence[Choices]], Draft]
     width: int = 0
 
+    def ordered(self, width: int) -> DraftPass:
+        """The pass for `width` tokens, or as many as it can bring."""
+        most = self.most
+        return DraftPass(self.source, most, self.rows, self.segments, self.read, min(width, most))
+
 
 @dataclass(frozen=True)
 class Results:

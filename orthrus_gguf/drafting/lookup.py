@@ -19,6 +19,9 @@ LOOKUP = Source("lookup", "look-up", "#D55E00", 0.7, margin=1.1)
 #: Tokens that must agree, the longer match first; shorter ones would mostly be chance.
 LENGTHS = (6, 3)
 
+#: Tokens of a draft at most: twice as many as are ever verified at once.
+MOST = 64
+
 
 class LookupDrafter:
     """Where runs of 6 and of 3 tokens last ended, for one growing list of tokens.
@@ -33,12 +36,14 @@ class LookupDrafter:
         self._indexed = 0
 
     def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:
-        """Up to `room` tokens that followed the longest known run that `tokens` end with.
+        """What followed the longest known run that `tokens` end with: as many tokens as there is
+        room for, but no more than MOST.
 
         `tokens` must extend the list of the call before. The confidence of a lookup is what the
         length of its match suggests; statistics correct it.
         """
         self._extend(tokens)
+        room = min(room, MOST)
         for length in LENGTHS:
             end = self._ends.get(tuple(tokens[-length:]))
             if end is not None:

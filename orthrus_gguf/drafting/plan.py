@@ -15,7 +15,7 @@ from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.tail import TAIL
-from orthrus_gguf.drafting.tree import Tree, best_first
+from orthrus_gguf.drafting.tree import NO_TREE, Tree, best_first
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 
@@ -245,12 +245,13 @@ class FixedPolicy:
         if room == 0:
             return NO_DRAFT
         if usable:
+            most = min(self._width, room)
             return max(
-                usable, key=lambda d: expected([prior_acceptance(c) for c in d.confidence[:room]])
+                usable, key=lambda d: expected([prior_acceptance(c) for c in d.confidence[:most]])
             )
         if not passes:
             return NO_DRAFT
-        return replace(passes[0], width=min(self._width, room, passes[0].most))
+        return passes[0].ordered(min(self._width, room))
 
     def _usable(self, draft: Draft) -> bool:
         if draft.source not in (BLOCK, TAIL):
@@ -261,6 +262,8 @@ class FixedPolicy:
         self, draft: Draft, anchor: int, room: int, context: int
     ) -> tuple[Tree, Sequence[Hypothesis]]:
         plan = self.plan
+        if not draft.tokens and plan.strategy is not Strategy.FUSED:
+            return NO_TREE, ()
         width = cut_width(draft.confidence[: min(self._width, room)], plan.cut)
         accept = [prior_acceptance(value) for value in draft.confidence]
         if plan.tree:
@@ -270,12 +273,14 @@ class FixedPolicy:
         if plan.strategy is not Strategy.FUSED:
             return chain, ()
         guesses = [
-            replace(guess, rows=rows)
+            guess
             for guess in hypotheses(draft, width, accept, anchor)
-            if (rows := block_rows(guess, self._width, room)) > 0
+            if block_rows(guess, self._width, room) > 0
         ]
         guesses.sort(key=worth, reverse=True)
-        return chain, guesses[: plan.blocks]
+        return chain, [
+            guess.sized(block_rows(guess, self._width, room)) for guess in guesses[: plan.blocks]
+        ]
 
     def observe(self, cycle: Cycle) -> None:
         """A tail that was refused at once leaves another tail: draft anew before trying that."""

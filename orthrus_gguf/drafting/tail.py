@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
@@ -34,4 +33,4 @@ class TailDrafter:
         if cycle is None or not len(rest := cycle.draft.after(cycle.accepted + 1)):
             return
         meant = cycle.draft.tokens[: cycle.accepted + 1] == cycle.tokens
-        self._rest = rest if meant else replace(rest, source=TAIL)
+        self._rest = rest if meant else Draft(TAIL, rest.tokens, rest.confidence, rest.second)

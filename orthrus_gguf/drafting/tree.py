@@ -33,7 +33,13 @@ class Tree:
 
     def child(self, row: int, token: int) -> int | None:
         """The row of `token` among those that follow a row."""
-        return next((i for i in self.children(row) if self.tokens[i - 1] == token), None)
+        tokens = self.tokens
+        if self.parents is None:
+            return row + 1 if row < len(tokens) and tokens[row] == token else None
+        for i in range(row, len(tokens)):  # children come later
+            if self.parents[i] == row and tokens[i] == token:
+                return i + 1
+        return None
 
     def path(self, tokens: Sequence[int]) -> list[int]:
         """The rows that spell `tokens`, as far as there are such, behind row 0."""
@@ -53,6 +59,10 @@ class Tree:
         while children := self.children(rows[-1]):
             rows.append(children[0])
         return tuple(self.tokens[row - 1] for row in rows[1:])
+
+
+#: What plain decoding verifies.
+NO_TREE = Tree(())
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from toy_model import toy_config
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft
 from orthrus_gguf.drafting.drafter import Results
-from orthrus_gguf.drafting.lookup import LENGTHS, LOOKUP, LookupDrafter
+from orthrus_gguf.drafting.lookup import LENGTHS, LOOKUP, MOST, LookupDrafter
 
 
 def found(drafter: LookupDrafter, tokens: list[int], room: int) -> Draft | None:
@@ -70,6 +70,13 @@ def test_longer_matches_are_trusted_more() -> None:
 @pytest.mark.parametrize("tokens", [[], [1], [1, 1, 1], [1, 2, 1, 2]])
 def test_two_tokens_are_no_match(tokens: list[int]) -> None:
     assert found(made(), tokens, 5) is None
+
+
+def test_no_more_is_drafted_than_is_ever_of_use() -> None:
+    draft = found(made(), [1, 2, 3, 9, 8, 1, 2, 3], 100_000)
+    assert draft is not None
+    assert len(draft) == len(draft.confidence) == MOST
+    assert draft.tokens[:7] == (9, 8, 1, 2, 3, 9, 8)
 
 
 def test_tokens_join_the_index_when_a_draft_is_wanted() -> None:
