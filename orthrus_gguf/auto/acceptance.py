@@ -28,8 +28,8 @@ BLOCKS = (BLOCK, NEXT, LAST)
 PROMISE_IS_KEPT = 1.0
 
 #: How often what a draft says behind its own second choice is right, beside what it says behind its
-#: first choice, before anything is known.
-BEHIND_SECOND = 0.8
+#: first choice, before anything is known. (0.65 to 0.75 on the demo model.)
+BEHIND_SECOND = 0.7
 
 
 @dataclass
@@ -40,6 +40,7 @@ class _Counts:
     weight: float = PRIOR_WEIGHT
     accepted: list[float] = field(init=False)
     offered: list[float] = field(init=False)
+    _shares: list[float] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.accepted = [0.0] * len(self.prior)
@@ -49,13 +50,31 @@ class _Counts:
         known = self.weight * self.prior[i]
         return (self.accepted[i] + known) / (self.offered[i] + self.weight)
 
+    def shares(self) -> list[float]:
+        """Of all classes. (Asked for several times between two changes.)"""
+        if self._shares is None:
+            self._shares = [self.share(i) for i in range(len(self.prior))]
+        return self._shares
+
     def add(self, i: int, accepted: float, offered: float = 1.0) -> None:
         self.offered[i] += offered
         self.accepted[i] += accepted
+        self._shares = None
 
     def forget(self, memory: float) -> None:
         self.accepted = [value * memory for value in self.accepted]
         self.offered = [value * memory for value in self.offered]
+        self._shares = None
+
+
+def _counts_of(
+    table: dict[Source, _Counts], source: Source, prior: Sequence[float], weight: float
+) -> _Counts:
+    """The counts of a source, new ones if there are none."""
+    found = table.get(source)
+    if found is None:
+        found = table[source] = _Counts(list(prior), weight)
+    return found
 
 
 class Acceptance:
@@ -75,15 +94,15 @@ class Acceptance:
         self._behind: dict[Source, _Counts] = {}
 
     def _confidences(self, source: Source) -> _Counts:
-        return self._by_confidence.setdefault(source, _Counts(self._of_class))
+        return _counts_of(self._by_confidence, source, self._of_class, PRIOR_WEIGHT)
 
     def _positions(self, source: Source) -> _Counts:
-        return self._by_position.setdefault(source, _Counts([source.likely] * self._longest))
+        prior = [source.likely] * self._longest
+        return _counts_of(self._by_position, source, prior, PRIOR_WEIGHT)
 
     def of_draft(self, draft: Draft, most: int) -> list[float]:
         """Per token of a draft at hand, for at most `most` tokens."""
-        counts = self._confidences(draft.source)
-        shares = [counts.share(i) for i in range(CLASSES)]
+        shares = self._confidences(draft.source).shares()
         return [shares[_class(value)] for value in draft.confidence[:most]]
 
     def of_source(self, source: Source, count: int) -> list[float]:
@@ -141,7 +160,7 @@ class Acceptance:
     def _observe_behind(self, draft: Draft, tokens: Sequence[int], at: int) -> None:
         """Count the token of a draft that stands behind an accepted second choice, at `at`."""
         if at < min(len(draft), len(tokens)):
-            behind = self._behind.setdefault(draft.source, _Counts([BEHIND_SECOND]))
+            behind = _counts_of(self._behind, draft.source, [BEHIND_SECOND], PRIOR_WEIGHT)
             behind.forget(MEMORY)
             expected = self.of_draft(draft, at + 1)[at]
             behind.add(0, draft.tokens[at] == tokens[at], expected)
@@ -153,7 +172,7 @@ class Acceptance:
 
     def _second_choices(self, source: Source) -> _Counts:
         """Second choices that were right where the first was refused, of as many as promised."""
-        return self._seconds.setdefault(source, _Counts([PROMISE_IS_KEPT], 1.0))
+        return _counts_of(self._seconds, source, [PROMISE_IS_KEPT], 1.0)
 
     def seconds_of_draft(self, draft: Draft, most: int) -> list[float]:
         """Per token of a draft at hand, the probability that its second choice is right if the
@@ -173,10 +192,13 @@ class Acceptance:
         """Count acceptance by position; each position by how likely it is to be reached."""
         by_position = self._positions(source)
         by_position.forget(MEMORY)
-        last, reached = len(by_position.prior) - 1, 1.0
+        accepted, offered = by_position.accepted, by_position.offered
+        last, reached = len(offered) - 1, 1.0
         for i, value in enumerate(accept[:most]):
-            by_position.add(min(i, last), reached * value, reached)
+            i = i if i < last else last
+            offered[i] += reached
             reached *= value
+            accepted[i] += reached
 
     def relax(self, memory: float) -> None:
         """Forget a little of everything, so that what failed is tried again one day."""
@@ -190,7 +212,7 @@ class Acceptance:
 
 
 def _class(confidence: float) -> int:
-    return min(int(confidence * CLASSES), CLASSES - 1)
+    return int(confidence * CLASSES) if confidence < 1 else CLASSES - 1
 
 
 def sums(accept: Sequence[float]) -> list[float]:

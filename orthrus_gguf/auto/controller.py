@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -157,7 +157,7 @@ class Controller:
         if worth.drafting > value:
             for offer in passes:
                 if offer.source == worth.source:
-                    best = replace(offer, width=min(worth.width, room))
+                    best = offer.ordered(min(worth.width, room))
         return best
 
     def _worth_of(self, draft: Draft, tables: _Tables, room: int) -> float:
@@ -302,7 +302,7 @@ class Controller:
             seconds = self._pass_seconds(tables, width + 1, rows) - alone
             if seconds > most or len(chosen) == MAX_BLOCKS:
                 break
-            chosen.append(replace(guess, rows=size))
+            chosen.append(guess.sized(size))
             # The first block of a pass is dear, more are cheap: the best number of them counts.
             if tokens - tables.steady.rate * seconds > best:
                 best, count = tokens - tables.steady.rate * seconds, len(chosen)
@@ -335,17 +335,13 @@ class Controller:
             carried = {guess: np.array(self._expected(SOURCES[guess])) for guess in Guess}
             width = self._carried_width(carrying, carried, verify, context)
             lead = seconds(1, min(width + 2, block), context) - float(verify[1])
-        rate = self._tables.steady.rate if self._tables is not None else 1 / float(verify[1])
-        passes = {source: self._drafting(offer, context) for source, offer in self._passes.items()}
         estimates = Estimates(
             verify=verify,
             lead=lead,
-            passes=passes,
-            trees={
-                source: self._trees(passes[source], promised, rate)
-                for source, promised in self._promised.items()
-                if source in passes
+            passes={
+                source: self._drafting(offer, context) for source, offer in self._passes.items()
             },
+            trees=self._promised,
             carried={guess: n[: width + 1] for guess, n in carried.items()},
             hits=hits,
             carrying=added,
@@ -361,16 +357,6 @@ class Controller:
         widths = np.arange(1, offer.most + 1)
         seconds = [self._costs.seconds(0, offer.rows(int(width)), context) for width in widths]
         return Drafting(np.array(sums(accept)[1:]), widths, np.array(seconds))
-
-    def _trees(self, chains: Drafting, promised: Floats, rate: float) -> Drafting:
-        """The same, each draft verified as the tree that suits it.
-
-        Which of its tokens that takes is settled when they are there; so the pass brings as many as
-        are worth their own rows.
-        """
-        wide = int(np.argmax(chains.tokens - rate * chains.seconds))
-        of_wide = np.full(len(promised), chains.seconds[wide])
-        return Drafting(promised, np.full(len(promised), wide + 1), of_wide)
 
     def _expected(self, source: Source) -> list[float]:
         return sums(self._acceptance.of_source(source, self._block))

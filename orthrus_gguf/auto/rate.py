@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from orthrus_gguf.drafting.carried_blocks import SOURCES
 from orthrus_gguf.drafting.cycle import Guess
 from orthrus_gguf.drafting.draft import Source
 from orthrus_gguf.drafting.plan import PLAIN, Plan, Strategy
@@ -56,7 +57,8 @@ class Estimates:
 
     verify: seconds of AR passes of 0 (none), 1, ... rows; lead: that a block adds to an AR pass of
         one row. passes: by source, what draft passes promise, and a rule for what to verify of any
-        draft. trees: the same where each draft gets the tree that suits it; as far as known.
+        draft. trees: by source, tokens that will be accepted of trees of 1, 2, ... tokens, each the
+        one that suits its draft; as far as known.
     carried: tokens that will be accepted of drafts of 0, 1, ... tokens from carried blocks, by
         guess. hits, carrying: the share of cycles that such blocks serve, by guess, and the seconds
         they add.
@@ -68,7 +70,7 @@ class Estimates:
     carried: Mapping[Guess, Floats]
     hits: Mapping[Guess, float]
     carrying: float
-    trees: Mapping[Source, Drafting] = field(default_factory=dict)
+    trees: Mapping[Source, Floats] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,30 +100,31 @@ def values(estimates: Estimates, rate: float) -> Values:
     """See `Values`."""
     e = estimates
     times = rate * e.verify[1:]
-    # A carried block that promises nothing may as well be ignored: the cycle is then a plain one.
-    alone = {
+    chains = {
         guess: float(np.max(n + 1 - times[: len(n)], initial=-np.inf))
         for guess, n in e.carried.items()
     }
-    promised = sum(e.hits[guess] * max(alone[guess], 0.0) for guess in Guess)
-    # A block that comes true makes way for the next one, and so on: a geometric series.
-    onward = max(promised - rate * e.carrying, 0.0) / max(1 - sum(e.hits.values()), 0.05)
-    gain = {guess: value + onward for guess, value in alone.items()}
+    trees = {guess: _tree(e, SOURCES[guess], times)[0] for guess in e.carried}
+    onward = _onward(e, rate, chains, trees)
+    gain = {guess: max(chain + onward, trees[guess]) for guess, chain in chains.items()}
     plain = 1 - rate * float(e.verify[1])
     drafting, source, width, nodes, branches = -np.inf, None, 0, 0, False
-    kinds = [
-        (passes is e.trees, *entry) for passes in (e.passes, e.trees) for entry in passes.items()
-    ]
-    for is_tree, candidate, d in kinds:
-        counts = np.arange(1, len(d.tokens) + 1)
-        worth = d.tokens + 1 - times[1 : len(d.tokens) + 1] - rate * d.seconds
-        if not is_tree:
-            worth[d.widths == counts] += onward
-        best = int(np.argmax(worth)) if len(worth) else -1
-        if best >= 0 and worth[best] > drafting:
+    for candidate, d in e.passes.items():
+        of_pass = rate * d.seconds
+        worth = d.tokens + 1 - times[1 : len(d.tokens) + 1] - of_pass
+        worth[d.widths == np.arange(1, len(worth) + 1)] += onward
+        best = int(np.argmax(worth))
+        if worth[best] > drafting:
             drafting, source = float(worth[best]), candidate
             width, nodes = int(d.widths[best]), best + 1
-            branches = is_tree or width != nodes
+            branches = width != nodes
+        # Which tokens a tree takes is settled when they are there: as many are drafted as are worth
+        # their own rows.
+        wide = int(np.argmax(d.tokens - of_pass))
+        tree, count = _tree(e, candidate, times)
+        if tree - of_pass[wide] > drafting:
+            drafting, source = tree - float(of_pass[wide]), candidate
+            width, nodes, branches = int(d.widths[wide]), count, True
     return Values(
         plain=plain,
         lead=plain - rate * e.lead + gain[Guess.LAST],
@@ -134,6 +137,39 @@ def values(estimates: Estimates, rate: float) -> Values:
         onward=onward,
         block=rate * e.lead,
     )
+
+
+def _tree(e: Estimates, source: Source, times: Floats) -> tuple[float, int]:
+    """What a draft of this source is worth as the tree that suits it, and the nodes of that."""
+    promised = e.trees.get(source)
+    if promised is None:
+        return -np.inf, 0
+    worth = promised + 1 - times[1 : len(promised) + 1]
+    best = int(np.argmax(worth))
+    return float(worth[best]), best + 1
+
+
+def _onward(
+    e: Estimates,
+    rate: float,
+    chains: Mapping[Guess, float],
+    trees: Mapping[Guess, float],
+) -> float:
+    """What the blocks carried in a cycle are worth, less their time.
+
+    A block that comes true is verified as a tree, or as a chain that makes way for the next blocks,
+    which are worth as much again; or it is ignored, if it promises nothing.
+    """
+    onward = 0.0
+    for _ in range(len(Guess) + 1):  # as often as a guess may turn from one into the other
+        tokens, again = -rate * e.carrying, 0.0
+        for guess, chain in chains.items():
+            if chain + onward > max(trees[guess], 0.0):
+                tokens, again = tokens + e.hits[guess] * chain, again + e.hits[guess]
+            else:
+                tokens += e.hits[guess] * max(trees[guess], 0.0)
+        onward = max(tokens, 0.0) / max(1 - again, 0.05)  # a geometric series
+    return onward
 
 
 def prospect(estimates: Estimates, *, blocks: int, width: int) -> Prospect:

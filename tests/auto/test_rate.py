@@ -11,6 +11,7 @@ import pytest
 from orthrus_gguf.auto.carrying import LEAST, NEWEST, Carrying, by_worth
 from orthrus_gguf.auto.rate import Drafting, Estimates, Prospect, best_width, prospect, values
 from orthrus_gguf.drafting.block import BLOCK
+from orthrus_gguf.drafting.carried_blocks import NEXT
 from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
 from orthrus_gguf.drafting.draft import Source
 from orthrus_gguf.drafting.plan import Plan, Strategy
@@ -142,15 +143,33 @@ def test_no_block_rides_with_a_tree() -> None:
     tree = values(replace(e, passes={BLOCK: drafting([0, 1, 2], widths=[2, 1])}), 1.0)
     assert (tree.nodes, tree.branches) == (2, True)
     assert tree.drafting == pytest.approx(alone)
-    suited = values(replace(e, passes={}, trees={BLOCK: drafting([0, 1, 2])}), 1.0)
-    assert (suited.nodes, suited.branches) == (2, True)
-    assert suited.drafting == pytest.approx(alone)
-    better = drafting([0, 1, 2 + 1.01 * chain.onward], widths=[2, 2])
-    both = values(replace(e, trees={BLOCK: better}), 1.0)
-    assert both.branches
-    assert both.drafting > chain.drafting
-    assert found(replace(e, trees={BLOCK: better})).plan == Plan(Strategy.TWO_PASS, 2, tree=2)
+    suited = values(replace(e, trees={BLOCK: np.array([1, 2 + 1.01 * chain.onward])}), 1.0)
+    assert (suited.nodes, suited.width, suited.branches) == (2, 2, True)
+    assert suited.drafting == pytest.approx(alone + 1.01 * chain.onward)
+    worse = values(replace(e, trees={BLOCK: np.array([1, 2 + 0.99 * chain.onward])}), 1.0)
+    assert (worse.branches, worse.drafting) == (False, chain.drafting)
+    assert found(replace(e, trees={BLOCK: np.array([1, 4.0])})).plan == Plan(
+        Strategy.TWO_PASS, 2, tree=2
+    )
     assert found(e).plan.strategy is Strategy.FUSED
+
+
+def test_a_carried_draft_may_be_worth_more_as_a_tree() -> None:
+    """But then no other follows it. Blocks come true half of the time and take 0.2 s at a token per
+    second: as chains they are worth 2 and what comes next; as trees 4, or 3.5.
+    """
+    hits = {Guess.LAST: 0.0, Guess.NEXT: 0.5}
+    e = estimates(block=[0, 0, 0], carried=[0, 1, 2], lead=0.2, hits=hits, carrying=0.2)
+    chain = values(e, 1.0)
+    assert chain.onward == pytest.approx((0.5 * 2 - 0.2) / (1 - 0.5))
+    assert chain.gain[Guess.NEXT] == pytest.approx(2 + chain.onward)
+    tree = values(replace(e, trees={NEXT: np.array([1, 4.0])}), 1.0)
+    assert tree.gain[Guess.NEXT] == pytest.approx(4)
+    assert tree.onward == pytest.approx(0.5 * 4 - 0.2)
+    assert tree.gain[Guess.LAST] == pytest.approx(2 + tree.onward), "nothing is known of its trees"
+    poor = values(replace(e, trees={NEXT: np.array([1, 3.5])}), 1.0)
+    assert poor.gain == chain.gain
+    assert poor.onward == chain.onward
 
 
 def test_a_gain_is_what_a_draft_pass_would_have_taken() -> None:
