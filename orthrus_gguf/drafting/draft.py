@@ -28,6 +28,9 @@ class Source:
     likely: float
     margin: float = 1.0
 
+    def __hash__(self) -> int:  # of all fields is slow, and counts are kept by source
+        return hash(self.name)
+
 
 @dataclass(frozen=True)
 class Draft:
