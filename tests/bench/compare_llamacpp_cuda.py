@@ -21,12 +21,13 @@ from typing import Any
 import llama_cpp  # type: ignore[import-not-found, unused-ignore]
 import numpy as np
 
-from orthrus_gguf.decode import Plan, Strategy, prefill
-from orthrus_gguf.engine import DeviceModel
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
-from orthrus_gguf.runtime.protocol import Model, ar_segment
-from orthrus_gguf.sampling import SamplingSettings
+from orthrus_gguf.runtime.protocol import Draw, Model, ar_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.this_machine import machine
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -79,25 +80,24 @@ class Ours:
     def __init__(self, model: Model, n_ctx: int) -> None:
         self._model = model
         self._cache: Any = model.new_cache(n_ctx)
+        self._sampler = Sampler(GREEDY)
+
+    def _sequence(self, tokens: list[int]) -> TokenSequence:
+        return TokenSequence(self._model.config, self._cache, self._sampler, list(tokens))
 
     def run(self, tokens: list[int], start: int) -> None:
-        self._model.forward([ar_segment(tokens, start)], self._cache)
+        draw = Draw(self._sampler, [0] * (start + 1))
+        self._model.forward([ar_segment(self._cache, tokens, start, draw=draw)])
 
     def fill(self, tokens: list[int]) -> None:
-        prefill(self._model, self._cache, tokens)
+        drive(self._model, prefill(self._sequence(tokens)))
 
     def rewind(self, length: int) -> None:
-        self._cache.truncate(length)
+        self._cache.restore(self._cache.checkpoint(length))
 
     def generate(self, tokens: list[int], start: int, count: int) -> None:
-        plan, model = Plan(Strategy.AR, 0), self._model
-        if isinstance(model, DeviceModel) and model.decodes(plan):
-            list(model.decode(self._cache, GREEDY, tokens[: start + 1], plan, count, ()))
-            return
-        token = tokens[start]
-        for i in range(count):
-            (logits,) = model.forward([ar_segment([token], start + i)], self._cache)
-            token = int(logits[0].argmax())
+        policy = FixedPolicy(PLAIN, self._model.config)
+        list(decode(self._model, self._sequence(tokens[: start + 1]), policy, count))
 
 
 Side = Ours | Stock

@@ -73,11 +73,9 @@ def measure(file: ModelFile, chunks: Sequence[Sequence[int]]) -> Recorder:
     """Run every chunk of token ids on an empty cache."""
     model = ReferenceModel(file)
     recorder = Recorder(dict(matrices(model)))
-    cache = model.new_cache(max(map(len, chunks)))
     with recorder:
         for chunk in tqdm(chunks, unit=" chunks", disable=None):
-            cache.truncate(0)
-            model.forward([ar_segment(chunk, 0)], cache)
+            model.logits([ar_segment(model.new_cache(len(chunk)), chunk, 0)])
     return recorder
 
 

@@ -24,11 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 from orthrus_converters.cli import main as convert
 
-from orthrus_gguf.decode import Plan, Strategy, decode, prefill
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.plan import FixedPolicy, Plan, parse
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.tensors import is_diffusion_tensor
-from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.protocol import ar_segment
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.protocol import Model, ar_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
@@ -61,32 +63,35 @@ class Score:
     tokens_per_cycle: float
 
 
-def log_probabilities(model: GgmlModel, windows: list[list[int]]) -> list[Array]:
+def log_probabilities(model: Model, windows: list[list[int]]) -> list[Array]:
     """Per window [tokens, vocab]: log-softmax of the AR view."""
     found = []
     cache = model.new_cache(WINDOW)
-    for window in windows:
-        cache.truncate(0)
-        (logits,) = model.forward([ar_segment(window, 0)], cache)
+    for window in windows:  # nothing is committed: the next window takes the place of this one
+        (logits,) = model.logits([ar_segment(cache, window, 0)])
         values = logits.astype(np.float64)
         values -= values.max(-1, keepdims=True)
         found.append(values - np.log(np.exp(values).sum(-1, keepdims=True)))
     return found
 
 
-def generate(model: GgmlModel, prompt: list[int], plan: Plan) -> tuple[list[int], int]:
+def generate(model: Model, prompt: list[int], plan: Plan) -> tuple[list[int], int]:
     """Greedy output of N_NEW tokens, and the number of cycles."""
-    sampler = Sampler(SamplingSettings(temperature=0))
-    cache = model.new_cache(len(prompt) + N_NEW)
-    tokens = [*prompt, sampler.sample(prefill(model, cache, prompt), prompt)]
-    cycles = sum(1 for _ in decode(model, cache, sampler, tokens, plan, N_NEW - 1))
-    return tokens[len(prompt) :], cycles
+    cache, sampler = model.new_cache(len(prompt) + N_NEW), Sampler(SamplingSettings(temperature=0))
+    sequence = TokenSequence(model.config, cache, sampler, list(prompt))
+    drive(model, prefill(sequence))
+    policy = FixedPolicy(plan, model.config)
+    cycles = sum(1 for _ in decode(model, sequence, policy, N_NEW - 1))
+    return sequence.tokens[len(prompt) :], cycles
 
 
 class Judge:
     """Scores files against the F32 one. imatrix: to quantize with."""
 
-    def __init__(self, texts: list[Path], folder: Path, imatrix: Path | None) -> None:
+    def __init__(
+        self, texts: list[Path], folder: Path, imatrix: Path | None, runtime: RuntimeName
+    ) -> None:
+        self._runtime = runtime
         self._folder = folder
         self._imatrix = imatrix
         cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["cases"]
@@ -96,7 +101,7 @@ class Judge:
             ids = [i for path in texts for i in tokenizer.encode(path.read_text("utf-8"))]
             starts = range(0, len(ids) - WINDOW + 1, WINDOW)
             self._windows = [ids[s : s + WINDOW] for s in starts]
-            model = GgmlModel.load(file, threads=1, cache_type_k="f32", cache_type_v="f32")
+            model = load_model(file, RuntimeSettings(RuntimeName.REFERENCE, threads=1))
             self._truth = log_probabilities(model, self._windows)
             model.close()
         self.n_tokens = sum(len(window) - 1 for window in self._windows)
@@ -116,7 +121,7 @@ class Judge:
 
     def score(self, type_name: str, heads_type: str | None = None) -> Score:
         with ModelFile.open(self.file(type_name, heads_type)) as file:
-            model = GgmlModel.load(file, threads=1)
+            model = load_model(file, RuntimeSettings(self._runtime, threads=1))
             size = sum(
                 info.n_bytes
                 for name, info in file.tensors.items()
@@ -130,7 +135,7 @@ class Judge:
                 kl += (np.exp(truth) * (truth - ours)).sum(-1)[:-1].sum()
             n_cycles = 0
             for case in self._cases:
-                output, cycles = generate(model, case["prompt_ids"], Plan(Strategy.TWO_PASS, 15))
+                output, cycles = generate(model, case["prompt_ids"], parse("two-pass@15"))
                 n_cycles += cycles
                 different = [a != b for a, b in zip(output, case["output_ids"], strict=True)]
                 same += (different.index(True) if True in different else N_NEW) / N_NEW
@@ -189,12 +194,18 @@ def main() -> None:
     parser.add_argument("texts", nargs="+", type=Path, metavar="TEXT_FILE")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--imatrix", type=Path)
+    parser.add_argument("--runtime", default="cpu", choices=["cpu", "ggml"])
+    parser.add_argument("--types", help="only these, with commas between (no heads alone)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(args.texts, Path(folder), args.imatrix)
+        judge = Judge(args.texts, Path(folder), args.imatrix, RuntimeName(args.runtime))
         print(f"{judge.n_tokens} tokens of text; {judge.n_prompts} prompts of {N_NEW} new tokens\n")
         if args.imatrix is not None:
             print(table("type", [judge.score(type_name) for type_name in IMATRIX_TYPES]))
+            return
+        if args.types is not None:
+            scores = [judge.score(type_name) for type_name in args.types.split(",")]
+            print(table(f"type, --runtime {args.runtime}", scores))
             return
         whole = [judge.score(type_name) for type_name in TYPES]
         heads = [judge.score("f16", type_name) for type_name in HEADS_TYPES]
