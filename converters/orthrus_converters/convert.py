@@ -14,12 +14,19 @@ from orthrus_converters.encode import Job
 from orthrus_converters.file_types import FileType, lossless_type, uniform_file_type
 from orthrus_converters.hf_config import read_config, unknown_fields
 from orthrus_converters.imatrix import Imatrix
-from orthrus_converters.jobs import make_jobs, notes_on
+from orthrus_converters.jobs import plan_jobs
 from orthrus_converters.json_file import JsonFile
-from orthrus_converters.plan import NewFile, Plan, Request, check_outputs, heads_path
+from orthrus_converters.plan import (
+    NewFile,
+    Plan,
+    Request,
+    check_headless,
+    check_outputs,
+    heads_path,
+)
 from orthrus_converters.sources import FolderSource
 from orthrus_converters.tensor_names import has_heads, match_weights
-from orthrus_converters.type_plan import TypeChoice, plan_types
+from orthrus_converters.type_plan import TypeChoice
 from orthrus_converters.vocabulary import Vocabulary
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
@@ -59,45 +66,49 @@ def plan_checkpoint(request: Request, source: FolderSource, imatrix: Imatrix | N
     config_file = JsonFile.read(folder / CONFIG)
     checkpoint = open_checkpoint(folder)
     check_outputs(request, checkpoint.files)
-    _check_heads(checkpoint, config_file, split=request.split)
-    config = read_config(config_file, source.name)
+    _check_heads(checkpoint, config_file, request)
+    config = read_config(config_file, source.name, has_heads=has_heads(checkpoint))
     weights = match_weights(checkpoint, config)
     vocabulary = tokenizer_files.read_vocabulary(folder, config_file, config.n_vocab)
     file_type = request.choice.file_type or lossless_type(
         weight.dtype for weight in weights.values() if len(weight.shape) > 1
     )
     choice = replace(request.choice, file_type=file_type)
-    types = plan_types(weights, config, choice, has_imatrix=imatrix is not None)
-    jobs = make_jobs(weights, types, choice, imatrix, allow_requantize=False)
+    jobs, notes = plan_jobs(weights, config, choice, imatrix)
     model = _Model(source, config, vocabulary, jobs, choice, file_type, imatrix)
     files = _split_files(model, request.output) if request.split else [_single(model, request)]
-    return Plan(files, notes_on(types, jobs, imatrix) + _field_notes(config_file))
+    return Plan(files, notes + _field_notes(config_file))
 
 
-def _check_heads(checkpoint: Checkpoint, config: JsonFile, *, split: bool) -> None:
-    if not has_heads(checkpoint):
+def _check_heads(checkpoint: Checkpoint, config: JsonFile, request: Request) -> None:
+    """Raise OrthrusError if heads are missing that the config or the flags speak of."""
+    if has_heads(checkpoint):
+        return
+    if config.values.get("block_size") is not None:
         raise OrthrusError(
-            f"{checkpoint.folder}: holds no diffusion heads (no *_diff weights): a plain "
-            f"{config.values.get('model_type', 'model')}, not an Orthrus checkpoint"
-            f"{', so there is nothing to split' if split else ''}; llama.cpp's "
-            "convert_hf_to_gguf.py converts plain models"
+            f"{checkpoint.folder}: holds no diffusion heads (no *_diff weights), though "
+            f"{CONFIG} has a block_size; the checkpoint is incomplete: download it again"
         )
+    check_headless(str(checkpoint.folder), request)
 
 
 def _single(model: _Model, request: Request) -> NewFile:
-    """Base and heads in one `orthrus` file."""
+    """Base and heads in one `orthrus` file; a stock file if there are no heads."""
     jobs = [*model.jobs.values()]
-    writer = _start(model, keys.ARCH_ORTHRUS, jobs, model.file_type)
+    config = model.config
+    arch = keys.ARCH_ORTHRUS if config.has_heads else config.architecture.name
+    writer = _start(model, arch, jobs, model.file_type)
     metadata.add_tokenizer(writer, model.vocabulary)
-    metadata.add_heads(writer, model.config)
+    if config.has_heads:
+        metadata.add_heads(writer, config)
     return NewFile(request.output, writer, jobs)
 
 
 def _split_files(model: _Model, output: Path) -> list[NewFile]:
-    """A stock `qwen3` file, and a file with nothing but the heads."""
+    """A stock file, and a file with nothing but the heads."""
     base = [job for name, job in model.jobs.items() if not is_diffusion_tensor(name)]
     heads = [job for name, job in model.jobs.items() if is_diffusion_tensor(name)]
-    base_writer = _start(model, keys.ARCH_QWEN3, base, model.file_type)
+    base_writer = _start(model, model.config.architecture.name, base, model.file_type)
     metadata.add_tokenizer(base_writer, model.vocabulary)
     kind = model.choice.heads
     heads_type = model.file_type if kind is None else uniform_file_type(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,22 +22,8 @@ _Type = gguf.GGUFValueType
 #: Metadata in file order: key → value and its type, as GGUFWriter keeps them.
 Entries = dict[str, gguf.GGUFValue]
 
-_SCALARS = {
-    _Type.UINT8: 1,
-    _Type.INT8: 1,
-    _Type.BOOL: 1,
-    _Type.UINT16: 2,
-    _Type.INT16: 2,
-    _Type.UINT32: 4,
-    _Type.INT32: 4,
-    _Type.FLOAT32: 4,
-    _Type.UINT64: 8,
-    _Type.INT64: 8,
-    _Type.FLOAT64: 8,
-}
-_HEADER = struct.Struct("<IIQQ")  # magic, version, tensors, entries
-_U32 = struct.Struct("<I")
-_U64 = struct.Struct("<Q")
+#: Entries that are called alike whatever the architecture.
+_OF_FILES = (keys.SYNTHETIC, keys.SYNTHETIC_SEED)
 
 
 @dataclass(frozen=True)
@@ -85,7 +70,7 @@ def open_model(path: Path) -> GGUFSource:
 
 
 def open_pair(base: Path, heads: Path) -> tuple[GGUFSource, GGUFSource]:
-    """A Qwen3 model and a file of nothing but heads. Raises OrthrusError unless they fit."""
+    """A stock model and a file of nothing but heads. Raises OrthrusError unless they fit."""
     with ModelFile.open(base, heads) as model:
         return _source(base, model.config), _source(heads, None)
 
@@ -130,12 +115,11 @@ def _source(path: Path, config: ModelConfig | None) -> GGUFSource:
 
 def _read_entries(file: GGUFFile) -> Entries:
     """The metadata with its types."""
-    types = _value_types(file)
     entries: Entries = {}
     for key, value in file.metadata.items():
         if key.startswith("split."):  # about a download in parts, which this file is not
             continue
-        kind, item = types[key]
+        kind, item = file.types[key]
         entries[key] = gguf.GGUFValue(_plain(value), kind, item)
     if gguf.Keys.General.ARCHITECTURE not in entries:
         raise OrthrusError(f"{file.path}: general.architecture is missing; convert it again")
@@ -147,43 +131,11 @@ def _plain(value: Value) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _value_types(file: GGUFFile) -> dict[str, tuple[gguf.GGUFValueType, Any]]:
-    """Key → type, and for arrays the type of their items. The file is known to be sound."""
-    end = min((info.offset for info in file.tensors.values()), default=file.path.stat().st_size)
-    with file.path.open("rb") as stream:
-        data = stream.read(end)
-    position = _HEADER.size
-
-    def take_string() -> bytes:
-        nonlocal position
-        start = position + _U64.size
-        position = start + _U64.unpack_from(data, position)[0]
-        return data[start:position]
-
-    types: dict[str, tuple[gguf.GGUFValueType, Any]] = {}
-    for _ in range(_HEADER.unpack_from(data)[3]):
-        key = take_string().decode()
-        kind, item, count = _Type(_U32.unpack_from(data, position)[0]), None, 1
-        position += _U32.size
-        if kind == _Type.ARRAY:
-            item = _Type(_U32.unpack_from(data, position)[0])
-            count = _U64.unpack_from(data, position + _U32.size)[0]
-            position += _U32.size + _U64.size
-        types[key] = (kind, item)
-        single = kind if item is None else item
-        if single == _Type.STRING:
-            for _ in range(count):
-                take_string()
-        else:
-            position += count * _SCALARS[single]
-    return types
-
-
 def rename(entries: Entries, old: str, new: str) -> Entries:
     """Entries of a model of architecture `old`, as those of architecture `new`."""
     renamed: Entries = {}
     for key, entry in entries.items():
-        if key.startswith(f"{old}."):
+        if key.startswith(f"{old}.") and key not in _OF_FILES:
             key = new + key[len(old) :]
         renamed[key] = entry
     renamed[gguf.Keys.General.ARCHITECTURE] = text(new)
@@ -193,4 +145,4 @@ def rename(entries: Entries, old: str, new: str) -> Entries:
 def belongs_to_heads(key: str) -> bool:
     """True for entries that are about the diffusion view, and go where its tensors go."""
     prefixes = (f"{keys.ARCH_ORTHRUS}.diffusion.", f"{keys.ARCH_ORTHRUS}.graft.")
-    return key == keys.MASK_TOKEN_ID or key.startswith(prefixes)
+    return key in (keys.MASK_TOKEN_ID, keys.BASE_ARCHITECTURE) or key.startswith(prefixes)

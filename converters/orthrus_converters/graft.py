@@ -1,4 +1,4 @@
-"""Add heads to an existing Qwen3 GGUF, whose tensors keep every byte."""
+"""Add heads to an existing stock GGUF, whose tensors keep every byte."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ from orthrus_converters.gguf_source import (
 )
 from orthrus_converters.hf_config import read_config
 from orthrus_converters.imatrix import Imatrix
-from orthrus_converters.jobs import make_jobs, notes_on
+from orthrus_converters.jobs import plan_jobs
 from orthrus_converters.json_file import JsonFile
 from orthrus_converters.metadata import imatrix_entries
-from orthrus_converters.pairing import check_constants, check_weights
+from orthrus_converters.pairing import check_weights
 from orthrus_converters.plan import NewFile, Plan, Request, check_outputs
 from orthrus_converters.repack import merged_entries, merged_tensors, verbatim
 from orthrus_converters.source_tensor import SourceTensor, read_chunks
 from orthrus_converters.sources import FileSource, FolderSource, resolve
 from orthrus_converters.tensor_names import has_heads, match_weights
-from orthrus_converters.type_plan import TypeChoice, plan_types
+from orthrus_converters.type_plan import TypeChoice
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.model.architectures import QWEN3
+from orthrus_gguf.model.belong import differences
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import is_diffusion_tensor
 
@@ -69,13 +71,12 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
         _from_file(base, source.path) if isinstance(source, FileSource) else _from_folder(source)
     )
     check_outputs(request, found.inputs)
-    check_constants(base.config, found.config, str(base_path), found.name)
+    _check_constants(base.config, found.config, str(base_path), found.name)
     agreement = check_weights(base.tensors, found.reference, found.name)
 
     choice = _heads_choice(request.choice, base, found)
-    types = plan_types(found.twins, found.config, choice, has_imatrix=imatrix is not None)
-    twins = make_jobs(
-        found.twins, types, choice, imatrix, allow_requantize=request.allow_requantize
+    twins, job_notes = plan_jobs(
+        found.twins, found.config, choice, imatrix, allow_requantize=request.allow_requantize
     )
     digest = digest_of(base.tensors)
     entries = merged_entries(base.entries, found.entries | _provenance(base, found, digest))
@@ -84,7 +85,7 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
     jobs = {job.name: job for job in verbatim(base.tensors)} | twins
     file = NewFile(request.output, new_writer(entries), [jobs[name] for name in order])
 
-    notes = [*base.notes, *notes_on(types, twins, imatrix)]
+    notes = [*base.notes, *job_notes]
     if agreement is None:
         notes.append(f"{found.name}: has no AR weights; only shapes and constants were compared")
     else:
@@ -98,6 +99,16 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
         _verify(paths[0], base, digest)
 
     return Plan([file], notes, verify)
+
+
+def _check_constants(base: ModelConfig, heads: ModelConfig, name: str, heads_name: str) -> None:
+    """Raise OrthrusError unless architecture, shapes, RoPE and epsilon are the same."""
+    found = differences(base, heads)
+    if found:
+        raise OrthrusError(
+            f"{heads_name}: these heads do not belong to {name}: {found}; use the heads and the "
+            "base of the same model"
+        )
 
 
 def digest_of(tensors: Mapping[str, SourceTensor]) -> str:
@@ -124,12 +135,12 @@ def _verify(path: Path, base: GGUFSource, digest: str) -> None:
 
 def _open_base(path: Path) -> GGUFSource:
     if path.is_dir():
-        raise OrthrusError(f"{path}: is a folder; --base takes a Qwen3 GGUF file")
+        raise OrthrusError(f"{path}: is a folder; --base takes a GGUF file")
     base = open_model(path)
     if any(map(is_diffusion_tensor, base.tensors)):
         raise OrthrusError(
-            f"{path}: holds diffusion heads already; give a plain Qwen3 GGUF, or take its heads "
-            "off with --split"
+            f"{path}: holds diffusion heads already; give a plain model, or take its heads off "
+            "with --split"
         )
     return base
 
@@ -162,11 +173,14 @@ def _from_folder(source: FolderSource) -> _Heads:
         raise OrthrusError(
             f"{folder}: holds no diffusion heads (no *_diff weights); name an Orthrus checkpoint"
         )
-    config = read_config(config_file, source.name)
+    config = read_config(config_file, source.name, has_heads=True)
     weights = match_weights(checkpoint, config, heads_only=True)
     assert config.block_size is not None
     assert config.mask_token is not None
-    entries: Entries = {
+    entries: Entries = {}
+    if config.architecture is not QWEN3:
+        entries[keys.BASE_ARCHITECTURE] = text(config.architecture.name)
+    entries |= {
         keys.BLOCK_SIZE: number(config.block_size),
         keys.MASK_TOKEN_ID: number(config.mask_token),
         gguf.Keys.General.NAME: text(source.url or source.name),

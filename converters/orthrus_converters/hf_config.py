@@ -1,15 +1,19 @@
 """config.json of a Hugging Face checkpoint → ModelConfig.
 
-Fields that would make the model compute something else than Qwen3 are errors; fields that have no
-effect on it are ignored; fields that are neither known to matter nor known not to are reported.
+Fields that would make the model compute something else than its architecture are errors; fields
+that have no effect on it are ignored; fields that are neither known to matter nor known not to are
+reported.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from orthrus_converters.hf_rope import read_rope
 from orthrus_converters.json_file import JsonFile, describe
+from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3, Architecture
 from orthrus_gguf.model.config import (
     BLOCK_SIZES,
     MAX_CONTEXT,
@@ -19,6 +23,7 @@ from orthrus_gguf.model.config import (
     MAX_VOCAB,
     MAX_WIDTH,
     ModelConfig,
+    Rope,
 )
 
 #: Fields that change the arithmetic, with the values under which they do not.
@@ -33,19 +38,48 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1,),
     "logits_scaling": (1,),
     "mlp_bias": (False,),
-    "model_type": ("qwen3",),
     "moe_intermediate_size": (0,),
     "n_routed_experts": (0,),
     "num_experts": (0,),
     "num_local_experts": (0,),
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
-    "qk_norm": (True,),
+    "qk_norm": (False,),
     "quantization_config": (),
     "query_pre_attn_scalar": (),
     "residual_multiplier": (1,),
-    "use_qk_norm": (True,),
+    "rope_interleaved": (False,),
+    "use_qk_norm": (False,),
     "use_sliding_window": (False,),
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """What a `model_type` computes.
+
+    only: what differs from _ONLY; None where a field has no effect. freq_base: RoPE's, where the
+    config does not say.
+    """
+
+    architecture: Architecture
+    only: Mapping[str, tuple[Any, ...] | None]
+    freq_base: float | None = None
+
+    @property
+    def checked(self) -> dict[str, tuple[Any, ...]]:
+        """Field → values that are supported."""
+        fields = {**_ONLY, **self.only}
+        return {key: allowed for key, allowed in fields.items() if allowed is not None}
+
+
+_FAMILIES = {
+    "qwen3": _Family(QWEN3, {"qk_norm": (True,), "use_qk_norm": (True,)}),
+    # Biases of q, k and v are no choice there, and the field is not read.
+    "qwen2": _Family(QWEN2, {"attention_bias": None}),
+    "llama": _Family(LLAMA, {}, freq_base=10_000.0),
+    # As llama.cpp does, a Mistral without sliding window is a Llama.
+    "mistral": _Family(LLAMA, {"sliding_window": ()}, freq_base=10_000.0),
 }
 
 _READ = {
@@ -56,6 +90,7 @@ _READ = {
     "intermediate_size",
     "layer_types",
     "mask_token_id",
+    "model_type",
     "max_position_embeddings",
     "num_attention_heads",
     "num_hidden_layers",
@@ -80,6 +115,7 @@ _DEAD = {
     "eos_token_id",
     "hidden_dropout",
     "initializer_range",
+    "is_llama_config",
     "lora_alpha",
     "lora_dropout",
     "max_window_layers",
@@ -88,8 +124,9 @@ _DEAD = {
     "pad_token_id",
     "r",
     "return_dict",
-    "sliding_window",  # unless use_sliding_window
+    "sliding_window",  # unless use_sliding_window, or in Mistral's
     "torch_dtype",
+    "transformers.js_config",
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
@@ -97,12 +134,18 @@ _DEAD = {
 }
 
 
-def read_config(config: JsonFile, name: str) -> ModelConfig:
-    """The shape and constants of the model, under `name`. Raises OrthrusError naming the field."""
-    _check_arithmetic(config)
+def read_config(config: JsonFile, name: str, *, has_heads: bool) -> ModelConfig:
+    """The shape and constants of the model, under `name`. Raises OrthrusError naming the field.
+
+    has_heads: whether the block size and the mask token are required, or left out.
+    """
+    family = _family(config)
+    _check_arithmetic(config, family)
     n_embd = config.integer("hidden_size", 1, MAX_WIDTH)
     n_head = config.integer("num_attention_heads", 1, MAX_HEADS)
-    n_head_kv = config.integer("num_key_value_heads", 1, n_head)
+    # The defaults of LlamaConfig; those of other families do not depend on the model.
+    default_kv = n_head if family.architecture is LLAMA else None
+    n_head_kv = config.integer("num_key_value_heads", 1, n_head, default_kv)
     n_vocab = config.integer("vocab_size", 1, MAX_VOCAB)
     if n_head % n_head_kv:
         raise config.error(
@@ -122,11 +165,23 @@ def read_config(config: JsonFile, name: str) -> ModelConfig:
         head_dim=head_dim,
         n_vocab=n_vocab,
         rms_eps=config.positive("rms_norm_eps"),
-        rope=read_rope(config),
-        tied=config.boolean("tie_word_embeddings", default=False),  # the default of Qwen3Config
-        block_size=config.integer("block_size", *BLOCK_SIZES),
-        mask_token=config.integer("mask_token_id", 0, n_vocab - 1),
+        rope=_rope(config, family, head_dim),
+        tied=config.boolean("tie_word_embeddings", default=False),  # of all these families
+        block_size=config.integer("block_size", *BLOCK_SIZES) if has_heads else None,
+        mask_token=config.integer("mask_token_id", 0, n_vocab - 1) if has_heads else None,
+        architecture=family.architecture,
     )
+
+
+def _rope(config: JsonFile, family: _Family, head_dim: int) -> Rope:
+    rope = read_rope(config, head_dim, family.freq_base)
+    if rope.freq_factors is not None and family.architecture is not LLAMA:
+        raise config.error(
+            "rope_parameters",
+            "has Llama 3's scaling",
+            f"GGUF files of {family.architecture.name} models have no place for it",
+        )
+    return rope
 
 
 def unknown_fields(config: JsonFile) -> list[str]:
@@ -134,16 +189,28 @@ def unknown_fields(config: JsonFile) -> list[str]:
     return sorted(set(config.values) - _READ - _DEAD - set(_ONLY))
 
 
-def _check_arithmetic(config: JsonFile) -> None:
-    """Raise OrthrusError if a field says that the model is not plain Qwen3."""
-    for key, allowed in _ONLY.items():
+def _family(config: JsonFile) -> _Family:
+    kind = config.values.get("model_type")
+    if not isinstance(kind, str) or kind not in _FAMILIES:
+        *others, last = map(describe, _FAMILIES)
+        raise config.error(
+            "model_type",
+            f"expected {', '.join(others)} or {last}, found {describe(kind)}",
+            "models of other architectures are not supported",
+        )
+    return _FAMILIES[kind]
+
+
+def _check_arithmetic(config: JsonFile, family: _Family) -> None:
+    """Raise OrthrusError if a field says that the model is not plainly of its architecture."""
+    for key, allowed in family.checked.items():
         value = config.values.get(key)
         if value is not None and value not in allowed:
             expected = " or ".join(describe(item) for item in allowed) or "nothing"
             raise config.error(
                 key,
                 f"expected {expected}, found {describe(value)}",
-                "only the arithmetic of Qwen3 is supported",
+                f"only the arithmetic of plain {family.architecture.name} models is supported",
             )
     layers = config.values.get("layer_types")
     if layers is not None and not (

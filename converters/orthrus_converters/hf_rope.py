@@ -9,45 +9,95 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.model.config import MAX_CONTEXT, Rope
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_YARN = {
-    "factor",
-    "original_max_position_embeddings",
-    "extrapolation_factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "truncate",
+_ORIGINAL = "original_max_position_embeddings"
+#: Kind → the settings that it has besides.
+_KINDS = {
+    "default": set[str](),
+    "none": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", _ORIGINAL},
+    "yarn": {
+        "factor",
+        _ORIGINAL,
+        "extrapolation_factor",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "truncate",
+    },
 }
-_ADVICE = "only plain RoPE and YaRN are supported"
+_ADVICE = "only plain RoPE, linear scaling, Llama 3's and YaRN are supported"
 
 
-def read_rope(config: JsonFile) -> Rope:
-    """Raises OrthrusError for a kind of RoPE, or a setting, that is not supported."""
+def read_rope(config: JsonFile, head_dim: int, default_base: float | None) -> Rope:
+    """Raises OrthrusError for a kind of RoPE, or a setting, that is not supported.
+
+    default_base: where the config does not say, if it need not.
+    """
     key, params = _parameters(config)
     fields = JsonFile(config.path, {f"{key}.{name}": value for name, value in params.items()})
     kind = params.get("rope_type", params.get("type", "default"))
-    if kind not in ("default", "none", "yarn"):
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise fields.error(f"{key}.rope_type", f"found {describe(kind)}", _ADVICE)
-    _check_settings(fields, key, params, is_yarn=kind == "yarn")
-    freq_base = _freq_base(config, fields, key)
-    if kind != "yarn":
+    _check_settings(fields, key, params, _KINDS[kind])
+    freq_base = _freq_base(config, fields, key, default_base)
+    if "factor" not in _KINDS[kind]:
         return Rope(freq_base)
     factor = fields.positive(f"{key}.factor")
     if factor < 1:
         raise fields.error(f"{key}.factor", f"expected at least 1, found {factor}", "correct it")
+    if kind == "linear":
+        return Rope(freq_base, factor=factor)
+    original_context = fields.integer(f"{key}.{_ORIGINAL}", 1, MAX_CONTEXT)
+    if kind == "llama3":
+        bounds = _llama3_bounds(fields, key)
+        factors = llama3_factors(freq_base, head_dim, factor, *bounds, original_context)
+        return Rope(freq_base, freq_factors=factors)
     return Rope(
         freq_base=freq_base,
         factor=factor,
-        original_context=fields.integer(f"{key}.original_max_position_embeddings", 1, MAX_CONTEXT),
+        original_context=original_context,
         ext_factor=fields.positive(f"{key}.extrapolation_factor", default=1.0),
         attn_factor=_attn_factor(fields, key, factor),
         beta_fast=fields.positive(f"{key}.beta_fast", default=32.0),
         beta_slow=fields.positive(f"{key}.beta_slow", default=1.0),
     )
+
+
+def llama3_factors(
+    freq_base: float,
+    head_dim: int,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_context: int,
+) -> tuple[float, ...]:
+    """What divides the frequency of each pair: 1 for those that turn often within the original
+    context, `factor` for those that turn rarely, and blends between. In single precision."""
+    pairs = np.arange(0, head_dim, 2, dtype=np.float64)
+    turns = original_context * freq_base ** (-pairs / head_dim) / (2 * math.pi)
+    smooth = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    factors = 1 / ((1 - smooth) / factor + smooth)
+    return tuple(factors.astype(np.float32).tolist())
+
+
+def _llama3_bounds(fields: JsonFile, key: str) -> tuple[float, float]:
+    """Turns within the original context below and above which nothing is blended."""
+    low = fields.positive(f"{key}.low_freq_factor")
+    high = fields.positive(f"{key}.high_freq_factor")
+    if high <= low:
+        raise fields.error(
+            f"{key}.high_freq_factor",
+            f"expected more than low_freq_factor, {low:g}, found {high:g}",
+            "correct it",
+        )
+    return low, high
 
 
 def _parameters(config: JsonFile) -> tuple[str, dict[str, Any]]:
@@ -58,11 +108,10 @@ def _parameters(config: JsonFile) -> tuple[str, dict[str, Any]]:
     return ("rope_parameters", new) if new else ("rope_scaling", old)
 
 
-def _check_settings(fields: JsonFile, key: str, params: dict[str, Any], *, is_yarn: bool) -> None:
+def _check_settings(fields: JsonFile, key: str, params: dict[str, Any], settings: set[str]) -> None:
     """Raise OrthrusError for settings that would change the result and that we do not know."""
-    known = _COMMON | _YARN if is_yarn else _COMMON
     for name, value in params.items():
-        if name not in known and value is not None:
+        if name not in _COMMON | settings and value is not None:
             raise fields.error(f"{key}.{name}", f"found {describe(value)}", _ADVICE)
     if params.get("partial_rotary_factor") not in (None, 1):
         raise fields.error(f"{key}.partial_rotary_factor", "is not 1", _ADVICE)
@@ -70,11 +119,13 @@ def _check_settings(fields: JsonFile, key: str, params: dict[str, Any], *, is_ya
         raise fields.error(f"{key}.truncate", "is not true", "llama.cpp always truncates")
 
 
-def _freq_base(config: JsonFile, fields: JsonFile, key: str) -> float:
+def _freq_base(config: JsonFile, fields: JsonFile, key: str, default: float | None) -> float:
     inner, outer = fields.values.get(f"{key}.rope_theta"), config.values.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
         raise config.error("rope_theta", f"contradicts {key}", "remove the wrong one")
-    return config.positive("rope_theta") if inner is None else fields.positive(f"{key}.rope_theta")
+    if inner is None:
+        return config.positive("rope_theta", default)
+    return fields.positive(f"{key}.rope_theta")
 
 
 def _attn_factor(fields: JsonFile, key: str, factor: float) -> float:

@@ -9,8 +9,9 @@ import gguf
 from orthrus_converters.encode import Importance, Job
 from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
-from orthrus_converters.type_plan import Fallback, TypeChoice, TypePlan
+from orthrus_converters.type_plan import Fallback, TypeChoice, TypePlan, plan_types
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
 
 _Type = gguf.GGMLQuantizationType
@@ -21,7 +22,25 @@ _ALWAYS = (_Type.IQ1_S, _Type.IQ2_XXS, _Type.IQ2_XS)
 _IN_LAYERS = (*_ALWAYS, _Type.IQ1_M, _Type.IQ2_S, _Type.IQ3_XXS)
 
 
-def make_jobs(
+def plan_jobs(
+    tensors: Mapping[str, SourceTensor],
+    config: ModelConfig,
+    choice: TypeChoice,
+    imatrix: Imatrix | None,
+    *,
+    allow_requantize: bool = False,
+) -> tuple[dict[str, Job], list[str]]:
+    """One job per tensor of a model of shape `config`, in the order of `tensors`; and remarks.
+
+    Raises OrthrusError if a quantized tensor would be quantized again without `allow_requantize`,
+    if a type needs importance values that there are not, or if a flag matches nothing.
+    """
+    plan = plan_types(tensors, config, choice, has_imatrix=imatrix is not None)
+    jobs = _make_jobs(tensors, plan, choice, imatrix, allow_requantize=allow_requantize)
+    return jobs, _notes_on(plan, jobs, imatrix)
+
+
+def _make_jobs(
     tensors: Mapping[str, SourceTensor],
     plan: TypePlan,
     choice: TypeChoice,
@@ -29,11 +48,6 @@ def make_jobs(
     *,
     allow_requantize: bool,
 ) -> dict[str, Job]:
-    """One job per tensor, in the order of `tensors`.
-
-    Raises OrthrusError if a quantized tensor would be quantized again without `allow_requantize`,
-    or if a type needs importance values that there are not.
-    """
     jobs: dict[str, Job] = {}
     for name, source in tensors.items():
         kind = plan.types[name]
@@ -78,7 +92,7 @@ def _needs_imatrix(name: str, kind: gguf.GGMLQuantizationType, choice: TypeChoic
     return kind in _IN_LAYERS or (kind == _Type.Q2_K and in_q2_k_s)
 
 
-def notes_on(plan: TypePlan, jobs: Mapping[str, Job], imatrix: Imatrix | None) -> list[str]:
+def _notes_on(plan: TypePlan, jobs: Mapping[str, Job], imatrix: Imatrix | None) -> list[str]:
     """What did not go as the flags say: types that do not fit, tensors that the imatrix lacks."""
     notes = [
         f"{_and_more(names)}: rows of {first.source.columns} are no multiple of the qblock of "

@@ -68,6 +68,13 @@ class JsonFile:
             raise self.error(key, f"expected an object, found {describe(value)}", _DOWNLOAD)
         return value
 
+    def array(self, key: str) -> list[Any]:
+        """A list; empty if the key is absent or null."""
+        value = self._get(key, [])
+        if not isinstance(value, list):
+            raise self.error(key, f"expected a list, found {describe(value)}", _DOWNLOAD)
+        return value
+
     def _get(self, key: str, default: Any) -> Any:
         """The value of `key`; the default stands in for an absent key and for null."""
         value = self.values.get(key)

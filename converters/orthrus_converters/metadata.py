@@ -1,4 +1,4 @@
-"""The keys of the files: what llama.cpp's converter writes for Qwen3, and the diffusion heads'."""
+"""The keys of the files: what llama.cpp's converter writes, and those of the diffusion heads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from orthrus_converters.json_file import JsonFile, describe
 from orthrus_converters.vocabulary import DEFAULT_TEMPLATE, Vocabulary
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.model.architectures import LLAMA, QWEN3
 from orthrus_gguf.model.config import ModelConfig, Rope
 
 #: Files beside config.json that the general metadata comes from.
@@ -109,31 +110,44 @@ def add_model(writer: gguf.GGUFWriter, config: ModelConfig, file_type: FileType)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_file_type(file_type.number)
+    if config.architecture is LLAMA:
+        writer.add_vocab_size(config.n_vocab)
+        writer.add_rope_dimension_count(config.head_dim)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
-    """The base, and for YaRN the scaling, whose finer settings are left out at their defaults."""
-    plain = Rope(rope.freq_base)
-    if rope != plain:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    """The base, and the scaling, whose finer settings are left out at their defaults. (Frequency
+    factors are a tensor.)"""
+    if rope.ext_factor:
+        _add_yarn(writer, rope)
+    elif rope.factor != 1.0:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
-        writer.add_rope_scaling_orig_ctx_len(rope.original_context)
-        if rope.ext_factor != 1.0:
-            writer.add_rope_scaling_yarn_ext_factor(rope.ext_factor)
-        if rope.attn_factor != plain.attn_factor:
-            writer.add_rope_scaling_yarn_attn_factor(rope.attn_factor)
-        if rope.beta_fast != plain.beta_fast:
-            writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
-        if rope.beta_slow != plain.beta_slow:
-            writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
     writer.add_rope_freq_base(rope.freq_base)
+
+
+def _add_yarn(writer: gguf.GGUFWriter, rope: Rope) -> None:
+    plain = Rope(rope.freq_base)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(rope.factor)
+    writer.add_rope_scaling_orig_ctx_len(rope.original_context)
+    if rope.ext_factor != 1.0:
+        writer.add_rope_scaling_yarn_ext_factor(rope.ext_factor)
+    if rope.attn_factor != plain.attn_factor:
+        writer.add_rope_scaling_yarn_attn_factor(rope.attn_factor)
+    if rope.beta_fast != plain.beta_fast:
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+    if rope.beta_slow != plain.beta_slow:
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
 
 
 def add_heads(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     """What the diffusion view needs beside its tensors."""
     assert config.block_size is not None
     assert config.mask_token is not None
+    if config.architecture is not QWEN3:
+        writer.add_string(keys.BASE_ARCHITECTURE, config.architecture.name)
     writer.add_uint32(keys.BLOCK_SIZE, config.block_size)
     writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
 
@@ -187,7 +201,11 @@ def add_tokenizer(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     }
     for name, id_ in vocabulary.special.items():
         writer.add_uint32(ids[name], id_)
-    flags = {"add_bos_token": names.ADD_BOS, "add_space_prefix": names.ADD_PREFIX}
+    flags = {
+        "add_bos_token": names.ADD_BOS,
+        "add_eos_token": names.ADD_EOS,
+        "add_space_prefix": names.ADD_PREFIX,
+    }
     for name, value in vocabulary.flags.items():
         writer.add_bool(flags[name], value)
     _add_templates(writer, vocabulary)

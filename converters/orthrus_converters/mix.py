@@ -64,7 +64,8 @@ _FIRST_FFN_DOWN = {
 class Mix:
     """The rules of one mix for one model.
 
-    name: of the file type. default: its usual type. gqa: query heads per KV head.
+    name: of the file type. default: its usual type. gqa: query heads per KV head. small_v: attn_v
+    is so small beside the rest of the model that it gets Q5_K at least (llama.cpp calls it 70B).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Mix:
     gqa: int
     tied: bool
     has_imatrix: bool
+    small_v: bool = False
 
     def matrix(self, part: str, index: int) -> Kind:
         """The type of a layer's `part` (such as `attn_v`).
@@ -80,7 +82,9 @@ class Mix:
         index: how many tensors of this part came before, in the order of layers.
         """
         if part == "attn_v":
-            return self._attn_v(index)
+            kind = self._attn_v(index)
+            small = self.small_v and self.name not in _TINY
+            return _Type.Q5_K if small and kind in (_Type.Q3_K, _Type.Q4_K) else kind
         if part == "ffn_down":
             return self._ffn_down(index)
         if part == "attn_output":

@@ -24,7 +24,7 @@ USAGE = f"""\
        {PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]
 """
 DESCRIPTION = f"""\
-Convert an Orthrus checkpoint to GGUF.
+Convert a model to GGUF: Qwen3, Qwen2 and Llama, with or without Orthrus heads.
 
 MODEL is a folder with safetensors, the id of a repository on the Hugging Face Hub, or a GGUF file.
 By default the new file holds base model and diffusion heads in MODEL's own types, so that nothing
@@ -115,7 +115,7 @@ def _add_packing_flags(parser: Parser) -> None:
     group.add_argument(
         "--split",
         action="store_true",
-        help="write a stock qwen3 model, which llama.cpp runs too, and its heads separately: "
+        help="write a stock model, which llama.cpp runs too, and its heads separately: "
         "OUT.gguf and OUT-heads.gguf",
     )
     group.add_argument(
@@ -127,7 +127,7 @@ def _add_packing_flags(parser: Parser) -> None:
         "--base",
         metavar="BASE.gguf",
         type=Path,
-        help="add --heads to this Qwen3 model, all of whose tensors keep every byte",
+        help="add --heads to this model, all of whose tensors keep every byte",
     )
     group.add_argument(
         "--heads", metavar="HEADS", help="with --base: folder, repository id or GGUF with heads"

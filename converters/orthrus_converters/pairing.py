@@ -1,4 +1,4 @@
-"""Do these heads belong to this base? Shapes and constants first, then the weights themselves.
+"""Do these heads belong to this base, as their weights tell?
 
 Heads were trained against the exact weights of their base. Where the source of the heads also has
 the AR weights, rows of every tensor are compared with those of the base: they must agree as well
@@ -8,7 +8,7 @@ as quantization allows, which is measured by quantizing the rows in question to 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import gguf
 import numpy as np
@@ -18,11 +18,7 @@ from orthrus_converters.source_tensor import SourceTensor, opened, read_rows, to
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.ggml.quantize import needs_importance, quantize
-from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD
-
-#: What must be equal. The trained context may differ: it changes no arithmetic.
-_IDENTITY = ("n_layers", "n_embd", "n_ff", "n_head", "n_head_kv", "head_dim", "n_vocab", "rms_eps")
 
 SAMPLED_ROWS = 8  # of each matrix
 ROUNDING = 1e-6  # relative square error that conversions between float types may leave (F16: 1e-7)
@@ -43,25 +39,6 @@ class Agreement:
     n_tensors: int
     worst: float
     name: str
-
-
-def check_constants(base: ModelConfig, heads: ModelConfig, base_name: str, heads_name: str) -> None:
-    """Raise OrthrusError unless shapes, vocabulary size, RoPE and epsilon are the same."""
-    pairs = [(name, getattr(base, name), getattr(heads, name)) for name in _IDENTITY]
-    pairs += [
-        (f"rope {name}", value, getattr(heads.rope, name))
-        for name, value in asdict(base.rope).items()
-    ]
-    differences = ", ".join(
-        f"{name} is {theirs:g}, the base has {ours:g}"
-        for name, ours, theirs in pairs
-        if not np.isclose(ours, theirs, rtol=1e-6, atol=0)  # GGUF keeps float32
-    )
-    if differences:
-        raise OrthrusError(
-            f"{heads_name}: these heads do not belong to {base_name}: {differences}; use the heads "
-            "and the base of the same model"
-        )
 
 
 def check_weights(

@@ -87,3 +87,13 @@ def check_outputs(request: Request, inputs: Sequence[Path]) -> None:
             if output.exists() and path.exists() and output.samefile(path):
                 raise OrthrusError(f"{output}: is an input of this conversion; choose another name")
         check_target(output, overwrite=request.overwrite)
+
+
+def check_headless(name: str, request: Request) -> None:
+    """Raise OrthrusError if the flags are about heads, which the model `name` does not hold."""
+    flag = "--split" if request.split else "--heads-type" if request.choice.heads else ""
+    if flag:
+        raise OrthrusError(
+            f"{name}: holds no diffusion heads, so there is nothing for {flag}; "
+            "leave it out, or add heads with --base MODEL.gguf --heads CHECKPOINT"
+        )

@@ -24,18 +24,25 @@ from orthrus_converters.gguf_source import (
     text,
 )
 from orthrus_converters.imatrix import Imatrix
-from orthrus_converters.jobs import make_jobs, notes_on
+from orthrus_converters.jobs import plan_jobs
 from orthrus_converters.metadata import imatrix_entries
-from orthrus_converters.plan import NewFile, Plan, Request, check_outputs, heads_path
+from orthrus_converters.plan import (
+    NewFile,
+    Plan,
+    Request,
+    check_headless,
+    check_outputs,
+    heads_path,
+)
 from orthrus_converters.source_tensor import SourceTensor
-from orthrus_converters.type_plan import plan_types
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.model.architectures import Architecture
 from orthrus_gguf.model.tensors import is_diffusion_tensor
 
 
 def plan_gguf(request: Request, path: Path, imatrix: Imatrix | None) -> Plan:
-    """Convert a GGUF that holds base and heads, or split it. Raises OrthrusError."""
+    """Convert a GGUF, or split it into base and heads. Raises OrthrusError."""
     check_outputs(request, [path])
     if is_heads_only(path):
         raise OrthrusError(
@@ -46,29 +53,23 @@ def plan_gguf(request: Request, path: Path, imatrix: Imatrix | None) -> Plan:
     config = source.config
     assert config is not None
     if not config.has_heads:
-        raise OrthrusError(
-            f"{path}: holds no diffusion heads: a plain Qwen3 model; add heads with "
-            f"orthrus-convert --base {path} --heads CHECKPOINT OUT.gguf, or use llama-quantize"
-        )
-    types = plan_types(source.tensors, config, request.choice, has_imatrix=imatrix is not None)
-    jobs = make_jobs(
-        source.tensors,
-        types,
-        request.choice,
-        imatrix,
-        allow_requantize=request.allow_requantize,
+        check_headless(str(path), request)
+    jobs, job_notes = plan_jobs(
+        source.tensors, config, request.choice, imatrix, allow_requantize=request.allow_requantize
     )
     entries = source.entries | imatrix_entries(imatrix, jobs.values())
     if request.choice.file_type is not None:
         entries[gguf.Keys.General.FILE_TYPE] = number(request.choice.file_type.number)
         entries[gguf.Keys.General.QUANTIZATION_VERSION] = number(gguf.GGML_QUANT_VERSION)
-    notes = [*source.notes, *notes_on(types, jobs, imatrix)]
+    notes = [*source.notes, *job_notes]
     if not request.split:
         return Plan([NewFile(request.output, new_writer(entries), [*jobs.values()])], notes)
-    return Plan(_split_files(request, entries, jobs), notes)
+    return Plan(_split_files(request, entries, jobs, config.architecture), notes)
 
 
-def _split_files(request: Request, entries: Entries, jobs: Mapping[str, Job]) -> list[NewFile]:
+def _split_files(
+    request: Request, entries: Entries, jobs: Mapping[str, Job], architecture: Architecture
+) -> list[NewFile]:
     base = [job for name, job in jobs.items() if not is_diffusion_tensor(name)]
     heads = [job for name, job in jobs.items() if is_diffusion_tensor(name)]
     heads_entries = _heads_entries(entries)
@@ -76,7 +77,7 @@ def _split_files(request: Request, entries: Entries, jobs: Mapping[str, Job]) ->
         file_type = uniform_file_type(request.choice.heads)
         heads_entries[gguf.Keys.General.FILE_TYPE] = number(file_type.number)
     return [
-        NewFile(request.output, new_writer(_base_entries(entries)), base),
+        NewFile(request.output, new_writer(_base_entries(entries, architecture)), base),
         NewFile(heads_path(request.output), new_writer(heads_entries), heads),
     ]
 
@@ -116,12 +117,13 @@ def merged_tensors(
 def merged_entries(base: Entries, heads: Entries) -> Entries:
     """Those of the base, under the other architecture, and what the heads add."""
     added = {key: entry for key, entry in heads.items() if belongs_to_heads(key)}
-    return rename(base, keys.ARCH_QWEN3, keys.ARCH_ORTHRUS) | added
+    architecture = str(base[gguf.Keys.General.ARCHITECTURE].value)
+    return rename(base, architecture, keys.ARCH_ORTHRUS) | added
 
 
-def _base_entries(entries: Entries) -> Entries:
+def _base_entries(entries: Entries, architecture: Architecture) -> Entries:
     kept = {key: entry for key, entry in entries.items() if not belongs_to_heads(key)}
-    return rename(kept, keys.ARCH_ORTHRUS, keys.ARCH_QWEN3)
+    return rename(kept, keys.ARCH_ORTHRUS, architecture.name)
 
 
 def _heads_entries(entries: Entries) -> Entries:

@@ -1,13 +1,12 @@
 """SentencePiece tokenizers (tokenizer.model) → Vocabulary of GGUF's `llama` kind.
 
 The sentencepiece package loads and checks the model but keeps its settings to itself, and those
-decide whether `llama` describes it. They are read from the model's protobuf here, which needs no
-more than varints and lengths. Field numbers: sentencepiece_model.proto.
+decide whether `llama` describes it. They are read from the model's protobuf here. Field numbers:
+sentencepiece_model.proto.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -20,9 +19,11 @@ from orthrus_converters.vocabulary import (
     added_tokens,
     chat_templates,
     fill_gaps,
+    prompt_flags,
     special_ids,
 )
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.text.vocab.protobuf import fields
 
 _Type = gguf.TokenType
 _ADDED_SCORE = -1000.0  # as llama.cpp's converter gives added tokens
@@ -67,7 +68,7 @@ def read_sentencepiece(
         special=special,
         flags={
             # The default of transformers' LlamaTokenizer and of llama.cpp
-            "add_bos_token": settings.boolean("add_bos_token", default="bos" in special),
+            **prompt_flags(settings, {"add_bos_token": "bos" in special}),
             "add_space_prefix": bool(_setting(data, _NORMALIZER, _DUMMY_PREFIX, 1)),
         },
         templates=chat_templates(folder, settings),
@@ -82,9 +83,9 @@ def _tokens(
     n_vocab: int,
 ) -> list[Token]:
     pieces = [_piece(processor, index) for index in range(processor.vocab_size())]
-    for index, piece in enumerate(value for number, value in _fields(data) if number == _PIECES):
+    for index, piece in enumerate(value for number, value in fields(data) if number == _PIECES):
         assert isinstance(piece, bytes)  # a message, in a model that has been loaded
-        if dict(_fields(piece)).get(_PIECE_TYPE) == _USER_DEFINED:
+        if dict(fields(piece)).get(_PIECE_TYPE) == _USER_DEFINED:
             pieces[index] = Token(pieces[index].text, _Type.USER_DEFINED, pieces[index].score)
     added = added_tokens(
         folder, settings, [], {piece.text: index for index, piece in enumerate(pieces)}
@@ -126,36 +127,7 @@ def _check_settings(path: Path, data: bytes) -> None:
 def _setting(data: bytes, message: int, field: int, default: int | bytes) -> int | bytes:
     """A field of one of the messages inside the model (the last one counts, as in protobuf)."""
     value = default
-    for number, body in _fields(data):
+    for number, body in fields(data):
         if number == message and isinstance(body, bytes):
-            value = dict(_fields(body)).get(field, value)
+            value = dict(fields(body)).get(field, value)
     return value
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protobuf message: (number, integer or contents)."""
-    position = 0
-    while position < len(data):
-        key, position = _varint(data, position)
-        kind = key & 7
-        if kind == 0:
-            value, position = _varint(data, position)
-            yield key >> 3, value
-            continue
-        size = {1: 8, 5: 4}.get(kind)
-        if size is None:
-            size, position = _varint(data, position)
-        yield key >> 3, data[position : position + size]
-        position += size
-
-
-def _varint(data: bytes, position: int) -> tuple[int, int]:
-    """A varint and the position after it."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        position += 1
-        if byte < 0x80:
-            return value, position

@@ -35,6 +35,10 @@ class SourceTensor:
     dtype: as the file calls it (`BF16`, `F16`, `F32`, a ggml type, or one that we cannot convert).
     shape: numpy order, rows first. A 1-D tensor is one row.
     offset: of the first byte, from the start of the file.
+    paired_heads: where it is not 0, reading interleaves the halves of so many heads: rows (elements
+        of a vector) i and i + head_dim / 2 of a head become 2i and 2i + 1, so that RoPE on adjacent
+        pairs turns the same ones together.
+    values: of a tensor that is computed from what the file `path` says, in F32, rather than read.
     """
 
     name: str
@@ -43,6 +47,8 @@ class SourceTensor:
     path: Path
     offset: int
     n_bytes: int
+    paired_heads: int = 0
+    values: tuple[float, ...] | None = None
 
     @property
     def columns(self) -> int:
@@ -84,6 +90,32 @@ def read_rows(descriptor: int, tensor: SourceTensor, first: int, count: int) -> 
     Does not move the file's position: threads may share the descriptor. Raises OrthrusError if the
     file ends before that.
     """
+    if tensor.values is not None:
+        values: NDArray[Any] = np.array(tensor.values, np.float32).reshape(-1, tensor.columns)
+        return values[first:][:count]
+    if not tensor.paired_heads:
+        return _read_as_they_lie(descriptor, tensor, first, count)
+    if len(tensor.shape) == 1:
+        elements = _read_as_they_lie(descriptor, tensor, 0, 1).reshape(-1, 1)
+        return _paired(elements, tensor.paired_heads).reshape(1, -1)
+    head_dim = tensor.n_rows // tensor.paired_heads
+    start = first - first % head_dim  # whole heads, since their rows are taken from all over them
+    n_heads = -(-(first + count - start) // head_dim)
+    rows = _paired(_read_as_they_lie(descriptor, tensor, start, n_heads * head_dim), n_heads)
+    wanted: NDArray[Any] = rows[first - start :][:count]
+    return wanted
+
+
+def _paired(rows: NDArray[Any], n_heads: int) -> NDArray[Any]:
+    """Rows of `n_heads` heads, the halves of each interleaved."""
+    halves = rows.reshape(n_heads, 2, -1, rows.shape[1])
+    paired: NDArray[Any] = halves.swapaxes(1, 2).reshape(rows.shape)
+    return paired
+
+
+def _read_as_they_lie(
+    descriptor: int, tensor: SourceTensor, first: int, count: int
+) -> NDArray[Any]:
     offset, left = tensor.offset + first * tensor.row_bytes, count * tensor.row_bytes
     parts: list[bytes] = []
     while left:

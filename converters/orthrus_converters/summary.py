@@ -17,8 +17,11 @@ def summary(plan: Plan, sizes: Sequence[int], verb: str = " wrote") -> str:
         of_kind = [job for job in jobs if job.kind == kind]
         lines.append(f"{kind.name:>6}  {len(of_kind):4} tensors  {human(_bytes(of_kind)):>9}")
     heads = _bytes([job for job in jobs if is_diffusion_tensor(job.name)])
-    base = _bytes(jobs) - heads
-    lines.append(f" heads  {human(heads)} on top of a base of {human(base)} (+{heads / base:.1%})")
+    if heads:
+        base = _bytes(jobs) - heads
+        lines.append(
+            f" heads  {human(heads)} on top of a base of {human(base)} (+{heads / base:.1%})"
+        )
     for file, size in zip(plan.files, sizes, strict=True):
         lines.append(f"{verb}  {file.path}  {human(size)}")
     return "\n".join(lines)

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from orthrus_converters.checkpoint import Checkpoint
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor, read_chunks
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.tensors import (
+    OUTPUT,
+    OUTPUT_NORM,
+    ROPE_FREQS,
+    TOKEN_EMBD,
+    base_tensors,
+    diffusion_tensors,
+)
 
 _GLOBAL = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output.weight": "lm_head.weight",
-    "output_norm.weight": "model.norm.weight",
+    TOKEN_EMBD: "model.embed_tokens.weight",
+    OUTPUT: "lm_head.weight",
+    OUTPUT_NORM: "model.norm.weight",
 }
+#: Parts of a layer in their order in the file; a weight stands before its bias.
 _LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -36,7 +46,7 @@ _LAYER = {
     "attn_q_norm_diff": "self_attn.q_norm_diff",
     "attn_k_norm_diff": "self_attn.k_norm_diff",
 }
-_LM_HEAD = _GLOBAL["output.weight"]
+_LM_HEAD = _GLOBAL[OUTPUT]
 _COMPARED = 1 << 20  # elements at a time
 
 
@@ -48,15 +58,18 @@ def has_heads(checkpoint: Checkpoint) -> bool:
 def match_weights(
     checkpoint: Checkpoint, config: ModelConfig, *, heads_only: bool = False
 ) -> dict[str, SourceTensor]:
-    """All weights by their names in the file, in its order: embedding, output, layers, final norm.
+    """All weights by their names in the file, in its order: what is computed, embedding, output,
+    layers, final norm. Rows of q and k are paired as the architecture asks.
 
     heads_only: weights of the AR view may be missing. Raises OrthrusError unless the checkpoint
     holds exactly the weights that `config` calls for, in the right shapes and in types that we
     read.
     """
-    heads = diffusion_tensors(config)
+    heads = diffusion_tensors(config) if config.has_heads else {}
     shapes = base_tensors(config) | heads
-    names = {name: _hf_name(name) for name in sorted(shapes, key=_position)}
+    computed = {ROPE_FREQS: _rope_freqs(checkpoint, config)} if ROPE_FREQS in shapes else {}
+    stored = [name for name in shapes if name not in computed]
+    names = {name: _hf_name(name) for name in sorted(stored, key=_position)}
     missing = [
         hf_name
         for name, hf_name in names.items()
@@ -75,22 +88,39 @@ def match_weights(
     }
     for name, source in weights.items():
         _check_weight(source, shapes[name])
-    return weights
+    if config.architecture.pairing is Pairing.ADJACENT:
+        weights = {name: _paired(name, source, config) for name, source in weights.items()}
+    return computed | weights
+
+
+def _rope_freqs(checkpoint: Checkpoint, config: ModelConfig) -> SourceTensor:
+    """The factors that config.json asks for, as a tensor."""
+    values = config.rope.freq_factors
+    assert values is not None
+    path = checkpoint.folder / "config.json"
+    return SourceTensor(ROPE_FREQS, "F32", (len(values),), path, 0, 4 * len(values), values=values)
+
+
+def _paired(name: str, source: SourceTensor, config: ModelConfig) -> SourceTensor:
+    """With the heads of q and k as RoPE on adjacent pairs needs them."""
+    part = name.split(".")[-2]
+    heads = {"attn_q": config.n_head, "attn_k": config.n_head_kv}
+    return replace(source, paired_heads=heads.get(part.removesuffix("_diff"), 0))
 
 
 def _hf_name(name: str) -> str:
     if name in _GLOBAL:
         return _GLOBAL[name]
-    _, layer, part, _ = name.split(".")
-    return f"model.layers.{layer}.{_LAYER[part]}.weight"
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
 
 
-def _position(name: str) -> tuple[int, int, int]:
+def _position(name: str) -> tuple[int, int, int, str]:
     """Sort key: where a tensor stands in the file."""
     if not name.startswith("blk."):
-        return 2 * (name == "output_norm.weight"), list(_GLOBAL).index(name), 0
-    _, layer, part, _ = name.split(".")
-    return 1, int(layer), list(_LAYER).index(part)
+        return 2 * (name == OUTPUT_NORM), list(_GLOBAL).index(name), 0, ""
+    _, layer, part, kind = name.split(".")
+    return 1, int(layer), list(_LAYER).index(part), "" if kind == "weight" else kind
 
 
 def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -> None:
@@ -101,19 +131,19 @@ def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -
         # Computed from config.json; old versions of transformers stored it.
         if name not in used and not name.endswith(".rotary_emb.inv_freq")
     ]
-    if config.tied and {_LM_HEAD, _GLOBAL["token_embd.weight"]} <= set(checkpoint.tensors):
+    if config.tied and {_LM_HEAD, _GLOBAL[TOKEN_EMBD]} <= set(checkpoint.tensors):
         _check_tied(checkpoint.tensors)
         unused.remove(_LM_HEAD)
     if unused:
         raise OrthrusError(
             f"{checkpoint.tensors[unused[0]].path}: weight {unused[0]}{_more(unused)} has no place "
-            "in an Orthrus model; the checkpoint is of another architecture"
+            f"in a model of architecture {config.architecture.name}; the checkpoint is of another"
         )
 
 
 def _check_tied(tensors: Mapping[str, SourceTensor]) -> None:
     """Raise OrthrusError unless the stored head is the copy of the embedding that it should be."""
-    head, embedding = tensors[_LM_HEAD], tensors[_GLOBAL["token_embd.weight"]]
+    head, embedding = tensors[_LM_HEAD], tensors[_GLOBAL[TOKEN_EMBD]]
     _check_weight(head, embedding.shape)
     _check_weight(embedding, embedding.shape)
     chunks = zip(read_chunks(head, _COMPARED), read_chunks(embedding, _COMPARED), strict=True)

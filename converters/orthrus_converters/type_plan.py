@@ -13,6 +13,7 @@ from orthrus_converters.file_types import TENSOR_TYPES, FileType
 from orthrus_converters.mix import Mix
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LLAMA, QWEN2
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
 
@@ -156,13 +157,16 @@ def _mix(config: ModelConfig, choice: TypeChoice, *, has_imatrix: bool) -> Mix |
     file_type = choice.file_type
     if file_type is None or file_type.weights.name in FLOAT_DTYPES or choice.pure:
         return None
+    gqa = config.n_head // config.n_head_kv
     return Mix(
         name=file_type.name,
         default=file_type.weights,
         n_layers=config.n_layers,
-        gqa=config.n_head // config.n_head_kv,
+        gqa=gqa,
         tied=config.tied,
         has_imatrix=has_imatrix,
+        small_v=config.n_layers == 80
+        and (config.architecture is QWEN2 or (config.architecture is LLAMA and gqa > 1)),
     )
 
 

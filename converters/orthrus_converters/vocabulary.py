@@ -194,6 +194,15 @@ def special_ids(settings: JsonFile, config: JsonFile, tokens: Sequence[Token]) -
     return found
 
 
+def prompt_flags(settings: JsonFile, defaults: Mapping[str, bool]) -> dict[str, bool]:
+    """`add_bos_token` and `add_eos_token`: from tokenizer_config.json, else from `defaults`."""
+    flags = dict(defaults)
+    for name in ("add_bos_token", "add_eos_token"):
+        if settings.values.get(name) is not None:
+            flags[name] = settings.boolean(name, default=False)
+    return flags
+
+
 def chat_templates(folder: Path, settings: JsonFile) -> dict[str, str]:
     """Chat templates by name: from tokenizer_config.json, else from chat_template.jinja."""
     value = settings.values.get("chat_template")

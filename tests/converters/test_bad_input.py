@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from damage import Damage, check_refusal, config, header, remove, resize, text, weights, yarn
+from damage import (
+    Damage,
+    check_refusal,
+    config,
+    header,
+    llama3,
+    remove,
+    resize,
+    text,
+    weights,
+    yarn,
+)
 from hf_checkpoint import CONFIG, shapes, write_checkpoint, write_json
 from orthrus_converters import cli
 
@@ -40,7 +51,28 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         text("config.json", "version https://git-lfs.github.com/spec/v1\n"),
         ("git lfs pull",),
     ),
-    "other model": (config(model_type="llama"), ('model_type: expected "qwen3", found "llama"',)),
+    "other model": (
+        config(model_type="gemma3"),
+        ('model_type: expected "qwen3", "qwen2", "llama" or "mistral", found "gemma3"',),
+    ),
+    "a list of models": (config(model_type=["llama"]), ("model_type: expected", "a list of 1")),
+    "no model": (config(model_type=...), ("model_type: expected", "found null")),
+    "weights of another model": (
+        config(model_type="llama"),
+        ("model.layers.0.self_attn.q_norm.weight", "has no place in a model of architecture llama"),
+    ),
+    "Qwen2 without biases": (
+        config(model_type="qwen2"),
+        ("weight model.layers.0.self_attn.q_proj.bias", "is missing"),
+    ),
+    "Llama with biases": (
+        config(model_type="llama", attention_bias=True),
+        ("attention_bias: expected false, found true", "plain llama models"),
+    ),
+    "Mistral with a window": (
+        config(model_type="mistral", sliding_window=4096),
+        ("sliding_window: expected nothing, found 4096",),
+    ),
     "attention bias": (config(attention_bias=True), ("attention_bias: expected false",)),
     "mlp bias": (config(mlp_bias=True), ("mlp_bias",)),
     "activation": (config(hidden_act="gelu"), ('hidden_act: expected "silu", found "gelu"',)),
@@ -80,9 +112,30 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("rope_parameters: contradicts rope_scaling",),
     ),
     "rope is a list": (config(rope_parameters=[1]), ("rope_parameters: expected an object",)),
-    "linear rope": (
-        config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2}),
-        ('rope_scaling.rope_type: found "linear"', "only plain RoPE and YaRN are supported"),
+    "dynamic rope": (
+        config(rope_parameters=None, rope_theta=1e4, rope_scaling={"type": "dynamic", "factor": 2}),
+        ('rope_scaling.rope_type: found "dynamic"', "only plain RoPE, linear scaling, Llama 3's"),
+    ),
+    "rope of no kind": (
+        config(rope_parameters={"rope_theta": 1e4, "rope_type": ["yarn"]}),
+        ("rope_parameters.rope_type: found a list of 1",),
+    ),
+    "linear without factor": (
+        config(rope_parameters={"rope_theta": 1e4, "rope_type": "linear"}),
+        ("rope_parameters.factor: is missing",),
+    ),
+    "llama3 of Qwen3": (
+        llama3(),
+        ("rope_parameters: has Llama 3's scaling", "GGUF files of qwen3 models have no place"),
+    ),
+    "llama3 without bounds": (llama3(low_freq_factor=...), ("low_freq_factor: is missing",)),
+    "llama3 without original": (
+        llama3(original_max_position_embeddings=...),
+        ("rope_parameters.original_max_position_embeddings: is missing",),
+    ),
+    "llama3 of equal bounds": (
+        llama3(low_freq_factor=4.0),
+        ("high_freq_factor: expected more than low_freq_factor, 4, found 4",),
     ),
     "factor without kind": (
         config(rope_parameters={"rope_theta": 1e4, "factor": 2.0}),
@@ -103,7 +156,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "yarn untruncated": (yarn(truncate=False), ("rope_parameters.truncate",)),
     # Weights
     "no weights": (remove("model.safetensors"), ("no weights: expected model.safetensors",)),
-    "plain Qwen3": (weights(drop_heads), ("holds no diffusion heads", "a plain qwen3")),
+    "no heads": (
+        weights(drop_heads),
+        ("holds no diffusion heads", "though config.json has a block_size"),
+    ),
     "a head is missing": (
         weights(lambda values: values.pop(DIFF)),
         (f"weight {DIFF} is missing",),
@@ -114,11 +170,11 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "another layer": (
         config(num_hidden_layers=1),
-        ("model.layers.1.", "(and 16 more) has no place in an Orthrus model"),
+        ("model.layers.1.", "(and 16 more) has no place in a model of architecture qwen3"),
     ),
     "a bias": (
         weights(lambda values: values.update({"model.norm.bias": np.ones(64, np.float32)})),
-        ("weight model.norm.bias has no place in an Orthrus model",),
+        ("weight model.norm.bias has no place in a model of architecture qwen3",),
     ),
     "wrong shape": (
         weights(lambda values: values.update({Q: values[Q].T.copy()})),
@@ -178,9 +234,13 @@ def test_damaged_checkpoints(name: str, tiny: Path, convert: Callable[..., Any])
     check_refusal(convert(tiny), *expected)
 
 
-def test_a_plain_model_cannot_be_split(tiny: Path, convert: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("flag", ["--split", "--heads-type=q8_0"])
+def test_a_plain_model_has_no_heads(flag: str, tiny: Path, convert: Callable[..., Any]) -> None:
     weights(drop_heads)(tiny)
-    check_refusal(convert(tiny, "--split"), "holds no diffusion heads", "nothing to split")
+    config(block_size=..., mask_token_id=...)(tiny)
+    expected = f"so there is nothing for {flag.split('=')[0]}"
+    check_refusal(convert(tiny, flag), "holds no diffusion heads", expected)
+    assert convert(tiny).code == 0
 
 
 SHARDS = tuple(f"model-{shard:05d}-of-00003.safetensors" for shard in (1, 2, 3))

@@ -21,11 +21,34 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
                 pattern={"Regex": r"\p{N}{1,3}"}
             )
         ),
-        ("pre_tokenizer.Split.pattern", "only the tokenizer of Qwen2 and Qwen3 is supported"),
+        (
+            'pre_tokenizer: cuts text with "\\\\p{N}{1,3}", after NFC, minding merges',
+            "no name in GGUF",
+        ),
     ),
     "no split": (
         tokens(lambda t: t.update(pre_tokenizer=None)),
-        ("pre_tokenizer: expected Split",),
+        ("pre_tokenizer: expected ByteLevel as its last stage",),
+    ),
+    "pre-tokenizer is a list of text": (
+        tokens(lambda t: t["pre_tokenizer"].update(pretokenizers=["Split"])),
+        ("pre_tokenizer: found a list of 1",),
+    ),
+    "a stage of another kind": (
+        tokens(lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Metaspace"})),
+        ('pre_tokenizer: found the stage "Metaspace"',),
+    ),
+    "a split that is no regex": (
+        tokens(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"String": " "})),
+        ("pre_tokenizer.Split.pattern: found an object",),
+    ),
+    "a split that removes": (
+        tokens(lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed")),
+        ('pre_tokenizer.Split.behavior: found "Removed"',),
+    ),
+    "digits together": (
+        tokens(lambda t: t["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits"})),
+        ("pre_tokenizer.Digits.individual_digits: found null",),
     ),
     "prefix space": (
         tokens(lambda t: t["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True)),
@@ -44,11 +67,11 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
                 }
             )
         ),
-        ("post_processor: adds special tokens",),
+        ("post_processor: adds other tokens than BOS and EOS",),
     ),
     "post-processor of BERT": (
         tokens(lambda t: t.update(post_processor={"type": "BertProcessing", "sep": ["x", 1]})),
-        ("post_processor: adds special tokens",),
+        ('post_processor: found "BertProcessing"',),
     ),
     "unigram": (
         tokens(lambda t: t["model"].update(type="Unigram")),
@@ -56,7 +79,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "ignores merges": (
         tokens(lambda t: t["model"].update(ignore_merges=True)),
-        ("model.ignore_merges: found true",),
+        ("pre_tokenizer: cuts text with", "after NFC, ignoring merges"),
     ),
     "byte fallback": (
         tokens(lambda t: t["model"].update(byte_fallback=True)),

@@ -365,9 +365,9 @@ def test_wrong_kinds(
     for pair, expected in (
         ((whole, checkpoint), "holds diffusion heads already"),
         ((heads, checkpoint), "holds only diffusion heads"),
-        ((checkpoint, checkpoint), "--base takes a Qwen3 GGUF file"),
+        ((checkpoint, checkpoint), "--base takes a GGUF file"),
         ((tmp_path / "no.gguf", checkpoint), "no.gguf: no such file"),
-        ((base("q8_0"), base("q8_0")), "holds no diffusion heads"),
+        ((base("q8_0"), base("q8_0")), "holds no diffusion heads; name an Orthrus model"),
         ((base("q8_0"), folder), "holds no diffusion heads"),
         ((base("q8_0"), tmp_path / "no.gguf"), "no.gguf: no such file"),
         ((base("q8_0"), tmp_path / "nothing"), "nothing: no such folder"),

@@ -20,6 +20,7 @@ from orthrus_converters.type_plan import TypeChoice, parse_override, plan_types
 from synthetic_model import model_shape
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3, Architecture
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
 
@@ -375,3 +376,31 @@ def test_rows_that_do_not_divide(
 def test_overrides_raise_orthrus_errors() -> None:
     with pytest.raises(OrthrusError, match="expected REGEX=TYPE"):
         parse_override("nothing")
+
+
+#: Q3_K_M of 80 layers: attn_v as ever, and where llama.cpp takes the model for one of 70B.
+OF_80 = {False: ["Q5_K"] * 2 + ["Q4_K"] * 78, True: ["Q5_K"] * 80}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "n_head_kv", "small_v"),
+    [(LLAMA, 2, True), (LLAMA, 4, False), (QWEN2, 2, True), (QWEN2, 4, True), (QWEN3, 2, False)],
+)
+def test_attn_v_of_the_largest_models(
+    architecture: Architecture, n_head_kv: int, small_v: bool
+) -> None:
+    config = replace(shape(80, 4, n_head_kv, tied=False), architecture=architecture)
+
+    def attn_v(config: ModelConfig, mix: str) -> list[str]:
+        tensors = {
+            name: SourceTensor(name, "BF16", shape, Path("x"), 0, 0)
+            for name, shape in base_tensors(config).items()
+        }
+        choice = TypeChoice(FILE_TYPES[mix])
+        types = plan_types(tensors, config, choice, has_imatrix=False).types
+        return [types[f"blk.{i}.attn_v.weight"].name for i in range(config.n_layers)]
+
+    assert attn_v(config, "q3_k_m") == OF_80[small_v]
+    assert attn_v(config, "q6_k") == ["Q6_K"] * 80
+    assert set(attn_v(config, "iq2_s")) == {"IQ3_S"}
+    assert attn_v(replace(config, n_layers=79), "q3_k_m") == OF_80[False][:79]

@@ -172,7 +172,8 @@ def test_parts_are_not_models(
 ) -> None:
     base, heads, _ = split_and_merge(made("bf16"), tmp_path)
     capsys.readouterr()
-    check_refusal(convert(base), "holds no diffusion heads", "--base", "--heads CHECKPOINT")
+    check_refusal(convert(base, "--split"), "holds no diffusion heads", "nothing for --split")
+    check_refusal(convert(base, "--heads-type=q8_0"), "nothing for --heads-type", "--base MODEL")
     check_refusal(convert(heads), "holds only diffusion heads", f"--heads {heads}")
     check_refusal(convert(made("bf16"), "--merge"), "not beside it, as bf16-heads.gguf; name them")
     merged_twice = convert(made("bf16"), "--merge", "--heads", str(heads))

@@ -121,14 +121,17 @@ def tokens(change: Callable[[dict[str, Any]], object]) -> Damage:
     return apply
 
 
+def rope(settings: dict[str, Any]) -> Damage:
+    kept = {key: value for key, value in settings.items() if value is not ...}
+    return config(rope_parameters=kept)
+
+
 def yarn(**changes: Any) -> Damage:
-    settings = {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 4.0,
-        "original_max_position_embeddings": 32,
-        **changes,
-    }
-    return config(
-        rope_parameters={key: value for key, value in settings.items() if value is not ...}
-    )
+    settings = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    return rope({**settings, "original_max_position_embeddings": 32, **changes})
+
+
+def llama3(**changes: Any) -> Damage:
+    settings = {"rope_type": "llama3", "rope_theta": 1e6, "factor": 4.0}
+    settings |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    return rope({**settings, "original_max_position_embeddings": 32, **changes})

@@ -37,6 +37,45 @@ CONFIG: dict[str, Any] = {
     "vocab_size": 270,
 }
 
+#: The same with biases, without norms of q and k, and tied, as Qwen2 has it.
+QWEN2_CONFIG: dict[str, Any] = {
+    **{key: value for key, value in CONFIG.items() if key not in ("attention_bias", "head_dim")},
+    "model_type": "qwen2",
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    "use_sliding_window": False,
+    "sliding_window": 32,
+}
+
+#: Neither biases nor such norms; frequency factors that keep, blend and scale frequencies.
+LLAMA_CONFIG: dict[str, Any] = {
+    **CONFIG,
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+
+_ARCHITECTURES = {
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` of the same model without heads."""
+    kept = {k: v for k, v in config.items() if k not in ("block_size", "mask_token_id")}
+    return {**kept, "architectures": [_ARCHITECTURES[config["model_type"]]]}
+
+
 MERGES = [("a", "b"), ("Ġ", "a"), ("Ġa", "b")]
 ADDED = ["<|end|>", "<think>", "<|mask|>"]  # ids 259, 260, 261; the rest up to 270 is unused
 
@@ -107,7 +146,8 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights, as the official implementation names them."""
     hidden, ff, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     head_dim = config.get("head_dim", hidden // config["num_attention_heads"])
-    q, kv = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    n_head = config["num_attention_heads"]
+    q, kv = n_head * head_dim, config.get("num_key_value_heads", n_head) * head_dim
     result: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocab, hidden),
         "model.norm.weight": (hidden,),
@@ -116,14 +156,18 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         result["lm_head.weight"] = (vocab, hidden)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        for view in ("", "_diff"):
+        for view in ("", "_diff") if "block_size" in config else ("",):
             attention = f"{prefix}.self_attn"
             result[f"{attention}.q_proj{view}.weight"] = (q, hidden)
             result[f"{attention}.k_proj{view}.weight"] = (kv, hidden)
             result[f"{attention}.v_proj{view}.weight"] = (kv, hidden)
             result[f"{attention}.o_proj{view}.weight"] = (hidden, q)
-            result[f"{attention}.q_norm{view}.weight"] = (head_dim,)
-            result[f"{attention}.k_norm{view}.weight"] = (head_dim,)
+            if config["model_type"] == "qwen3":
+                result[f"{attention}.q_norm{view}.weight"] = (head_dim,)
+                result[f"{attention}.k_norm{view}.weight"] = (head_dim,)
+            if config["model_type"] == "qwen2":
+                for part, rows in (("q", q), ("k", kv), ("v", kv)):
+                    result[f"{attention}.{part}_proj{view}.bias"] = (rows,)
         result[f"{prefix}.mlp.gate_proj.weight"] = (ff, hidden)
         result[f"{prefix}.mlp.up_proj.weight"] = (ff, hidden)
         result[f"{prefix}.mlp.down_proj.weight"] = (hidden, ff)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import struct
-
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
 from orthrus_gguf.gguf.fields import Fields
+from orthrus_gguf.text.vocab.protobuf import integer, message, single
 from orthrus_gguf.text.vocab.vocabulary import (
     Defaults,
     Keys,
@@ -60,40 +59,16 @@ def _model_proto(vocabulary: Vocabulary, scores: list[float], *, space_prefix: b
     Text is taken as it is: GGUF files keep no normalization rules for this kind of vocabulary.
     """
     pieces = [
-        _message(1, _message(1, text.encode()) + _float(2, score) + _int(3, _piece_type(kind)))
+        message(1, message(1, text.encode()) + single(2, score) + integer(3, _piece_type(kind)))
         for text, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True)
     ]
     byte_fallback = TokenType.BYTE in vocabulary.types
-    trainer = _int(3, 2) + _int(35, byte_fallback)  # model_type = BPE, byte_fallback
+    trainer = integer(3, 2) + integer(35, byte_fallback)  # model_type = BPE, byte_fallback
     # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
-    normalizer = _int(3, space_prefix) + _int(4, False) + _int(5, True)
-    return b"".join(pieces) + _message(2, trainer) + _message(3, normalizer)
+    normalizer = integer(3, space_prefix) + integer(4, False) + integer(5, True)
+    return b"".join(pieces) + message(2, trainer) + message(3, normalizer)
 
 
 def _piece_type(kind: int) -> int:
     """The numbers are the same; but what is cut out of the text first must not match again."""
     return TokenType.CONTROL if kind == TokenType.USER_DEFINED else kind
-
-
-def _int(field: int, value: int) -> bytes:
-    """A protobuf integer field."""
-    return _varint(field << 3) + _varint(value)
-
-
-def _float(field: int, value: float) -> bytes:
-    """A protobuf float field."""
-    return _varint(field << 3 | 5) + struct.pack("<f", value)
-
-
-def _message(field: int, data: bytes) -> bytes:
-    """A protobuf field of bytes: a string or a message."""
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    groups = bytearray()
-    while value > 0x7F:
-        groups.append(value & 0x7F | 0x80)
-        value >>= 7
-    groups.append(value)
-    return bytes(groups)
