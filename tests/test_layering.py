@@ -1,11 +1,16 @@
-"""Dependencies point one way: read from the import statements, not from what happens to load."""
+"""Dependencies point one way: read from the import statements, not from what happens to load.
+
+A *room* is a folder or a module directly in `orthrus_gguf`, or one of the other packages. Imports
+in functions and under `TYPE_CHECKING` count like any other.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,180 +18,188 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = (
     ROOT / "orthrus_gguf",
-    ROOT / "converters/orthrus_converters",
-    ROOT / "kernels/orthrus_kernels",
+    *sorted((ROOT / "converters").glob("orthrus_*")),
+    *sorted((ROOT / "kernels").glob("orthrus_*")),
 )
 
-#: Room → rooms that it may import. A room is a module of orthrus_gguf or a folder in it.
-ALLOWED = {
+#: Room → rooms that it may import.
+ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "command": {"__init__", "errors"},
+    "this_machine": {"__init__"},
     "gguf": {"errors"},
-    "config": {"errors", "gguf"},
-    "tensors": {"config", "errors", "gguf"},
-    "model_file": {"config", "errors", "gguf", "tensors"},
-    "cache_layout": {"config", "errors"},
-    "inspection": {"cache_layout", "config", "errors", "gguf", "model_file", "tensors"},
-    "segments": {"config"},
-    "sampling": {"errors"},
-    "stop": {"errors"},
-    "vocab": {"errors", "gguf"},
-    "tokenizer": {"errors", "gguf", "vocab"},
-    "chat": {"errors", "gguf", "tokenizer"},
-    "chat_worker": set(),
     "ggml": {"errors"},
+    "model": {"errors", "gguf"},
+    "text": {"errors", "gguf"},
+    "sampling": {"errors"},
     "runtime": {
-        "cache_layout",
-        "config",
-        "errors",
-        "gguf",
-        "ggml",
-        "model_file",
-        "policy",
-        "sampling",
-        "segments",
-        "tensors",
+        *("errors", "ggml", "gguf", "model", "orthrus_cpu_kernels", "orthrus_kernels", "sampling"),
     },
-    "drafts": {"config", "sampling", "segments"},
-    "lookup": {"drafts"},
-    "policy": {"drafts", "errors", "segments"},
-    "decode": {"drafts", "lookup", "policy", "sampling", "segments"},
-    "acceptance": {"drafts", "policy"},
-    "costs": {"policy"},
-    "machine": {"__init__"},
-    "calibration": {"__init__", "costs", "machine", "policy", "segments"},
-    "outlook": {"drafts", "policy"},
-    "riders": {"drafts", "policy"},
-    "controller": {"acceptance", "costs", "drafts", "outlook", "policy", "riders"},
-    "statistics": {"decode"},
-    "qwen3_shapes": {"config"},
-    "prediction": {"config", "errors", "qwen3_shapes", "tensors"},
-    "benchmark": {"decode", "errors", "sampling", "segments"},
-    "engine": {"decode", "errors", "sampling", "segments", "statistics", "stop", "tokenizer"},
-    "comparison": {
-        "chat",
-        "config",
-        "costs",
-        "decode",
-        "drafts",
-        "engine",
-        "errors",
-        "policy",
-        "sampling",
-        "segments",
-        "statistics",
-        "tokenizer",
+    "drafting": {"errors", "model", "runtime", "sampling"},
+    "auto": {"__init__", "drafting", "model", "runtime", "sampling", "this_machine"},
+    "decode": {"drafting", "errors", "runtime", "sampling"},
+    "stats": {"drafting"},
+    "engine": {"decode", "drafting", "errors", "runtime", "sampling", "stats", "text"},
+    "inspection": {"errors", "gguf", "model", "runtime"},
+    "bench": {
+        *("auto", "decode", "drafting", "engine", "errors", "model", "orthrus_kernels"),
+        *("runtime", "sampling", "stats", "text"),
     },
-    "simulation": {
-        "calibration",
-        "comparison",
-        "config",
-        "controller",
-        "costs",
-        "decode",
-        "drafts",
-        "errors",
-        "policy",
-        "prediction",
-        "qwen3_shapes",
-        "sampling",
-        "segments",
-        "statistics",
+    "cli": {
+        *("auto", "bench", "command", "decode", "drafting", "engine", "errors", "gguf"),
+        *("inspection", "model", "orthrus_converters", "runtime", "sampling", "text"),
+        "this_machine",
     },
     "orthrus_kernels": set(),
-    "orthrus_converters": {
-        "__init__",
-        "command",
-        "config",
-        "errors",
-        "ggml",
-        "gguf",
-        "model_file",
-        "tensors",
-    },
-}
-ANYTHING = {"cli"}
-
-#: The only module of the runtime package that may use the converters: it makes synthetic models.
-CONVERTER_USERS = {"orthrus_gguf.cli.bench_synthetic"}
-
-#: Tools on top of the decode loop that live with the runtime they check.
-CHECKS = {"orthrus_gguf.bench.gpu_check", "orthrus_gguf.bench.gpu_figures"}
-
-#: The only package that may use the kernels, or torch at the top of its modules.
-KERNEL_USER = "orthrus_gguf.runtime.cuda."
-
-#: Heavy third-party packages → the only modules of the two other packages that may import them.
-HEAVY = {
-    "torch": {"orthrus_gguf.runtime", "orthrus_gguf.runtime.reference"},
-    "triton": set(),
-    "matplotlib": {"orthrus_gguf.bench.comparison.plots"},
+    "orthrus_cpu_kernels": set(),
+    "orthrus_converters": {"command", "errors", "ggml", "gguf", "model", "text"},
 }
 
+#: Tools that run on a GPU, and say so.
+GPU_CHECKS = ("orthrus_gguf.bench.gpu_check", "orthrus_gguf.bench.gpu_figures")
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for package in PACKAGES:
-        for path in sorted(package.rglob("*.py")):
-            parts = path.relative_to(package.parent).with_suffix("").parts
-            name = ".".join(parts).removesuffix(".__init__") if len(parts) > 2 else ".".join(parts)
-            yield name, ast.parse(path.read_text(encoding="utf-8"))
+#: Packages that are heavy, or a concern of few → the modules, or folders, that may import them.
+FEW: dict[str, tuple[str, ...]] = {
+    "torch": (
+        *("orthrus_gguf.runtime.load", "orthrus_gguf.runtime.reference"),
+        *("orthrus_gguf.runtime.reference_cache", "orthrus_gguf.runtime.cuda"),
+        *(*GPU_CHECKS, "orthrus_kernels"),
+    ),
+    "triton": (*GPU_CHECKS, "orthrus_kernels"),
+    "matplotlib": ("orthrus_gguf.bench.comparison.plots",),
+    "orthrus_kernels": ("orthrus_gguf.runtime.cuda", *GPU_CHECKS, "orthrus_kernels"),
+    "orthrus_cpu_kernels": (
+        *("orthrus_gguf.runtime.cpu", "orthrus_gguf.runtime.load", "orthrus_gguf.runtime.memory"),
+        "orthrus_cpu_kernels",
+    ),
+    "orthrus_converters": ("orthrus_gguf.cli", "orthrus_converters"),
+}
+
+#: Implementations of `Model`. None may borrow from another: `reference` is the oracle of the rest.
+RUNTIMES = ("reference", "ggml", "cpu", "cuda")
+
+
+@cache
+def modules() -> dict[str, ast.Module]:
+    """Name → code, of every Python file of the product. Names of packages stand for their
+    `__init__.py`."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(
+            ".__init__"
+        ): ast.parse(path.read_text(encoding="utf-8"))
+        for package in PACKAGES
+        for path in sorted(package.rglob("*.py"))
+    }
 
 
 def imports(tree: ast.Module) -> Iterator[str]:
+    """What is imported: modules as far as they are ours, and names of the packages of others."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             assert node.module is not None
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in modules() else node.module
 
 
 def room(module: str) -> str | None:
+    """The room of a module; None for the modules of others."""
     parts = module.split(".")
-    if parts[0] in ("orthrus_converters", "orthrus_kernels"):
-        return parts[0]
-    if parts[0] != "orthrus_gguf":
+    if module == "orthrus_gguf":
+        return "__init__"
+    if parts[0] == "orthrus_gguf":
+        return parts[1]
+    return parts[0] if parts[0].startswith("orthrus_") else None
+
+
+def runtime(module: str) -> str | None:
+    """Which implementation a module belongs to, if to any."""
+    parts = module.split(".")
+    if parts[:2] != ["orthrus_gguf", "runtime"] or len(parts) < 3:
         return None
-    return parts[1] if len(parts) > 1 else "__init__"
+    return next((name for name in RUNTIMES if parts[2].split("_")[0] == name), None)
 
 
-ROOMS = {path.stem for path in (ROOT / "orthrus_gguf").glob("*") if path.name != "__pycache__"}
-
-
-@pytest.mark.parametrize(
-    ("name", "tree"), [pytest.param(*module, id=module[0]) for module in modules()]
-)
-def test_imports(name: str, tree: ast.Module) -> None:
+@pytest.mark.parametrize("name", modules())
+def test_imports(name: str) -> None:
     home = room(name)
     assert home is not None
-    for target in imports(tree):
-        for package, users in HEAVY.items():
-            if target.split(".")[0] == package and home != "orthrus_kernels":
-                allowed = name in users or name.startswith(KERNEL_USER)
-                assert allowed, f"{name} imports {package}"
+    for target in imports(modules()[name]):
+        few = FEW.get(target.split(".")[0])
+        if few is not None:
+            assert any(f"{name}.".startswith(f"{user}.") for user in few), f"{name}: {target}"
         there = room(target)
-        if there == "orthrus_kernels" and home != there:
-            assert name.startswith(KERNEL_USER), f"{name} imports {target}"
-        if there == "orthrus_converters" and home != there:
-            assert name in CONVERTER_USERS, f"{name} imports {target}"
-        if there is None or there == home or home in ANYTHING or there not in ROOMS:
-            continue
-        if name in CHECKS and there == "decode":
-            continue
-        assert there in ALLOWED[home], f"{name} imports {target}"
+        if there not in (None, home):
+            assert there in ALLOWED[home], f"{name} imports {target}"
+        if runtime(name) is not None and runtime(target) is not None:
+            assert runtime(name) == runtime(target), f"{name} borrows from {target}"
 
 
-def test_the_table_is_complete() -> None:
-    assert {*ALLOWED, *ANYTHING} == {*ROOMS, "orthrus_converters", "orthrus_kernels"}
+def test_every_file_belongs_to_a_room() -> None:
+    """The table names all rooms, and no others; outside of the packages there is no code."""
+    assert {room(name) for name in modules()} == {*ALLOWED}
+    outside = [
+        path
+        for folder in ("orthrus_gguf", "converters", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(path.is_relative_to(package) for package in PACKAGES)
+    ]
+    assert not outside
+
+
+def test_the_table_allows_no_more_than_is_used() -> None:
+    used: dict[str, set[str]] = {name: set() for name in ALLOWED}
+    for name, tree in modules().items():
+        home = room(name)
+        assert home is not None
+        used[home] |= {there for t in imports(tree) if (there := room(t)) not in (None, home)}
+    assert used == ALLOWED
+
+
+def circle(edges: Mapping[str, set[str]]) -> list[str]:
+    """A way that comes back to where it began; empty if there is none."""
+    done: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for there in sorted(edges[path[-1]]):
+            if there in path:
+                return [*path[path.index(there) :], there]
+            if there not in done and (found := search([*path, there])):
+                return found
+        done.add(path[-1])
+        return []
+
+    return next((found for start in edges if (found := search([start]))), [])
+
+
+def test_circles_are_found() -> None:
+    edges = {"a": {"b"}, "b": {"c", "d"}, "c": set[str](), "d": {"b"}}
+    assert circle(edges) == ["b", "d", "b"]
+    assert circle({**edges, "d": set()}) == []
+
+
+def test_no_circles_between_rooms() -> None:
+    assert not circle(ALLOWED)
+
+
+def test_no_circles_between_modules() -> None:
+    edges = {
+        name: {target for target in imports(tree) if target in modules() and target != name}
+        for name, tree in modules().items()
+    }
+    assert not circle(edges)
 
 
 def test_commands_start_without_torch() -> None:
     """The core install has no torch: importing the commands must not ask for it."""
     code = (
         "import sys; sys.modules['torch'] = None; sys.modules['triton'] = None;"
-        "import orthrus_gguf.cli.run, orthrus_converters.cli, orthrus_gguf.runtime.ggml.model"
+        "import orthrus_gguf.cli.run, orthrus_gguf.cli.bench, orthrus_gguf.cli.inspect;"
+        "import orthrus_gguf.runtime.ggml.model, orthrus_gguf.runtime.cpu.model;"
+        "import orthrus_converters.cli"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

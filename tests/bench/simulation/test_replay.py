@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orthrus_gguf.bench.simulation.hardware import FLAT, FlatCosts
+from orthrus_gguf.auto.calibration import measure
+from orthrus_gguf.auto.controller import Controller
+from orthrus_gguf.auto.costs import CostCurve, Costs, RunningCosts
+from orthrus_gguf.bench.simulation.hardware import FLAT, CurveCosts, FlatCosts
 from orthrus_gguf.bench.simulation.record import record_text
 from orthrus_gguf.bench.simulation.recording import Text
 from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
@@ -19,7 +22,7 @@ from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.protocol import Model
+from orthrus_gguf.runtime.protocol import Choices, Model, Segment, View
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 N_NEW = 40
@@ -100,6 +103,53 @@ def test_replays_are_exact(model: Model, texts: list[Text], plan: Plan) -> None:
         assert passes(again) == passes(real)
         assert guesses(again) == guesses(real)
         assert clock.now == pytest.approx(FLAT * sum(len(c.passes) for c in real))
+
+
+class Timed:
+    """The model itself, on the clock of a simulation."""
+
+    def __init__(self, model: Model, costs: Costs, clock: VirtualClock) -> None:
+        self.config, self.new_cache = model.config, model.new_cache
+        self._model, self._costs, self._clock = model, costs, clock
+
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in View)
+        self._clock.now += self._costs.seconds(ar, diffusion, segments[0].cache.length)
+        return self._model.forward(segments)
+
+
+@pytest.mark.parametrize("blocks", ["cheap", "dear"])
+def test_the_controller_decides_alike(model: Model, texts: list[Text], blocks: str) -> None:
+    """Trees included: on the same clock, the same cycles for the same reasons."""
+    mixed = 1e-3 if blocks == "cheap" else 1e-2  # seconds of a pass of both views
+    curve = CostCurve((1, 128), (1e-3, 1.01e-3), 0, (0.0, 0.0), 8, 1e-3, mixed)
+    costs = CurveCosts(curve, 0)
+    trees = carried = 0
+    for text in texts:
+        clock, again_clock = VirtualClock(), VirtualClock()
+        timed: Any = Timed(model, costs, clock)
+        sequence = TokenSequence(model.config, model.new_cache(1024), Sampler(GREEDY), [])
+        sequence.tokens += text.prompt
+        drive(timed, prefill(sequence))
+        real = list(decode(timed, sequence, controller(costs), N_NEW - 1, clock=clock))
+        assert tuple(sequence.tokens) == text.tokens
+        replayed = ReplayModel(costs, again_clock, BLOCK)
+        again = list(replay(replayed, again_clock, text, controller(costs)))
+        assert passes(again) == passes(real)
+        assert guesses(again) == guesses(real)
+        assert [c.tokens for c in again] == [c.tokens for c in real]
+        assert [c.draft.source for c in again] == [c.draft.source for c in real]
+        trees += sum(len(c.drafts) + 1 < c.passes[-1].ar_rows for c in again)
+        carried += sum(len(c.guesses) for c in again)
+    assert trees >= 3
+    assert (carried > 10) == (blocks == "cheap")
+
+
+def controller(costs: Costs) -> Controller:
+    """Without lookups, which win on so short a text."""
+    clock = VirtualClock()
+    measured = measure(ReplayModel(costs, clock, BLOCK), clock=clock)
+    return Controller(RunningCosts(measured), BLOCK, without=["lookup"])
 
 
 def test_cycles_are_those_of_the_official_implementation(

@@ -33,10 +33,10 @@ from orthrus_gguf.bench.simulation.strategies import (
 )
 from orthrus_gguf.bench.simulation.synthetic import synthesize
 from orthrus_gguf.drafting.plan import parse
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 
 BLOCK = 4
-CURVE = PredictedCurve(CARDS["rtx-4090"], QWEN3_SHAPES["qwen3-8b"], "q4_k_m")
+CURVE = PredictedCurve(CARDS["rtx-4090"], SHAPES["qwen3-8b"], "q4_k_m")
 
 
 def recording(right: int, length: int = 41) -> Recording:
