@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from orthrus_gguf.auto.calibration import MachineCosts
-from orthrus_gguf.bench.comparison import plots, prompts, report
+from orthrus_gguf.bench.comparison import plots, prompts, tables
 from orthrus_gguf.bench.comparison.entries import DEFAULT, default, entries, spread
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
@@ -226,9 +226,9 @@ def _context(file: ModelFile, chosen: Sequence[prompts.Prompt], n_gen: int) -> i
 def _print(head: dict[str, Any], turns: Sequence[Turn], output: str) -> None:
     if output != JSON:
         print(_heading(head, turns))
-        print(report.markdown(turns), end="")
+        print(tables.markdown(turns), end="")
     if output != MARKDOWN:
-        line = json.dumps({**head, **report.as_json(turns)}, ensure_ascii=False)
+        line = json.dumps({**head, **tables.as_json(turns)}, ensure_ascii=False)
         print(f"\n{line}" if output == BOTH else line)
 
 

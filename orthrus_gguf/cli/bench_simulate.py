@@ -21,8 +21,8 @@ from orthrus_gguf.bench.simulation import synthetic
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
 from orthrus_gguf.bench.simulation.recording import Recording, load
-from orthrus_gguf.bench.simulation.report import Simulation, as_json, markdown
 from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies, runs
+from orthrus_gguf.bench.simulation.tables import Simulation, as_json, markdown
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, run_command

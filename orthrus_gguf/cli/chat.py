@@ -6,8 +6,8 @@ import contextlib
 import sys
 
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
+from orthrus_gguf.cli.finished import statistics_block
 from orthrus_gguf.cli.loaded import Loaded, say
-from orthrus_gguf.cli.report import statistics_block
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.chat import Message
 

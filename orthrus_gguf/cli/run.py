@@ -12,8 +12,8 @@ from pathlib import Path
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
+from orthrus_gguf.cli.finished import explain, result_json, statistics_block
 from orthrus_gguf.cli.loaded import Loaded, load, say
-from orthrus_gguf.cli.report import explain, result_json, statistics_block
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.chat import Message
@@ -157,15 +157,15 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
     if args.json:
         for _ in generation:
             pass
-        report = result_json(loaded.plan, request, generation.result)
-        report["timings"]["load_ms"] = loaded.seconds * 1e3
-        report["model"] = {
+        answer = result_json(loaded.plan, request, generation.result)
+        answer["timings"]["load_ms"] = loaded.seconds * 1e3
+        answer["model"] = {
             "name": loaded.file.config.name,
             "files": [str(path) for path in loaded.file.paths],
             "runtime": loaded.model.description,
             "n_ctx": loaded.session.n_ctx,
         }
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=False))
         return 0
     try:
         write(painted(generation, sys.stdout) if args.show_drafts else generation)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from comparison_turns import DRAFTED, TURNS, turn
 
-from orthrus_gguf.bench.comparison.report import as_json, markdown
 from orthrus_gguf.bench.comparison.summary import (
     Activity,
     Speedup,
@@ -14,6 +13,7 @@ from orthrus_gguf.bench.comparison.summary import (
     observed_costs,
     summarize,
 )
+from orthrus_gguf.bench.comparison.tables import as_json, markdown
 from orthrus_gguf.drafting.cycle import Pass
 
 

@@ -14,7 +14,15 @@ from orthrus_gguf.bench.prediction.passes import PredictedCurve
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
 from orthrus_gguf.bench.simulation.recording import COLUMNS, Origin, Recording, Text
-from orthrus_gguf.bench.simulation.report import (
+from orthrus_gguf.bench.simulation.strategies import (
+    CONTROL,
+    Outcome,
+    Simulator,
+    default_strategies,
+    runs,
+)
+from orthrus_gguf.bench.simulation.synthetic import synthesize
+from orthrus_gguf.bench.simulation.tables import (
     BESIDE_BEST,
     BESIDE_PLAIN,
     LABEL,
@@ -24,14 +32,6 @@ from orthrus_gguf.bench.simulation.report import (
     markdown,
     verdict,
 )
-from orthrus_gguf.bench.simulation.strategies import (
-    CONTROL,
-    Outcome,
-    Simulator,
-    default_strategies,
-    runs,
-)
-from orthrus_gguf.bench.simulation.synthetic import synthesize
 from orthrus_gguf.drafting.plan import parse
 from orthrus_gguf.model.shapes import SHAPES
 
