@@ -22,11 +22,14 @@ FOLDER = Path(__file__).with_name("objects")
 
 FORM_FLOAT, FORM_BLOCK, FORM_K = range(3)
 
-EMBED, NORM, QUANTIZE, PRODUCT, GATED, HEADS, ATTENTION, PICK = range(8)
+EMBED, NORM, QUANTIZE, PRODUCT, GATED, HEADS, ATTENTION, PICK, SILU = range(9)
 """Operations of a step."""
 
 PANELS_PER_TASK = 4
 """Panels of 16 columns that a task of a product covers (`src/steps.c`)."""
+
+CHUNK_COLUMNS = 256
+"""Columns whose scores attention keeps (`src/attention.c`)."""
 
 LANES = 16
 """Columns of a panel; equally keys of a panel of the cache."""
@@ -76,8 +79,27 @@ ROW = np.dtype(
 )
 """One row of a pass."""
 
-LAYER_CACHE = np.dtype([("keys", np.uintp), ("values", np.uintp), ("columns", np.int64)])
+LAYER_CACHE = np.dtype(
+    [
+        *((name, np.uintp) for name in ("keys", "values")),
+        ("columns", np.int64),
+        *((name, np.int32) for name in ("type_k", "type_v")),
+    ]
+)
+"""Keys and values of one layer of one cache."""
+
 GROUP = np.dtype([("first", np.int32), ("count", np.int32)])
+
+
+SIZES = (
+    *(ctypes.sizeof(Step), ROW.itemsize, ctypes.sizeof(Matrix)),
+    *(LAYER_CACHE.itemsize, GROUP.itemsize, PANELS_PER_TASK),
+)
+"""What `orthrus_sizes` says of an object that was built with this module."""
+
+
+class NoKernelsError(Exception):
+    """There are no kernels for this machine. The message says why, in one line."""
 
 
 @dataclass(frozen=True)
@@ -94,34 +116,55 @@ class Kernels:
         return None if form < 0 else form
 
     def panel_bytes(self, type_number: int, k: int) -> int:
+        """Bytes of 16 columns of a matrix of that type."""
         return int(self.library.orthrus_panel_bytes(type_number, k))
 
     def row_bytes(self, form: int, k: int) -> int:
+        """Bytes of a row of activations."""
         return int(self.library.orthrus_row_bytes(form, k))
 
 
-def built() -> list[str]:
-    """Names of the objects that the build made."""
-    return [name for name in NAMES if (FOLDER / f"{name}.so").exists()]
+def built(folder: Path = FOLDER) -> list[str]:
+    """Names of the objects that the build made, the fastest first."""
+    return [name for name in NAMES if (folder / f"{name}.so").exists()]
+
+
+def load(name: str | None = None, folder: Path = FOLDER) -> Kernels:
+    """The best object that this machine can run, or the one named, by $ORTHRUS_CPU_ISA too.
+
+    Raises NoKernelsError.
+    """
+    found, named = built(folder), name or os.environ.get(ISA)
+    if not found:
+        raise NoKernelsError(
+            "the CPU kernels were not built, for want of a C compiler: install gcc or clang, then"
+            " pip install --force-reinstall --no-deps --no-cache-dir with what was installed before"
+        )
+    if named and named not in found:
+        raise NoKernelsError(f"{ISA}={named}: expected one of {', '.join(found)}")
+    reasons = []
+    for candidate in [named] if named else found:
+        kernels = open_object(folder / f"{candidate}.so")
+        if isinstance(kernels, Kernels):
+            return kernels
+        reasons.append(f"{candidate}: {kernels}")
+    raise NoKernelsError(f"no CPU kernels can be used: {'; '.join(reasons)}")
 
 
 @cache
-def load(name: str | None = None) -> Kernels | None:
-    """The best object that this machine can run, or the one named; None if there is none."""
-    name = name or os.environ.get(ISA)
-    for candidate in [name] if name else NAMES:
-        path = FOLDER / f"{candidate}.so"
-        if path.exists():
-            found = open_object(path)
-            if found is not None:
-                return found
-    return None
-
-
-def open_object(path: Path) -> Kernels | None:
-    """The object at `path`; None if this machine lacks its instructions, or it is of another
-    version than this module."""
-    library = ctypes.CDLL(str(path))
+def open_object(path: Path) -> Kernels | str:
+    """The object at `path`; in words what is wrong with it where it is of another version than this
+    module, or needs instructions that this machine lacks."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"it cannot be loaded ({error})"
+    sizes = (_I * len(SIZES))()
+    library.orthrus_sizes(sizes)
+    if tuple(sizes) != SIZES:
+        return "it is of another version; build it anew"
+    if not library.orthrus_usable():
+        return "this machine lacks its instructions"
     library.orthrus_isa.restype = ctypes.c_char_p
     library.orthrus_panel_bytes.restype = library.orthrus_row_bytes.restype = ctypes.c_size_t
     library.orthrus_pool_new.restype = _P
@@ -134,12 +177,6 @@ def open_object(path: Path) -> Kernels | None:
         *(ctypes.c_size_t, _I),
     )
     library.orthrus_unpack_row.argtypes = (_I, _P, _I, _I, _P)
-    sizes = (_I * 3)()
-    library.orthrus_sizes(sizes)
-    if tuple(sizes) != (ctypes.sizeof(Step), ROW.itemsize, ctypes.sizeof(Matrix)):
-        return None
-    if not library.orthrus_usable():
-        return None
     return Kernels(path, library.orthrus_isa().decode(), library)
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
-from orthrus_gguf.inspection import memory
 from orthrus_gguf.inspection.anatomy import anatomy_json
 from orthrus_gguf.inspection.summary import Summary, Tally, summarize
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.ggml.cache_layout import cache_layout
+from orthrus_gguf.model.tensors import is_diffusion_tensor
+from orthrus_gguf.runtime.memory import cpu_memory
 
 #: Contexts whose memory is shown, besides what the model was trained for.
 CONTEXTS = (4096, 32768)
@@ -47,7 +47,8 @@ class Report:
 
     files: the file, or base and heads. tensors: with the file that each lies in.
     config: of the model; None where this is no whole model that can run, and `problem` says why.
-    memory, cache_per_token (bytes): empty and None without a config.
+    memory, cache_per_token (bytes), runtime (`cpu` or `ggml`, whose memory it is): empty and None
+    without a config.
     """
 
     files: tuple[GGUFFile, ...]
@@ -58,6 +59,7 @@ class Report:
     cache_types: tuple[str, str]
     cache_per_token: float | None
     memory: tuple[MemoryNeed, ...]
+    runtime: str | None = None
 
 
 def inspect(
@@ -79,25 +81,27 @@ def inspect(
         config, problem = _config(*files)
     tensors = tuple((file.path, info) for file in files for info in file.tensors.values())
     summary = summarize(info for _, info in tensors)
-    per_token = None
+    per_token = runtime = None
     needs: tuple[MemoryNeed, ...] = ()
     if config is not None:
-        layout = cache_layout(config, *cache_types)
-        per_token = layout.row_bytes()
+        plan = cpu_memory(config, {info.name: info for _, info in tensors}, *cache_types)
+        per_token, runtime = plan.row_bytes, plan.runtime
+        base = sum(plan.weight(info) for _, info in tensors if not is_diffusion_tensor(info.name))
+        heads_bytes = sum(plan.weight(info) for _, info in tensors) - base
         contexts = {*CONTEXTS, config.n_ctx_train} - {
             usual for usual in CONTEXTS if usual > config.n_ctx_train
         }
         needs = tuple(
             MemoryNeed(
                 tokens,
-                summary.base.n_bytes,
-                summary.heads.n_bytes,
-                memory.cache_bytes(config, layout, tokens),
-                memory.buffer_bytes(config, layout, tokens),
+                base,
+                heads_bytes,
+                plan.cache(tokens),
+                plan.buffers(tokens),
             )
             for tokens in sorted(contexts | ({context} if context else set()))
         )
-    return Report(files, tensors, summary, config, problem, cache_types, per_token, needs)
+    return Report(files, tensors, summary, config, problem, cache_types, per_token, needs, runtime)
 
 
 def _config(base: GGUFFile, heads: GGUFFile | None = None) -> tuple[ModelConfig | None, str | None]:
@@ -151,6 +155,7 @@ def report_json(report: Report) -> dict[str, Any]:
         ],
         "cache_types": list(report.cache_types),
         "cache_bytes_per_token": report.cache_per_token,
+        "memory_runtime": report.runtime,
         "memory": [{**vars(need), "total": need.total} for need in report.memory],
     }
 

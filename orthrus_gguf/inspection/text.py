@@ -169,7 +169,7 @@ def _memory(report: Report, width: int) -> str:
         full = " (trained)" if need.context == report.config.n_ctx_train else ""
         rows.append((f"{need.context:,}{full}", *map(size, parts)))
     per_thousand = size(1000 * report.cache_per_token)
-    title = f"memory on the CPU, {types} cache: {per_thousand} per 1,000 tokens"
+    title = f"memory on {report.runtime}, {types} cache: {per_thousand} per 1,000 tokens"
     return table(title, rows) + "  (buffers at most; Python and the tokenizer come on top)\n"
 
 

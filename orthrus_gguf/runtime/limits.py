@@ -50,6 +50,14 @@ def thread_count(requested: int | None) -> int:
     return requested
 
 
+def usable_threads(requested: int | None, say: Callable[[str], None]) -> int:
+    """The same, but no more than there are cores to run them: `say` hears of it."""
+    threads, cores = thread_count(requested), usable_cores()
+    if threads > cores:
+        say(f"--threads {threads}: more than this process can run at once; it uses {cores}")
+    return min(threads, cores)
+
+
 def linux_cores(cpus: set[int], root: Path = ROOT) -> int:
     """Distinct physical cores among the allowed logical `cpus`, cut to the cgroup's quota."""
     cores = set()

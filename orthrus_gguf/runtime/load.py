@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from orthrus_cpu_kernels.library import Kernels, NoKernelsError, load
+
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cpu.weights import why_not
 from orthrus_gguf.runtime.cuda.presence import (
     INSTALL,
     extra_installed,
     gpu_visible,
     why_unusable,
 )
+from orthrus_gguf.runtime.limits import usable_threads
 from orthrus_gguf.runtime.protocol import Model
 
 #: Called with the bytes read so far and in all.
@@ -106,29 +112,30 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def kernels_for(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Kernels | str:
+    """The native kernels that `--runtime cpu` takes for a model; in words why it takes ggml."""
+    try:
+        kernels = load()
+    except NoKernelsError as error:
+        return str(error)
+    return why_not(config, tensors, kernels) or kernels
+
+
 def _load_cpu(file: ModelFile, settings: RuntimeSettings, say: Callable[[str], None]) -> Model:
     """The native kernels, or ggml in their place, with a line that says why."""
-    from orthrus_cpu_kernels.library import load
-
-    from orthrus_gguf.runtime.cpu.model import CpuModel
-    from orthrus_gguf.runtime.cpu.weights import why_not
-    from orthrus_gguf.runtime.limits import thread_count
-
-    kernels = load()
-    if kernels is None:
-        reason: str | None = (
-            "the CPU kernels were not built: install a C compiler (gcc or clang), then"
-            " pip install --force-reinstall --no-deps orthrus-gguf"
-        )
-    else:
-        reason = why_not(file, kernels)
-    types = {settings.cache_type_k, settings.cache_type_v} - {None, "f16"}
-    if reason is None and types:
-        reason = f"its caches are f16, not {' and '.join(sorted(map(str, types)))}"
-    if reason is not None or kernels is None:
-        say(f"running on ggml, which is slower: {reason}")
+    kernels = kernels_for(file.config, file.tensors)
+    if isinstance(kernels, str):
+        say(f"running on ggml, which is slower: {kernels}")
         return _load_ggml(file, settings)
-    return CpuModel.load(file, kernels, threads=thread_count(settings.threads))
+    from orthrus_gguf.runtime.cpu.model import CpuModel
+
+    return CpuModel.load(
+        file,
+        kernels,
+        threads=usable_threads(settings.threads, say),
+        cache_type_k=settings.cache_type_k or "f16",
+        cache_type_v=settings.cache_type_v or "f16",
+    )
 
 
 def _load_ggml(file: ModelFile, settings: RuntimeSettings) -> Model:

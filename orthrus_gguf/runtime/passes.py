@@ -55,7 +55,9 @@ class _Blocks:
     offset: int = 0
 
 
-def cut(segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int) -> list[list[Piece]]:
+def cut(
+    segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int, alignment: int = 1
+) -> list[list[Piece]]:
     """Passes of at most `max_ar_rows` AR rows and `max_block_rows` rows in blocks.
 
     In each, the AR rows come first, sequence by sequence, then the blocks, sequence by sequence.
@@ -63,8 +65,9 @@ def cut(segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int) -> l
     whose rows later passes would find nothing in the cache: a larger one has a pass for itself.
 
     A block is never cut, because its rows see one another, and comes no earlier than the last AR
-    rows of its sequence. Blocks of one sequence lie one behind the other, at their `offset`; where
-    they exceed `max_block_rows`, the next begins at 0 again, in a later pass than those before.
+    rows of its sequence. Blocks of one sequence lie one behind the other, at their `offset`, a
+    multiple of `alignment`; where they exceed `max_block_rows`, the next begins at 0 again, in a
+    later pass than those before.
     A block that nothing is asked about leaves no trace and does not run.
     """
     if len(segments) == 1 and len(segments[0]) <= min(max_ar_rows, max_block_rows):
@@ -91,7 +94,8 @@ def cut(segments: Sequence[Segment], max_ar_rows: int, max_block_rows: int) -> l
             block_rows.append(0)
         passes[number].append(Piece(index, segment, 0, rows, own.offset))
         block_rows[number] += rows
-        own.last, own.offset = max(own.last, number), own.offset + rows
+        own.last = max(own.last, number)
+        own.offset += -(-rows // alignment) * alignment
     order = {sequence: number for number, sequence in enumerate(blocks)}
     for pieces in passes:
         pieces.sort(

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthrus_gguf.runtime.ggml.cache_layout import COLUMNS
+from orthrus_gguf.runtime.cache_layout import COLUMNS
 from orthrus_gguf.runtime.protocol import depths, path_to
 
 #: Stores of a graph come in multiples of this, so that trees of different forms can share one.

@@ -22,7 +22,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES
+from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 

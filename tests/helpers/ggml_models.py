@@ -15,7 +15,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.protocol import Cache, Logits, Segment, ar_segment
+from orthrus_gguf.runtime.protocol import Cache, Logits, Model, Segment, ar_segment
 
 TYPES = gguf.GGMLQuantizationType
 
@@ -48,7 +48,7 @@ def cache_of(model: GgmlModel, tokens: Sequence[int], capacity: int) -> GgmlCach
     return cache
 
 
-def append(model: GgmlModel, cache: Cache, tokens: Sequence[int], *others: Segment) -> Logits:
+def append(model: Model, cache: Cache, tokens: Sequence[int], *others: Segment) -> Logits:
     """Logits of `tokens` behind what the cache holds, which are committed; in company of others."""
     segment = ar_segment(cache, tokens, cache.length)
     logits = model.logits([segment, *others])[0]

@@ -13,8 +13,9 @@ from synthetic_model import model_shape, qwen3_0_6b
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
-from orthrus_gguf.runtime.ggml.cache_layout import cache_layout
+from orthrus_gguf.runtime.cache_layout import cache_layout
 from orthrus_gguf.runtime.protocol import Cache, Checkpoint
+from orthrus_gguf.runtime.trees import tree_layout
 
 
 def small_cache(capacity: int = 10, k: str = "f16", v: str = "f16") -> GgmlCache:
@@ -95,7 +96,7 @@ def test_types_that_cannot_be_used() -> None:
         cache_layout(model_shape(), "f16", "bf16")
     with pytest.raises(OrthrusError, match="-ctk q8_0: needs a head size that is a multiple of 32"):
         cache_layout(model_shape(head_dim=48), "q8_0", "f16")
-    assert cache_layout(model_shape(head_dim=48), "f16", "f32").transposed
+    assert cache_layout(model_shape(head_dim=48), "f16", "f32").words == "f16/f32"
 
 
 def test_a_cache_larger_than_memory_shows_the_arithmetic() -> None:
@@ -141,6 +142,9 @@ def test_it_frees_itself() -> None:
 def test_closing_twice_is_harmless() -> None:
     cache = small_cache()
     assert not cache.closed
+    cache.hold(2, tree_layout([-1, 0], 0))
     cache.close()
     cache.close()
     assert cache.closed
+    with pytest.raises(ValueError, match="no AR rows are pending"):
+        cache.commit([0, 1])

@@ -21,9 +21,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from segment_lists import mixed, of_one_sequence
 
-from orthrus_gguf.runtime.ggml import model as model_module
+from orthrus_gguf.runtime import host_model
 from orthrus_gguf.runtime.ggml import sequences
-from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES
+from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.passes import Piece, cut
 from orthrus_gguf.runtime.protocol import (
@@ -179,7 +179,7 @@ def test_blocks_out_of_place_would_be_noticed(path: Path, monkeypatch: pytest.Mo
                     taken += piece.count
         return passes
 
-    monkeypatch.setattr(model_module, "cut", packed)
+    monkeypatch.setattr(host_model, "cut", packed)
     with loaded(path) as model, pytest.raises(AssertionError, match="diffusion rows"):
         assert_company_changes_nothing_here(model)
 

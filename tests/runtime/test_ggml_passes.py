@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from segment_lists import segment_lists
 
-from orthrus_gguf.runtime.ggml.cache_layout import COLUMNS, columns_for
+from orthrus_gguf.runtime.cache_layout import COLUMNS
+from orthrus_gguf.runtime.ggml.cache_layout import columns_for
 from orthrus_gguf.runtime.ggml.inputs import InputArrays, ShareArrays, ShareRows
 from orthrus_gguf.runtime.ggml.shape import Shape, Share
 from orthrus_gguf.runtime.passes import Piece, cut, wanted_rows

@@ -22,7 +22,7 @@ from orthrus_gguf.ggml import selftest
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
-from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES, CacheLayout
+from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.ggml.weights import MULTIPLIABLE
 from orthrus_gguf.runtime.protocol import Segment, diffusion_segment
@@ -148,7 +148,9 @@ def test_kernels_for_many_rows_would_be_noticed(
     make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ggml's flash attention is tiled from 64 rows on, unless told to keep to plain kernels."""
-    monkeypatch.setattr(CacheLayout, "transposed", property(lambda layout: False))
+    for module in ("attention", "cache", "cache_layout", "input_tensors"):
+        name = f"orthrus_gguf.runtime.ggml.{module}.transposed"
+        monkeypatch.setattr(name, lambda layout: False)
     model = make_model("F32")
     assert_invariant(model)
     model._api.backend_cpu_set_use_ref(model._backend, False)

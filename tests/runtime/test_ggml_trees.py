@@ -20,7 +20,7 @@ from synthetic_model import model_shape
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime import trees as layouts
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
-from orthrus_gguf.runtime.ggml.cache_layout import CACHE_TYPES, COLUMNS
+from orthrus_gguf.runtime.cache_layout import CACHE_TYPES, COLUMNS
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.protocol import ar_segment, depths, diffusion_segment, path_to
 from orthrus_gguf.runtime.trees import tree_layout

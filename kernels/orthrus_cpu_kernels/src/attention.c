@@ -1,14 +1,13 @@
-// Attention over F16 caches: keys and values are read once for all rows and query heads that share
-// them.
+// Attention: keys and values are read once for all rows and query heads that share them.
 //
-// Keys of a head lie [column / 16][head_dim][16], so that 16 of them are the lanes of a register;
-// values lie [column][head_dim], so that elements are. A row sees columns 0 .. sees-1, then from ..
-// to-1 (a branch of a tree, or a diffusion block). Those are dealt with in panels of 16 columns and
-// chunks of CHUNK panels, counted from the row's first column on: a score is one chain over the
-// elements, a softmax runs over chunks in order, a value is one chain over the columns. A row's
-// bits therefore depend on what it sees and on nothing else.
+// cache.h says how they lie. A row sees columns 0 .. sees-1, then from .. to-1 (a branch of a tree,
+// or a diffusion block). Those are dealt with in panels of 16 columns and chunks of CHUNK panels,
+// counted from the row's first column on: a score is one chain over the elements, a softmax runs
+// over chunks in order, a value is one chain over the columns. A row's bits therefore depend on
+// what it sees and on nothing else.
 //
 // Columns must hold finite numbers up to the end of the last panel that a row sees.
+#include "cache.h"
 #include "elementary.h"
 #include "isa.h"
 #include "steps.h"
@@ -18,7 +17,8 @@
 
 typedef struct {
     int d, packed, rows;            // head_dim; query rows; query rows of one pass row
-    const uint16_t *keys, *values;  // of the head
+    const uint8_t *keys, *values;   // of the head
+    int type_k, type_v;
     const Step *step;
     const Group *group;
     int kv_head;
@@ -55,26 +55,40 @@ static int lanes_of(const Row *row, int panel, int first) {
     return n < 0 ? 0 : n > LANES ? LANES : n;
 }
 
-// Scores of up to TILE packed rows against one panel of keys.
-INLINE void score(const Head *h, int packed, const int count, const uint16_t *keys, float *to,
-                  size_t stride) {
+// Scores of `count` packed rows against one panel of keys.
+INLINE void score(const int type, const Head *h, int packed, const int count, const uint8_t *keys,
+                  float *to, size_t stride) {
     const float *q[TILE];
     vf sum[TILE];
     for (int m = 0; m < count; m++) {
         q[m] = query(h, packed + m);
         sum[m] = f_set(0.0f);
     }
-    for (int i = 0; i < h->d; i++) {
-        vf k = f_load_f16(keys + (size_t)i * LANES);
-        for (int m = 0; m < count; m++) sum[m] = f_fma(k, f_set(q[m][i]), sum[m]);
+    for (int block = 0; block < h->d; block += 32) {
+        int stop = block + 32 < h->d ? block + 32 : h->d;
+        vf of_block = key_scale(type, keys, block);
+        for (int i = block; i < stop; i++) {
+            vf k = key_elements(type, keys, i, of_block);
+            for (int m = 0; m < count; m++) sum[m] = f_fma(k, f_set(q[m][i]), sum[m]);
+        }
     }
     vf scale = f_set(h->step->scale);
     for (int m = 0; m < count; m++) f_store(to + m * stride, f_mul(sum[m], scale));
 }
 
+// Scores of all packed rows.
+INLINE void score_all(const int type, const Head *h, const uint8_t *keys, float *to,
+                      size_t stride) {
+    int m = 0;
+    for (; m + TILE <= h->packed; m += TILE)
+        score(type, h, m, TILE, keys, to + m * stride, stride);
+    for (; m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
+}
+
 // acc [count][d] += weights of `columns` columns times their values, 32 elements at a time.
-INLINE void mix(const uint16_t *values, int d, int columns, const float *weights, size_t stride,
-                const int count, float *acc) {
+INLINE void mix(const int type, const uint8_t *values, int d, int columns, const float *weights,
+                size_t stride, const int count, float *acc) {
+    const size_t bytes = column_bytes(type, d);
     for (int e = 0; e < d; e += 2 * LANES) {
         const int two = e + LANES < d;
         vf a[TILE], b[TILE];
@@ -83,8 +97,9 @@ INLINE void mix(const uint16_t *values, int d, int columns, const float *weights
             b[m] = two ? f_load(acc + m * d + e + LANES) : a[m];
         }
         for (int c = 0; c < columns; c++) {
-            const uint16_t *v = values + (size_t)c * (size_t)d + e;
-            vf low = f_load_f16(v), high = two ? f_load_f16(v + LANES) : low;
+            const uint8_t *v = values + (size_t)c * bytes;
+            vf low = value_elements(type, v, e);
+            vf high = two ? value_elements(type, v, e + LANES) : low;
             for (int m = 0; m < count; m++) {
                 vf w = f_set(weights[m * stride + c]);
                 a[m] = f_fma(low, w, a[m]);
@@ -95,6 +110,49 @@ INLINE void mix(const uint16_t *values, int d, int columns, const float *weights
             f_store(acc + m * d + e, a[m]);
             if (two) f_store(acc + m * d + e + LANES, b[m]);
         }
+    }
+}
+
+// The same for all packed rows.
+INLINE void mix_all(const int type, const Head *h, const uint8_t *values, int columns,
+                    const float *weights, size_t stride, float *acc) {
+    int m = 0;
+    for (; m + TILE <= h->packed; m += TILE)
+        mix(type, values, h->d, columns, weights + m * stride, stride, TILE, acc + m * h->d);
+    for (; m < h->packed; m++)
+        mix(type, values, h->d, columns, weights + m * stride, stride, 1, acc + m * h->d);
+}
+
+// Functions of their own per type, so that the type is a constant inside.
+#define OF_TYPE(T)                                                                                 \
+    static void score_##T(const Head *h, const uint8_t *keys, float *to, size_t stride) {          \
+        score_all(T_##T, h, keys, to, stride);                                                     \
+    }                                                                                              \
+    static void mix_##T(const Head *h, const uint8_t *values, int columns, const float *weights,   \
+                        size_t stride, float *acc) {                                               \
+        mix_all(T_##T, h, values, columns, weights, stride, acc);                                  \
+    }
+OF_TYPE(F32)
+OF_TYPE(F16)
+OF_TYPE(Q8_0)
+OF_TYPE(Q4_0)
+
+static void score_panel(const Head *h, const uint8_t *keys, float *to, size_t stride) {
+    switch (h->type_k) {
+    case T_F32: score_F32(h, keys, to, stride); break;
+    case T_F16: score_F16(h, keys, to, stride); break;
+    case T_Q8_0: score_Q8_0(h, keys, to, stride); break;
+    default: score_Q4_0(h, keys, to, stride); break;
+    }
+}
+
+static void mix_columns(const Head *h, const uint8_t *values, int columns, const float *weights,
+                        size_t stride, float *acc) {
+    switch (h->type_v) {
+    case T_F32: mix_F32(h, values, columns, weights, stride, acc); break;
+    case T_F16: mix_F16(h, values, columns, weights, stride, acc); break;
+    case T_Q8_0: mix_Q8_0(h, values, columns, weights, stride, acc); break;
+    default: mix_Q4_0(h, values, columns, weights, stride, acc); break;
     }
 }
 
@@ -133,11 +191,8 @@ static void chunk(const Head *h, int panel, int panels, int first, int from, flo
     size_t stride = CHUNK * LANES, d = (size_t)h->d;
     for (int p = 0; p < panels; p++) {
         int at = panel + p < first ? panel + p : from + panel + p - first;
-        const uint16_t *keys = h->keys + (size_t)at * d * LANES;
-        float *to = scores + p * LANES;
-        int m = 0;
-        for (; m + TILE <= h->packed; m += TILE) score(h, m, TILE, keys, to + m * stride, stride);
-        for (; m < h->packed; m++) score(h, m, 1, keys, to + m * stride, stride);
+        const uint8_t *keys = h->keys + (size_t)at * LANES * column_bytes(h->type_k, h->d);
+        score_panel(h, keys, scores + p * LANES, stride);
     }
     for (int m = 0; m < h->packed; m++)
         soften(row_of(h, m), panel, panels, first, scores + m * stride, h->d, &tops[m], &totals[m],
@@ -147,13 +202,8 @@ static void chunk(const Head *h, int panel, int panels, int first, int from, flo
         int in_first = panel + p < first;
         int run = in_first && first - panel < panels ? first - panel - p : panels - p;
         int at = in_first ? panel + p : from + panel + p - first;
-        const uint16_t *values = h->values + (size_t)at * LANES * d;
-        const float *weights = scores + p * LANES;
-        int m = 0;
-        for (; m + TILE <= h->packed; m += TILE)
-            mix(values, h->d, run * LANES, weights + m * stride, stride, TILE, acc + m * d);
-        for (; m < h->packed; m++)
-            mix(values, h->d, run * LANES, weights + m * stride, stride, 1, acc + m * d);
+        const uint8_t *values = h->values + (size_t)at * LANES * column_bytes(h->type_v, h->d);
+        mix_columns(h, values, run * LANES, scores + p * LANES, stride, acc);
         p += run;
     }
 }
@@ -163,9 +213,18 @@ void attention_task(const Step *step, int task, Scratch *scratch) {
     const Group *group = &step->group[task / step->n_head_kv];
     int kv_head = task % step->n_head_kv, d = step->head_dim;
     const LayerCache *cache = &step->cache[step->row[group->first].cache];
-    size_t head = (size_t)kv_head * (size_t)cache->columns * (size_t)d;
+    size_t before = (size_t)kv_head * (size_t)cache->columns;
     int rows = step->n_head / step->n_head_kv;
-    Head h = {d, group->count * rows, rows, cache->keys + head, cache->values + head, step, group, kv_head};
+    Head h = {d,
+              group->count * rows,
+              rows,
+              cache->keys + before * column_bytes(cache->type_k, d),
+              cache->values + before * column_bytes(cache->type_v, d),
+              cache->type_k,
+              cache->type_v,
+              step,
+              group,
+              kv_head};
     size_t packed = (size_t)h.packed;
     float *scores = reserve(scratch, packed * (CHUNK * LANES + 2 + (size_t)d));
     float *tops = scores + packed * CHUNK * LANES, *totals = tops + packed, *acc = totals + packed;

@@ -6,8 +6,7 @@
 
 // Relative error below 2e-7 for -87 <= x <= 88; smaller x give about 1e-38, not zero.
 INLINE vf f_exp(vf x) {
-    x = f_max(x, f_set(-87.0f));
-    x = f_sub(f_set(0.0f), f_max(f_sub(f_set(0.0f), x), f_set(-88.0f)));
+    x = f_min(f_max(x, f_set(-87.0f)), f_set(88.0f));
     vi n = i_round(f_mul(x, f_set(1.44269504f)));
     vf m = f_from_i(n);
     vf r = f_fma(m, f_set(-0.693145752f), x);

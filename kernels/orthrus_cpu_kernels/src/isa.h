@@ -25,6 +25,8 @@ typedef __m512 vf;
 typedef __m512i vi;
 typedef __m512i vb;
 
+INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+INLINE uint16_t float_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vf f_set(float x) { return _mm512_set1_ps(x); }
 INLINE vf f_load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE void f_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
@@ -44,6 +46,7 @@ INLINE vf f_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf f_div(vf a, vf b) { return _mm512_div_ps(a, b); }
 INLINE vf f_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf f_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf f_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf f_abs(vf a) { return _mm512_abs_ps(a); }
 INLINE vf f_from_i(vi x) { return _mm512_cvtepi32_ps(x); }
 INLINE vf f_from_bits(vi x) { return _mm512_castsi512_ps(x); }
@@ -113,6 +116,8 @@ typedef struct {
 } vi;
 typedef vi vb;
 
+INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
+INLINE uint16_t float_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vf f_set(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 INLINE vf f_load(const float *p) { return (vf){_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 INLINE void f_store(float *p, vf x) {
@@ -141,6 +146,7 @@ INLINE vf f_fma(vf x, vf y, vf z) {
     return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
 INLINE vf f_max(vf x, vf y) { return (vf){_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+INLINE vf f_min(vf x, vf y) { return (vf){_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 INLINE vf f_abs(vf x) {
     __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     return (vf){_mm256_and_ps(x.a, m), _mm256_and_ps(x.b, m)};
@@ -259,6 +265,12 @@ typedef struct {
     _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) r.v[i] = (expression);                     \
     return r
 
+INLINE float half_to_float(uint16_t h) {
+    return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vdup_n_u16(h))), 0);
+}
+INLINE uint16_t float_to_half(float x) {
+    return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
+}
 INLINE vf f_set(float x) { EACH(vf, vdupq_n_f32(x)); }
 INLINE vf f_load(const float *p) { EACH(vf, vld1q_f32(p + 4 * i)); }
 INLINE void f_store(float *p, vf x) {
@@ -280,6 +292,7 @@ INLINE vf f_div(vf x, vf y) { EACH(vf, vdivq_f32(x.v[i], y.v[i])); }
 INLINE vf f_fma(vf x, vf y, vf z) { EACH(vf, vfmaq_f32(z.v[i], x.v[i], y.v[i])); }
 // Like x86's maxps: the second operand where they do not compare.
 INLINE vf f_max(vf x, vf y) { EACH(vf, vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])); }
+INLINE vf f_min(vf x, vf y) { EACH(vf, vbslq_f32(vcltq_f32(x.v[i], y.v[i]), x.v[i], y.v[i])); }
 INLINE vf f_abs(vf x) { EACH(vf, vabsq_f32(x.v[i])); }
 INLINE vf f_from_i(vi x) { EACH(vf, vcvtq_f32_s32(x.v[i])); }
 INLINE vf f_from_bits(vi x) { EACH(vf, vreinterpretq_f32_s32(x.v[i])); }
@@ -373,10 +386,10 @@ typedef struct {
     for (int i = 0; i < (n); i++) r.v[i] = (expression);                                           \
     return r
 
-INLINE float from_f16(uint16_t h) {
+INLINE float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7FFF, bits;
     if (rest >= 0x7C00)
-        bits = sign | 0x7F800000 | (rest & 0x3FF) << 13;
+        bits = sign | 0x7F800000 | (rest & 0x3FF) << 13 | (rest > 0x7C00 ? 0x400000u : 0u);
     else if (rest >= 0x400)
         bits = sign | ((rest << 13) + (112u << 23));
     else {
@@ -388,7 +401,7 @@ INLINE float from_f16(uint16_t h) {
     memcpy(&x, &bits, 4);
     return x;
 }
-INLINE uint16_t to_f16(float x) {
+INLINE uint16_t float_to_half(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     uint32_t sign = bits >> 16 & 0x8000, rest = bits & 0x7FFFFFFF;
@@ -420,9 +433,9 @@ INLINE float bits_to_float(int32_t bits) {
 INLINE vf f_set(float x) { EACH(vf, LANES, x); }
 INLINE vf f_load(const float *p) { EACH(vf, LANES, p[i]); }
 INLINE void f_store(float *p, vf x) { memcpy(p, x.v, sizeof x.v); }
-INLINE vf f_load_f16(const uint16_t *p) { EACH(vf, LANES, from_f16(p[i])); }
+INLINE vf f_load_f16(const uint16_t *p) { EACH(vf, LANES, half_to_float(p[i])); }
 INLINE void f_store_f16(uint16_t *p, vf x) {
-    for (int i = 0; i < LANES; i++) p[i] = to_f16(x.v[i]);
+    for (int i = 0; i < LANES; i++) p[i] = float_to_half(x.v[i]);
 }
 INLINE vf f_load_bf16(const uint16_t *p) { EACH(vf, LANES, bf16_to_float(p[i])); }
 INLINE vf f_add(vf x, vf y) { EACH(vf, LANES, x.v[i] + y.v[i]); }
@@ -431,6 +444,7 @@ INLINE vf f_mul(vf x, vf y) { EACH(vf, LANES, x.v[i] * y.v[i]); }
 INLINE vf f_div(vf x, vf y) { EACH(vf, LANES, x.v[i] / y.v[i]); }
 INLINE vf f_fma(vf x, vf y, vf z) { EACH(vf, LANES, fmaf(x.v[i], y.v[i], z.v[i])); }
 INLINE vf f_max(vf x, vf y) { EACH(vf, LANES, x.v[i] > y.v[i] ? x.v[i] : y.v[i]); }
+INLINE vf f_min(vf x, vf y) { EACH(vf, LANES, x.v[i] < y.v[i] ? x.v[i] : y.v[i]); }
 INLINE vf f_abs(vf x) { EACH(vf, LANES, fabsf(x.v[i])); }
 INLINE vf f_from_i(vi x) { EACH(vf, LANES, (float)x.v[i]); }
 INLINE vf f_from_bits(vi x) { EACH(vf, LANES, bits_to_float(x.v[i])); }

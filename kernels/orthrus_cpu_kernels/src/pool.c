@@ -3,21 +3,39 @@
 // A thread that waits spins for a few microseconds, since steps are short, and then sleeps: another
 // program that runs meanwhile costs its share of time and no more.
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #include "isa.h"
 #include "steps.h"
 
 #define SPINS 2000
 
+// relax: within a loop that waits. Control of floats: other libraries may have told a thread to
+// round differently, or to take subnormal numbers for zeros, which would change the bits.
 #if defined(__x86_64__)
 #define relax() __builtin_ia32_pause()
+typedef unsigned Control;
+#define CONTROL 0x1F80u // as a process starts: nearest, nothing flushed, nothing raised
+static Control control(void) { return __builtin_ia32_stmxcsr(); }
+static void set_control(Control to) { __builtin_ia32_ldmxcsr(to); }
 #elif defined(__aarch64__)
 #define relax() __asm__ volatile("yield")
+typedef uint64_t Control;
+#define CONTROL 0
+static Control control(void) {
+    Control now;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(now));
+    return now;
+}
+static void set_control(Control to) { __asm__ volatile("msr fpcr, %0" : : "r"(to)); }
 #else
 #define relax() ((void)0)
+typedef int Control;
+#define CONTROL 0
+static Control control(void) { return 0; }
+static void set_control(Control to) { (void)to; }
 #endif
 
 typedef struct {
@@ -30,6 +48,8 @@ typedef struct {
 struct Pool {
     int threads;
     Thread *thread; // [0] is the caller's
+    pid_t process;           // threads do not follow into a forked one
+    pthread_mutex_t running; // by whoever runs steps
     pthread_mutex_t lock;
     pthread_cond_t changed;
     const Step *steps;
@@ -79,6 +99,7 @@ static void work(Thread *me) {
 
 static void *live(void *argument) {
     Thread *me = argument;
+    set_control(CONTROL);
     for (;;) {
         wait_for(me->pool, &me->pool->round, me->round);
         me->round++;
@@ -87,11 +108,18 @@ static void *live(void *argument) {
     }
 }
 
-void orthrus_run(Pool *pool, const Step *steps, int count) {
+int orthrus_run(Pool *pool, const Step *steps, int count) {
+    if (pool->process != getpid()) return -1;
+    pthread_mutex_lock(&pool->running);
+    Control before = control();
+    set_control(CONTROL);
     pool->steps = steps;
     pool->count = count;
     count_up(pool, &pool->round);
     work(&pool->thread[0]);
+    set_control(before);
+    pthread_mutex_unlock(&pool->running);
+    return 0;
 }
 
 Pool *orthrus_pool_new(int threads) {
@@ -100,6 +128,8 @@ Pool *orthrus_pool_new(int threads) {
     if (!pool || !all) return free(pool), free(all), (Pool *)0;
     pool->threads = threads;
     pool->thread = all;
+    pool->process = getpid();
+    pthread_mutex_init(&pool->running, 0);
     pthread_mutex_init(&pool->lock, 0);
     pthread_cond_init(&pool->changed, 0);
     all[0].pool = pool;
@@ -115,12 +145,17 @@ Pool *orthrus_pool_new(int threads) {
 }
 
 void orthrus_pool_free(Pool *pool) {
-    atomic_store(&pool->end, 1);
-    count_up(pool, &pool->round);
-    for (int i = 1; i < pool->threads; i++) pthread_join(pool->thread[i].handle, 0);
+    if (pool->process == getpid()) {
+        pthread_mutex_lock(&pool->running); // until the last run has ended
+        atomic_store(&pool->end, 1);
+        count_up(pool, &pool->round);
+        for (int i = 1; i < pool->threads; i++) pthread_join(pool->thread[i].handle, 0);
+        pthread_mutex_unlock(&pool->running);
+        pthread_cond_destroy(&pool->changed);
+        pthread_mutex_destroy(&pool->lock);
+        pthread_mutex_destroy(&pool->running);
+    }
     for (int i = 0; i < pool->threads; i++) free(pool->thread[i].scratch.data);
-    pthread_cond_destroy(&pool->changed);
-    pthread_mutex_destroy(&pool->lock);
     free(pool->thread);
     free(pool);
 }

@@ -276,13 +276,6 @@ void orthrus_repack(int type, const uint8_t *raw, int columns, int k, int first,
     }
 }
 
-static float half_to_float(uint16_t h) {
-    uint16_t sixteen[LANES] = {h};
-    float x[LANES];
-    f_store(x, f_load_f16(sixteen));
-    return x[0];
-}
-
 static void unpack_k(int type, const uint8_t *p, int column, float *x) {
     float d = half_to_float(half_at(p + d_offset(type) + 2 * column)), dmin = 0.0f;
     int has_min = type == T_Q4_K || type == T_Q5_K || type == T_Q2_K;

@@ -7,10 +7,13 @@
 // Panels of one task of a product: small enough to share out, large enough to be worth taking.
 #define PANELS_PER_TASK 4
 
-void orthrus_sizes(int32_t sizes[3]) {
+void orthrus_sizes(int32_t sizes[6]) {
     sizes[0] = (int32_t)sizeof(Step);
     sizes[1] = (int32_t)sizeof(Row);
     sizes[2] = (int32_t)sizeof(Matrix);
+    sizes[3] = (int32_t)sizeof(LayerCache);
+    sizes[4] = (int32_t)sizeof(Group);
+    sizes[5] = PANELS_PER_TASK;
 }
 
 static void embed(const Step *s, int task) {
@@ -97,27 +100,6 @@ static void rotate(float *x, const Row *row, int width, int adjacent) {
     }
 }
 
-static uint16_t half_of(float x) {
-    float lanes[LANES] = {x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x};
-    uint16_t halves[LANES];
-    f_store_f16(halves, f_load(lanes));
-    return halves[0];
-}
-
-// Keys of head h at a column: 16 keys side by side, [column / 16][head_dim][16].
-static void store(const LayerCache *cache, int h, int d, int column, const float *k, const float *v) {
-    size_t head = (size_t)h * (size_t)cache->columns * (size_t)d;
-    uint16_t *keys = cache->keys + head + (size_t)(column / LANES) * (size_t)d * LANES + column % LANES;
-    for (int i = 0; i < d; i++) keys[(size_t)i * LANES] = half_of(k[i]);
-    uint16_t *values = cache->values + head + (size_t)column * (size_t)d;
-    vf most = f_set(65504.0f), least = f_set(-65504.0f), zero = f_set(0.0f);
-    for (int i = 0; i < d; i += LANES) {
-        vf x = f_max(f_load(v + i), least);
-        x = f_sub(zero, f_max(f_sub(zero, x), f_sub(zero, most)));
-        f_store_f16(values + i, x);
-    }
-}
-
 static void heads(const Step *s, int task) {
     const Row *row = &s->row[task];
     int d = s->head_dim;
@@ -131,15 +113,22 @@ static void heads(const Step *s, int task) {
     for (int h = 0; h < s->n_head_kv; h++) {
         head_norm(k + h * d, s->weight_k, d, s->epsilon);
         rotate(k + h * d, row, d, s->adjacent);
-        store(cache, h, d, row->key, k + h * d, v + h * d);
+        store_head(cache, h, d, row->key, k + h * d, v + h * d);
         for (int i = 0; i < row->copies; i++)
-            store(cache, h, d, row->more_keys[i], k + h * d, v + h * d);
+            store_head(cache, h, d, row->more_keys[i], k + h * d, v + h * d);
     }
 }
 
 static void pick(const Step *s, int task) {
     memcpy(s->y + (size_t)task * s->y_stride, s->x + (size_t)s->index[task] * s->x_stride,
            (size_t)s->width * sizeof(float));
+}
+
+static void silu(const Step *s, int task) {
+    const float *x = s->x + (size_t)task * s->x_stride;
+    float *y = s->y + (size_t)task * s->y_stride;
+    for (int i = 0; i < s->width; i += LANES)
+        f_store(y + i, f_mul(f_silu(f_load(y + i)), f_load(x + i)));
 }
 
 void run_task(const Step *step, int task, Scratch *scratch) {
@@ -152,5 +141,6 @@ void run_task(const Step *step, int task, Scratch *scratch) {
     case STEP_HEADS: heads(step, task); break;
     case STEP_ATTENTION: attention_task(step, task, scratch); break;
     case STEP_PICK: pick(step, task); break;
+    case STEP_SILU: silu(step, task); break;
     }
 }

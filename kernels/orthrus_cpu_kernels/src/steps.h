@@ -19,6 +19,7 @@ enum {
     STEP_HEADS,
     STEP_ATTENTION,
     STEP_PICK,
+    STEP_SILU,
 };
 
 // One row of a pass.
@@ -32,10 +33,11 @@ typedef struct {
     const float *cos, *sin;
 } Row;
 
-// Keys and values of one layer of one cache (attention.c says how they lie).
+// Keys and values of one layer of one cache (cache.h says how they lie), as F32, F16, Q8_0 or Q4_0.
 typedef struct {
-    uint16_t *keys, *values;
+    uint8_t *keys, *values;
     int64_t columns;
+    int32_t type_k, type_v;
 } LayerCache;
 
 // Rows first .. first+count-1, of one cache, which see columns `from` on from the same place.
@@ -53,6 +55,7 @@ typedef struct {
 //   HEADS      x = q | k | v of a row: norms, RoPE, scaling; q stays, k and v go to the cache
 //   ATTENTION  x = queries, y = their weighted values
 //   PICK       y row i = x row index[i]
+//   SILU       y = silu(y) * x
 typedef struct {
     int32_t op, tasks, first, rows, width, form, count, add;
     int32_t n_head, n_head_kv, head_dim, adjacent, groups, unused;
@@ -74,10 +77,12 @@ typedef struct {
 typedef struct Pool Pool;
 Pool *orthrus_pool_new(int threads);
 void orthrus_pool_free(Pool *pool);
-// Runs steps one after the other; one run at a time.
-void orthrus_run(Pool *pool, const Step *steps, int count);
-// Bytes of a Step, a Row and a Matrix, so that a caller can check its own idea of them.
-void orthrus_sizes(int32_t sizes[3]);
+// Runs steps one after the other; a second run of a pool waits for the first. -1 in a process that
+// was forked off from the pool's.
+int orthrus_run(Pool *pool, const Step *steps, int count);
+// Bytes of a Step, a Row, a Matrix, a LayerCache and a Group, and panels per task of a product, so
+// that a caller can check its own idea of them.
+void orthrus_sizes(int32_t sizes[6]);
 
 // What the pool runs (steps.c): task number `task` of a step. scratch: of the thread, grows as
 // needed.
@@ -88,5 +93,7 @@ typedef struct {
 void run_task(const Step *step, int task, Scratch *scratch);
 float *reserve(Scratch *scratch, size_t floats);
 void attention_task(const Step *step, int task, Scratch *scratch);
+void store_head(const LayerCache *cache, int head, int d, int column, const float *k,
+                const float *v);
 
 #endif

@@ -44,31 +44,56 @@ class Shape:
         return [view for view in views if view[2]]
 
 
+def _columns(config: ModelConfig) -> dict[str, int]:
+    """Columns of the rows of floats that passes write, in whole panels."""
+    c = config
+    heads = (c.n_head + 2 * c.n_head_kv) * c.head_dim
+    columns = {
+        **dict.fromkeys(("x", "picked", "normed"), c.n_embd),
+        "qkv": heads,
+        "mixed": c.n_head * c.head_dim,
+        **dict.fromkeys(("gated", "other"), c.n_ff),
+        "logits": c.n_vocab,
+    }
+    return {name: -(-count // LANES) * LANES for name, count in columns.items()}
+
+
+def _quantized_bytes(kernels: Kernels, config: ModelConfig) -> list[int]:
+    """Bytes of the longest row of activations, by form."""
+    widths = (config.n_embd, config.n_head * config.head_dim, config.n_ff)
+    return [
+        max(kernels.row_bytes(form, width) for width in widths)
+        for form in (k.FORM_FLOAT, k.FORM_BLOCK, k.FORM_K)
+    ]
+
+
+def buffer_bytes(kernels: Kernels, config: ModelConfig, rows: int) -> int:
+    """Bytes of `Buffers` without taps."""
+    row = 4 * sum(_columns(config).values()) + sum(_quantized_bytes(kernels, config))
+    row += k.ROW.itemsize + k.GROUP.itemsize + 4 + config.n_layers * k.LAYER_CACHE.itemsize
+    return rows * row
+
+
 class Buffers:
     """What passes write, for up to `rows` rows; and the tables that describe them to the kernels.
 
-    x: the residual stream. picked: of the wanted rows. normed, qkv, mixed, gated: floats between
-    steps. logits: [rows, n_vocab, to whole panels].
+    x: the residual stream. picked: of the wanted rows. normed, qkv, mixed, gated, other: floats
+    between steps. logits: [rows, n_vocab, to whole panels]. q: quantized activations, by form.
     """
 
-    def __init__(self, config: ModelConfig, rows: int) -> None:
-        c = config
-        heads = (c.n_head + 2 * c.n_head_kv) * c.head_dim
-
-        def floats(columns: int) -> Floats:
-            return np.zeros((rows, -(-columns // LANES) * LANES), np.float32)
-
+    def __init__(self, kernels: Kernels, config: ModelConfig, rows: int) -> None:
+        floats = {
+            name: np.zeros((rows, count), np.float32) for name, count in _columns(config).items()
+        }
         self.rows = rows
-        self.x, self.picked, self.normed = (floats(c.n_embd) for _ in range(3))
-        self.qkv, self.mixed = floats(heads), floats(c.n_head * c.head_dim)
-        self.gated, self.logits = floats(c.n_ff), floats(c.n_vocab)
+        self.x, self.picked, self.normed = (floats[name] for name in ("x", "picked", "normed"))
+        self.qkv, self.mixed, self.logits = (floats[name] for name in ("qkv", "mixed", "logits"))
+        self.gated, self.other = floats["gated"], floats["other"]
         self.row = np.zeros(rows, k.ROW)
         self.group = np.zeros(rows, k.GROUP)
         self.index = np.zeros(rows, np.int32)
-        self.caches = np.zeros((c.n_layers, rows), k.LAYER_CACHE)
-        widest = max(c.n_embd, c.n_head * c.head_dim, c.n_ff)
-        #: Quantized activations, by form.
-        self.q = [np.zeros((rows, 4 * widest + 4096), np.uint8) for _ in range(3)]
+        self.caches = np.zeros((config.n_layers, rows), k.LAYER_CACHE)
+        self.q = [np.zeros((rows, size), np.uint8) for size in _quantized_bytes(kernels, config)]
         self.taps: dict[int, Floats] = {}
 
     def tap(self, layer: int) -> Floats:
@@ -101,8 +126,10 @@ class Builder:
         for index, layer in enumerate(self.weights.layers):
             if index in shape.taps:
                 self._keep(b.tap(index), b.x)
-            self._attend(layer, index)
-            if index == last and not shape.wanted and not whole:
+            # Behind the last layer's keys and values, only rows that somebody asks about count.
+            stop = index == last and not shape.wanted and not whole
+            self._attend(layer, index, store_only=stop)
+            if stop:
                 return k.steps_array(self.steps)
             if index == last and shape.wanted < shape.rows and not whole:
                 self._add(
@@ -113,9 +140,10 @@ class Builder:
             self._mlp(layer, x, rows)
         if config.n_layers in shape.taps:
             self._keep(b.tap(config.n_layers), b.x)
-        if whole:
+        if config.n_layers + 1 in shape.taps:
             self._norm(x, rows, self.weights.output_norm, [])
             self._keep(b.tap(config.n_layers + 1), b.normed)
+        if whole:
             self._add(
                 k.PICK, shape.wanted, x=b.x, y=b.picked, width=config.n_embd,
                 index=b.index.ctypes.data,
@@ -126,7 +154,7 @@ class Builder:
             self._products(forms, [(self.weights.output, None)], 0, rows, b.logits)
         return k.steps_array(self.steps)
 
-    def _attend(self, layer: Layer, index: int) -> None:
+    def _attend(self, layer: Layer, index: int, *, store_only: bool) -> None:
         b, shape, c = self.buffers, self.shape, self.config
         used = [layer.attention[view] for view, _, _ in shape.views()]
         forms = self._norm(
@@ -137,6 +165,8 @@ class Builder:
             matrices = [(a.q, a.biases[0]), (a.k, a.biases[1]), (a.v, a.biases[2])]
             self._products(forms, matrices, first, rows, b.qkv)
             self._heads(a, index, first, rows)
+        if store_only:
+            return
         self._add(
             k.ATTENTION, shape.groups * c.n_head_kv, x=b.qkv, y=b.mixed, groups=shape.groups,
             row=b.row.ctypes.data, cache=b.caches[index].ctypes.data, group=b.group.ctypes.data,
@@ -159,14 +189,16 @@ class Builder:
     def _mlp(self, layer: Layer, x: Floats, rows: int) -> None:
         b = self.buffers
         forms = self._norm(x, rows, layer.ffn_norm, [layer.gate, layer.up])
-        panels = layer.gate.panels
-        if self._form(layer.gate) == self._form(layer.up):
+        if len(forms) == 1:
             self._add(
-                k.GATED, _tasks(panels), q=forms[self._form(layer.gate)], rows=rows, y=b.gated,
-                matrices=[layer.gate, layer.up],
+                k.GATED, _tasks(layer.gate.panels), q=forms[self._form(layer.gate)], rows=rows,
+                y=b.gated, matrices=[layer.gate, layer.up],
             )  # fmt: skip
         else:
-            raise ValueError("gate and up take different forms of activations")
+            for matrix, y in ((layer.gate, b.gated), (layer.up, b.other)):
+                own = {self._form(matrix): forms[self._form(matrix)]}
+                self._products(own, [(matrix, None)], 0, rows, y)
+            self._add(k.SILU, rows, x=b.other, y=b.gated, width=self.config.n_ff)
         forms = self._quantize(b.gated, rows, [layer.down])
         self._products(forms, [(layer.down, None)], 0, rows, x, add=True)
 

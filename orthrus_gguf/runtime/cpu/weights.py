@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Matrix
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.protocol import View
 
@@ -48,16 +50,21 @@ class Layer:
     down: Matrix
 
 
-def why_not(file: ModelFile, kernels: Kernels) -> str | None:
-    """What keeps this model from the native kernels, in words; None if nothing does."""
-    config = file.config
+def why_not(config: ModelConfig, tensors: Mapping[str, TensorInfo], kernels: Kernels) -> str | None:
+    """What keeps a model from the native kernels, in words; None if nothing does."""
     for size, what in ((config.n_embd, "rows"), (config.head_dim, "heads"), (config.n_ff, "MLP")):
         if size % LANES:
             return f"{what} of {size} elements are no multiple of {LANES}"
-    for info in file.tensors.values():
+    for info in tensors.values():
         if len(info.shape) > 1 and kernels.form(int(info.type)) is None:
             return f"{info.name} is {info.type.name}, which they have no product for"
     return None
+
+
+def packed_bytes(kernels: Kernels, info: TensorInfo) -> int:
+    """Bytes of a matrix in panels."""
+    panels = -(-info.shape[0] // LANES)
+    return -(-panels * kernels.panel_bytes(int(info.type), info.shape[1]) // 64) * 64
 
 
 class Weights:
@@ -68,13 +75,15 @@ class Weights:
 
     def __init__(self, file: ModelFile, kernels: Kernels, threads: int) -> None:
         """Raises OrthrusError when memory does not suffice."""
-        self._file, self._kernels = file, kernels
+        self._kernels = kernels
         matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
         self.types = frozenset(info.type for info in matrices)
-        sizes = {info.name: self._bytes(info) for info in matrices}
+        sizes = {info.name: packed_bytes(kernels, info) for info in matrices}
         total = sum(sizes.values())
         try:
-            self._memory = mmap.mmap(-1, max(total, 1))
+            # Private, since huge pages are for private memory.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._memory = mmap.mmap(-1, max(total, 1), flags=flags)
         except OSError as error:
             raise OrthrusError(
                 f"{file.paths[0]}: {total / 2**30:.1f} GiB for repacked weights cannot be"
@@ -87,28 +96,26 @@ class Weights:
         at = 0
         with ThreadPoolExecutor(threads) as pool:
             for info in matrices:
-                self._matrices[info.name] = self._place(info, at, pool)
+                self._matrices[info.name] = self._place(file, info, at, pool)
                 at += sizes[info.name]
                 file.release(info.name)
         config = file.config
         self.token_embd = self._matrices["token_embd.weight"]
         self.output = self._matrices.get("output.weight", self.token_embd)
-        self.output_norm = self._vector("output_norm.weight")
-        self.layers = [self._layer(f"blk.{index}.") for index in range(config.n_layers)]
+        self.output_norm = _vector(file, "output_norm.weight")
+        self.layers = [self._layer(file, f"blk.{index}.") for index in range(config.n_layers)]
 
     def close(self) -> None:
         """Let go of the memory; matrices must not be used afterwards."""
         self._matrices.clear()
-        del self._block
+        del self._block, self._memory
 
-    def _bytes(self, info: TensorInfo) -> int:
-        panels = -(-info.shape[0] // LANES)
-        return -(-panels * self._kernels.panel_bytes(int(info.type), info.shape[1]) // 64) * 64
-
-    def _place(self, info: TensorInfo, at: int, pool: ThreadPoolExecutor) -> Matrix:
+    def _place(
+        self, file: ModelFile, info: TensorInfo, at: int, pool: ThreadPoolExecutor
+    ) -> Matrix:
         columns, k = info.shape
         panels = -(-columns // LANES)
-        raw, number = self._file.data(info.name), int(info.type)
+        raw, number = file.data(info.name), int(info.type)
         address = self._block.ctypes.data + at
 
         def repack(first: int) -> None:
@@ -119,34 +126,35 @@ class Weights:
         list(pool.map(repack, range(0, panels, PANELS)))
         return Matrix(number, k, columns, panels, address)
 
-    def _layer(self, prefix: str) -> Layer:
-        attention = {View.AR: self._attention(prefix, "")}
-        if self._file.config.has_heads:
-            attention[View.DIFFUSION] = self._attention(prefix, "_diff")
+    def _layer(self, file: ModelFile, prefix: str) -> Layer:
+        attention = {View.AR: self._attention(file, prefix, "")}
+        if file.config.has_heads:
+            attention[View.DIFFUSION] = self._attention(file, prefix, "_diff")
         return Layer(
             attention,
-            self._vector(f"{prefix}attn_norm.weight"),
-            self._vector(f"{prefix}ffn_norm.weight"),
+            _vector(file, f"{prefix}attn_norm.weight"),
+            _vector(file, f"{prefix}ffn_norm.weight"),
             *(self._matrices[f"{prefix}ffn_{name}.weight"] for name in ("gate", "up", "down")),
         )
 
-    def _attention(self, prefix: str, suffix: str) -> Attention:
-        arch = self._file.config.architecture
+    def _attention(self, file: ModelFile, prefix: str, suffix: str) -> Attention:
+        arch = file.config.architecture
         q, k, v, output = (
             self._matrices[f"{prefix}attn_{name}{suffix}.weight"]
             for name in ("q", "k", "v", "output")
         )
         biases = [
-            self._vector(f"{prefix}attn_{name}{suffix}.bias") if arch.qkv_biases else None
+            _vector(file, f"{prefix}attn_{name}{suffix}.bias") if arch.qkv_biases else None
             for name in "qkv"
         ]
         norms = [
-            self._vector(f"{prefix}attn_{name}_norm{suffix}.weight") if arch.qk_norms else None
+            _vector(file, f"{prefix}attn_{name}_norm{suffix}.weight") if arch.qk_norms else None
             for name in "qk"
         ]
         return Attention(q, k, v, output, (biases[0], biases[1], biases[2]), norms[0], norms[1])
 
-    def _vector(self, name: str) -> Floats:
-        info = self._file.tensors[name]
-        data = quants.dequantize(self._file.data(name), GGMLQuantizationType(info.type))
-        return np.ascontiguousarray(data.reshape(math.prod(info.shape)), dtype=np.float32)
+
+def _vector(file: ModelFile, name: str) -> Floats:
+    info = file.tensors[name]
+    data = quants.dequantize(file.data(name), GGMLQuantizationType(info.type))
+    return np.array(data.reshape(math.prod(info.shape)), dtype=np.float32)

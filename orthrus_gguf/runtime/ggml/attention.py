@@ -10,6 +10,7 @@ import numpy as np
 
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
+from orthrus_gguf.runtime.ggml.cache_layout import transposed
 
 #: Keys and values are clamped to the range of F16 before they are stored. A wild draft could
 #: otherwise leave an infinity in rows that attention hides from everybody else, and infinity times
@@ -45,7 +46,7 @@ class CachedAttention:
         api, layout = self.api, self.cache.layout
         self._store_by_head(k, self.cache.keys[layer], self.key_rows, first, count)
         values = self.cache.values[layer]
-        if not layout.transposed:
+        if not transposed(layout):
             self._store_by_head(v, values, self.value_rows, first, count)
             return
         elements = layout.kv_dim * count
@@ -60,7 +61,7 @@ class CachedAttention:
         width = self.columns * _F16_BYTES
         mask = api.view_2d(c, self.mask, self.columns, count, width, first * width)
         scale = 1 / math.sqrt(layout.head_dim)
-        if not layout.transposed:
+        if not transposed(layout):
             values = self._visible_by_head(self.cache.values[layer], layout.type_v)
             queries = api.permute(c, q, 0, 2, 1, 3)
             return int(api.flash_attn_ext(c, queries, keys, values, mask, scale, 0.0, 0.0))

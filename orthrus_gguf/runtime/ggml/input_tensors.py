@@ -9,6 +9,7 @@ import gguf
 
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
+from orthrus_gguf.runtime.ggml.cache_layout import transposed
 from orthrus_gguf.runtime.ggml.shape import Shape, Share
 
 _F16 = int(gguf.GGMLQuantizationType.F16)
@@ -58,7 +59,7 @@ def input_tensors(api: Ggml, context: int, caches: Sequence[GgmlCache], shape: S
         api.set_input(mask)
         return ShareInputs(
             key_rows=column(_I64, stores),
-            value_rows=column(_I64, stores * layout.kv_dim if layout.transposed else stores),
+            value_rows=column(_I64, stores * layout.kv_dim if transposed(layout) else stores),
             mask=mask,
             stored=column(_I32, stores) if share.stores else None,
         )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orthrus_gguf.runtime.ggml.graph_pool import ReadyGraph
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Logits
 
 Taps = NDArray[np.float32]
+
+
+class Outputs(NamedTuple):
+    """What a pass has computed, in memory that the next one may overwrite.
+
+    logits: [wanted rows, n_vocab]. taps: [rows, n_embd] each, of the layers asked for.
+    """
+
+    logits: Logits
+    taps: Mapping[int, Taps]
 
 
 class Gathered:
@@ -22,17 +32,17 @@ class Gathered:
         self._parts: dict[int, list[tuple[Logits, Taps | None]]] = {}
 
     def add(
-        self, pieces: Sequence[Piece], ready: ReadyGraph
+        self, pieces: Sequence[Piece], outputs: Outputs
     ) -> Iterator[tuple[int, Logits, Taps | None]]:
         """Of the segments whose last rows have run in this pass: number, logits of the wanted rows,
-        and taps [taps, rows, n_embd] (a copy). Logits may lie in the graph's memory."""
+        and taps [taps, rows, n_embd] (a copy). Logits may lie in the pass's memory."""
         row = wanted = 0
         for piece in pieces:
             asked = len(piece.wanted)
-            logits, taps = ready.logits[wanted : wanted + asked], None
+            logits, taps = outputs.logits[wanted : wanted + asked], None
             if self._with_taps and piece.segment.taps:
                 rows = slice(row, row + piece.count)
-                taps = np.stack([ready.taps[tap][rows] for tap in piece.segment.taps])
+                taps = np.stack([outputs.taps[tap][rows] for tap in piece.segment.taps])
             row, wanted = row + piece.count, wanted + asked
             if piece.first + piece.count == len(piece.segment):
                 earlier = self._parts.pop(piece.index, [])

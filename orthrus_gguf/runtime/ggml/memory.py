@@ -1,4 +1,4 @@
-"""The memory that a model needs on the CPU runtime, from its config alone.
+"""The memory that a model needs on ggml, from its config alone.
 
 Weights are used where the file's mapping holds them, so they take the size of their tensors. The
 cache is exact. Buffers are an upper bound: at most a quarter above what passes were seen to use.
@@ -7,15 +7,14 @@ cache is exact. Buffers are an upper bound: at most a quarter above what passes 
 from __future__ import annotations
 
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.runtime.ggml.cache_layout import (
+from orthrus_gguf.runtime.cache_layout import (
     BATCH_ROWS,
     COLUMNS,
     CacheLayout,
-    ar_rows,
     cache_rows,
-    columns_for,
     spare_rows,
 )
+from orthrus_gguf.runtime.ggml.cache_layout import ar_rows, columns_for, transposed
 
 _PADDING = 1024  # what aligning a graph's tensors costs
 
@@ -56,13 +55,13 @@ def graph_bytes(
     in a pass of `ar` and `diffusion` rows of the two views. They see `reach` cache rows and give
     `wanted` rows of logits."""
     width, heads, rows = config.n_embd, config.n_head * config.head_dim, ar + diffusion
-    scores = config.n_head * reach if layout.transposed else 0
+    scores = config.n_head * reach if transposed(layout) else 0
     attention = max(ar, diffusion) * (scores + 2 * width + 2 * heads)
     if ar and diffusion:
         attention += rows * 2 * width  # what both views share, and the first one's results
     mlp = rows * (3 * config.n_ff + 3 * width)
     head = rows * width + wanted * (config.n_vocab + 2 * width)
-    places = config.n_head_kv * config.head_dim if layout.transposed else 1
+    places = config.n_head_kv * config.head_dim if transposed(layout) else 1
     inputs = rows * (2 * reach + 8 * places + 16)
     return _PADDING + inputs + 4 * max(attention, mlp, head)
 
@@ -71,5 +70,5 @@ def _operand_bytes(config: ModelConfig, layout: CacheLayout, rows: int, reach: i
     """Bytes of ggml's block of operands converted to the type that the other one asks for (at most
     16 bits per element): `rows` rows of one product, or their scores."""
     heads = config.n_head * config.head_dim
-    scores = config.n_head * reach if layout.transposed else 0
+    scores = config.n_head * reach if transposed(layout) else 0
     return 2 * rows * max(scores, config.n_embd, heads, config.n_ff)

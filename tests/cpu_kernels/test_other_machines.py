@@ -1,0 +1,105 @@
+"""The kernels in a process of their own: on another kind of machine, and under sanitizers.
+
+Both run what the objects here run (`cpu_cases.py`): products of every type, and whole passes with
+every type of cache. Portable C in this process says what must come out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from types import ModuleType
+
+import gguf
+import pytest
+from cpu_calls import Case, assert_same, run_driver, run_here
+from cpu_cases import WEIGHTS, passes, products
+from orthrus_cpu_kernels.library import Kernels
+from synthetic_model import model_shape, write_model
+
+from orthrus_gguf.ggml.library import load_library
+from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
+
+Make = Callable[..., list[str]]
+
+GCC_ARM, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+
+#: Every error ends the process. (Leaks are the driver's own business: it ends anyway.)
+SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"
+
+
+def mixed_types(name: str) -> gguf.GGMLQuantizationType:
+    """All forms of activations; gate and up of different ones."""
+    types = gguf.GGMLQuantizationType
+    known = {"attn_output": types.Q8_0, "ffn_gate": types.Q4_K, "ffn_up": types.Q5_0}
+    known |= {"attn_q": types.Q6_K, "attn_k": types.Q4_1, "ffn_down": types.Q4_K}
+    return known.get(name.split(".")[2] if name.startswith("blk.") else name, types.F16)
+
+
+@pytest.fixture(scope="module")
+def cases(portable: Kernels, tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    """Products, and passes of a small model; heads of 96 elements make three blocks."""
+    found = [one.case(portable, add=True) for kind in WEIGHTS for one in products(kind)]
+    path = tmp_path_factory.mktemp("passes") / "model.gguf"
+    config = model_shape(n_ff=256, n_vocab=80, n_head=6, n_head_kv=2, head_dim=96)
+    write_model(load_library().api, path, config, mixed_types)
+    for k, v in zip(CACHE_TYPES, [*CACHE_TYPES][::-1], strict=True):
+        found += passes(path, portable, k, v)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(portable: Kernels, cases: list[Case]) -> list[list[object]]:
+    return [list(run_here(portable, case)) for case in cases]
+
+
+def test_passes_are_the_same_on_all_objects(
+    objects: dict[str, Kernels], cases: list[Case], expected: list[list[object]]
+) -> None:
+    """Caches, floats between steps, logits: bit for bit. (Products alone: `test_products.py`.)"""
+    for name, kernels in objects.items():
+        for case, wanted in zip(cases, expected, strict=True):
+            if case.name == "pass":
+                assert_same(run_here(kernels, case), wanted, name)  # type: ignore[arg-type]
+
+
+def test_neon_gives_the_bits_of_portable_c(
+    build: ModuleType, driver: Make, cases: list[Case], expected: list[list[object]]
+) -> None:
+    if shutil.which(GCC_ARM) is None or shutil.which(QEMU) is None:
+        pytest.skip(
+            "NEON needs a cross compiler and an emulator: apt-get install gcc-aarch64-linux-gnu"
+            " libc6-dev-arm64-cross qemu-user"
+        )
+    for name, flags in build.targets("aarch64").items():
+        command = driver(GCC_ARM, *flags, "-O1", "-static")
+        found = run_driver([QEMU, *command], cases)
+        for case, ours, wanted in zip(cases, found, expected, strict=True):
+            assert_same(ours, wanted, f"{name} (aarch64), {case.name}")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["portable", "avx2"])
+def test_nothing_is_out_of_bounds_or_undefined(
+    build: ModuleType, driver: Make, objects: dict[str, Kernels], cases: list[Case],
+    expected: list[list[object]], name: str,
+) -> None:  # fmt: skip
+    """Every buffer is a block of its own, so that a byte too far is seen."""
+    if name not in objects:
+        pytest.skip(f"this machine does not run {name}")
+    compiler = build.compiler()
+    command = driver(compiler, *build.targets()[name], "-O1", *SANITIZERS)
+    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    found = run_driver(command, cases, env=env)
+    for case, ours, wanted in zip(cases, found, expected, strict=True):
+        assert_same(ours, wanted, f"{name} under sanitizers, {case.name}")  # type: ignore[arg-type]
+
+
+def test_sanitizers_would_notice(build: ModuleType, driver: Make, portable: Kernels) -> None:
+    """A product whose result is one float too short."""
+    command = driver(build.compiler(), *build.targets()["portable"], "-O1", *SANITIZERS)
+    case = next(products(gguf.GGMLQuantizationType.F32)).case(portable)
+    for number in case.outputs:
+        case.buffers[number] = case.buffers[number][:-4]
+    with pytest.raises(AssertionError, match="heap-buffer-overflow"):
+        run_driver(command, [case], env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
