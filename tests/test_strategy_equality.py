@@ -22,19 +22,26 @@ from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
 #: Seeds per prompt, three prompts, beside 12 greedy runs, on each file: every pair of prompt and
-#: seed with four plans beside plain decoding. The long test takes 1,350 pairs on the CPU runtime.
+#: seed with four plans beside plain decoding. The long test takes 1,350 pairs on either runtime.
 SEEDS = 8
 LONG_SEEDS = range(100, 175)
 
-#: Runtime and type of the file. Those after the first five only in the long test.
+#: Runtime and type of the file; and those of the long test.
 PAIRS = [
     ("reference", "f32"),
     ("reference", "q8_0"),
+    ("ggml", "f32"),
+    ("ggml", "q8_0"),
+    ("ggml", "q4_k_m"),
     ("cpu", "f32"),
     ("cpu", "q8_0"),
     ("cpu", "q4_k_m"),
 ]
-LONG_PAIRS = [*PAIRS[2:], ("cpu", "bf16"), ("cpu", "q6_k"), ("cpu", "q4_0")]
+LONG_PAIRS = [
+    (runtime, kind)
+    for runtime in ("ggml", "cpu")
+    for kind in ("f32", "q8_0", "q4_k_m", "bf16", "q6_k", "q4_0")
+]
 
 
 class Costs:
@@ -130,11 +137,11 @@ def test_sampled(session: Session, golden: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for _, kind in LONG_PAIRS])
+@pytest.mark.parametrize(("runtime", "kind"), LONG_PAIRS)
 def test_sampled_at_length(
-    kind: str, demo_file: Callable[..., Path], golden: dict[str, Any]
+    runtime: str, kind: str, demo_file: Callable[..., Path], golden: dict[str, Any]
 ) -> None:
-    with open_session("cpu", kind, demo_file) as session:
+    with open_session(runtime, kind, demo_file) as session:
         for number in (0, 4, 8):
             prompt = golden["cases"][number]["prompt_ids"]
             for seed in LONG_SEEDS:
