@@ -15,7 +15,7 @@ _Number = gguf.LlamaFileType
 class FileType:
     """What `--type` names.
 
-    weights: the default type of the matrices; mix.py has the exceptions.
+    weights: the default type of the matrices; `Mix` has the exceptions.
     number: in `general.file_type`.
     """
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.model.config import MAX_CONTEXT, Rope
+from orthrus_gguf.model.rope_factors import llama3_factors
 
 _COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _ORIGINAL = "original_max_position_embeddings"
@@ -68,23 +67,6 @@ def read_rope(config: JsonFile, head_dim: int, default_base: float | None) -> Ro
         beta_fast=fields.positive(f"{key}.beta_fast", default=32.0),
         beta_slow=fields.positive(f"{key}.beta_slow", default=1.0),
     )
-
-
-def llama3_factors(
-    freq_base: float,
-    head_dim: int,
-    factor: float,
-    low_freq_factor: float,
-    high_freq_factor: float,
-    original_context: int,
-) -> tuple[float, ...]:
-    """What divides the frequency of each pair: 1 for those that turn often within the original
-    context, `factor` for those that turn rarely, and blends between. In single precision."""
-    pairs = np.arange(0, head_dim, 2, dtype=np.float64)
-    turns = original_context * freq_base ** (-pairs / head_dim) / (2 * math.pi)
-    smooth = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
-    factors = 1 / ((1 - smooth) / factor + smooth)
-    return tuple(factors.astype(np.float32).tolist())
 
 
 def _llama3_bounds(fields: JsonFile, key: str) -> tuple[float, float]:

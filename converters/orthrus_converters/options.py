@@ -10,18 +10,26 @@ import gguf
 
 from orthrus_converters.encode import default_threads
 from orthrus_converters.file_types import ALIASES, FILE_TYPES, TENSOR_TYPES, find_file_type
-from orthrus_converters.plan import Request
+from orthrus_converters.plan import Request, check_outputs
+from orthrus_converters.synthetic import find_shape, plan_synthetic
 from orthrus_converters.type_plan import TypeChoice, parse_override
 from orthrus_gguf.command import Parser
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.writer import PlannedFile
+from orthrus_gguf.model.shapes import SHAPES
 
 PROGRAM = "orthrus-convert"
 AUTO = "auto"
 MAX_THREADS = 1024
 
+#: What a synthetic model is made in unless asked otherwise.
+SYNTHETIC_TYPE = "q4_k_m"
+
 USAGE = f"""\
 {PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]
        {PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf
        {PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]
+       {PROGRAM} --synthetic NAME OUT.gguf [--type TYPE] [--seed N]
 """
 DESCRIPTION = f"""\
 Convert a model to GGUF: Qwen3, Qwen2 and Llama, with or without Orthrus heads.
@@ -47,6 +55,7 @@ def build_parser() -> Parser:
     parser.add_argument("output", metavar="OUT.gguf", type=Path, help="file to write")
     _add_type_flags(parser)
     _add_packing_flags(parser)
+    _add_synthetic_flags(parser)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of the repository")
     parser.add_argument(
         "--threads",
@@ -134,6 +143,37 @@ def _add_packing_flags(parser: Parser) -> None:
     )
 
 
+def _add_synthetic_flags(parser: Parser) -> None:
+    group = parser.add_argument_group("synthetic models")
+    group.add_argument(
+        "--synthetic",
+        metavar="NAME",
+        help="make a model of random weights in the shape of a real one, with heads; only its "
+        f"times mean anything (default --type: {SYNTHETIC_TYPE}): {', '.join(SHAPES)}",
+    )
+    group.add_argument(
+        "--seed", metavar="N", type=_natural, help="of the random weights (default: 0)"
+    )
+
+
+def synthetic_file(args: argparse.Namespace) -> PlannedFile:
+    """The synthetic model in parsed arguments. Raises OrthrusError for what it cannot have."""
+    config = find_shape(args.synthetic)
+    request = make_request(args)
+    if request != Request(
+        source=None,
+        output=request.output,
+        choice=TypeChoice(request.choice.file_type),
+        overwrite=request.overwrite,
+    ):
+        raise OrthrusError(
+            f"--synthetic {args.synthetic}: makes a whole model: only --type and --seed go with it"
+        )
+    type_name = SYNTHETIC_TYPE if args.type == AUTO else args.type
+    check_outputs(request, [])
+    return plan_synthetic(request.output, config, type_name, args.seed or 0)
+
+
 def make_request(args: argparse.Namespace) -> Request:
     """The request in parsed arguments. Raises OrthrusError for a bad --tensor-type."""
     choice = TypeChoice(
@@ -161,6 +201,12 @@ def make_request(args: argparse.Namespace) -> Request:
 
 def _tensor_type(name: str | None) -> gguf.GGMLQuantizationType | None:
     return None if name is None else TENSOR_TYPES[name]
+
+
+def _natural(value: str) -> int:
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, found {value!r}")
+    return int(value)
 
 
 def _thread_count(value: str) -> int:

@@ -8,12 +8,13 @@ so, in their name and under the key `orthrus.synthetic`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_converters import metadata
@@ -24,34 +25,24 @@ from orthrus_converters.synthetic_vocabulary import synthetic_vocabulary
 from orthrus_converters.type_plan import TypeChoice, is_matrix, plan_types
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor, write_files
+from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.tensors import ROPE_FREQS, base_tensors, diffusion_tensors
 
 MAX_SEED = 2**32 - 1
 
-
-def make_synthetic(
-    path: Path,
-    config: ModelConfig,
-    type_name: str,
-    *,
-    seed: int = 0,
-    progress: Callable[[int], object] = lambda n_bytes: None,
-) -> int:
-    """Write a model of this shape and file type, with heads and vocabulary; returns its size.
-
-    type_name: as `orthrus-convert --type` takes it; tensors get the types that conversion would
-    give them (without an imatrix). config: must have heads; its name is used in the label.
-    progress: called with numbers of bytes as they are written. The same arguments give the same
-    file. Raises OrthrusError if the type cannot be made or the file not be written, in particular
-    if it exists.
-    """
-    return write_files([plan_synthetic(path, config, type_name, seed)], progress)[0]
+#: Follows the name of a synthetic model wherever something is said of it.
+LABEL = "synthetic: random weights, so only times mean anything"
 
 
 def plan_synthetic(path: Path, config: ModelConfig, type_name: str, seed: int = 0) -> PlannedFile:
-    """The file that make_synthetic() writes."""
+    """A file of this shape and file type, with heads and vocabulary, for write_files().
+
+    type_name: as `--type` takes it; tensors get the types that conversion would give them (without
+    an imatrix). config: must have heads; its name is used in the label. The same arguments give the
+    same file. Raises OrthrusError if the type cannot be made.
+    """
     file_type = _file_type(type_name)
     if not 0 <= seed <= MAX_SEED:
         raise OrthrusError(f"--seed {seed}: expected 0 to {MAX_SEED}")
@@ -67,12 +58,19 @@ def plan_synthetic(path: Path, config: ModelConfig, type_name: str, seed: int = 
             f"--type {type_name}: no random qblocks can be made of type {min(missing)}; choose "
             "another type"
         )
-    weights = RandomWeights(seed)
+    data = partial(_data, RandomWeights(seed), config)
     tensors = [
-        PlannedTensor(name, shape, kinds[name], partial(_data, weights, name, shape, kinds[name]))
+        PlannedTensor(name, shape, kinds[name], partial(data, name, shape, kinds[name]))
         for name, shape in shapes.items()
     ]
     return PlannedFile(path, _metadata(config, file_type, tensors, seed), tensors)
+
+
+def find_shape(name: str) -> ModelConfig:
+    """One of SHAPES. Raises OrthrusError for other names."""
+    if name not in SHAPES:
+        raise OrthrusError(f"--synthetic {name}: expected one of {', '.join(SHAPES)}")
+    return SHAPES[name]
 
 
 def _file_type(name: str) -> FileType:
@@ -84,12 +82,18 @@ def _file_type(name: str) -> FileType:
 
 
 def _data(
-    weights: RandomWeights, name: str, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType
+    weights: RandomWeights,
+    config: ModelConfig,
+    name: str,
+    shape: tuple[int, ...],
+    kind: gguf.GGMLQuantizationType,
 ) -> Iterator[NDArray[Any]]:
     if is_matrix(name, shape):
         rows, columns = shape
         return weights.matrix(name, kind, (rows, columns))
-    return weights.norm(name, math.prod(shape))
+    if name == ROPE_FREQS:
+        return iter([np.array(config.rope.freq_factors, np.float32)])
+    return weights.vector(name, math.prod(shape), mean=0.0 if name.endswith(".bias") else 1.0)
 
 
 def _metadata(

@@ -64,7 +64,7 @@ _FLOATS = (_Type.F32, _Type.F16, _Type.BF16)
 #: Every type that random_qblocks() can make. (The scale of IQ1_M is spread over its qblock.)
 KINDS = frozenset({*_SCALES, *_FLOATS})
 
-#: A pool holds at least so many qblocks, more than any matrix of Qwen3 has rows, and so many bytes.
+#: A pool holds at least so many qblocks, more than a matrix has rows, and so many bytes.
 _MIN_QBLOCKS = 152_000
 _MIN_BYTES = 1 << 24
 
@@ -124,10 +124,10 @@ class RandomWeights:
             left -= len(chunk)
             at = 0
 
-    def norm(self, name: str, size: int) -> Iterator[NDArray[np.float32]]:
-        """A norm's weights: about one."""
+    def vector(self, name: str, size: int, *, mean: float) -> Iterator[NDArray[np.float32]]:
+        """The weights of a norm (about one) or a bias (about zero)."""
         noise = self._rng(name).standard_normal(size, np.float32)
-        yield 1 + np.float32(0.1) * noise
+        yield np.float32(mean) + np.float32(0.1) * noise
 
     def _pool(self, kind: Kind, columns: int) -> NDArray[np.uint8]:
         """As many qblocks as some prime number: rows that begin a fixed number of qblocks apart

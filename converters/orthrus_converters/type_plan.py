@@ -10,36 +10,13 @@ from dataclasses import dataclass
 import gguf
 
 from orthrus_converters.file_types import TENSOR_TYPES, FileType
-from orthrus_converters.mix import Mix
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model.architectures import LLAMA, QWEN2
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.mix import Kind, Mix, fitting
 from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
 
 _Type = gguf.GGMLQuantizationType
-Kind = gguf.GGMLQuantizationType
-
-#: What rows that do not divide into 256s become, where 32s are possible (as in llama-quantize).
-_FALLBACK = {
-    **dict.fromkeys((_Type.Q2_K, _Type.Q3_K), _Type.Q4_0),
-    _Type.Q4_K: _Type.Q5_0,
-    _Type.Q5_K: _Type.Q5_1,
-    _Type.Q6_K: _Type.Q8_0,
-    **dict.fromkeys(
-        (
-            _Type.IQ1_S,
-            _Type.IQ1_M,
-            _Type.IQ2_XXS,
-            _Type.IQ2_XS,
-            _Type.IQ2_S,
-            _Type.IQ3_XXS,
-            _Type.IQ3_S,
-            _Type.IQ4_XS,
-        ),
-        _Type.IQ4_NL,
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -137,14 +114,6 @@ def is_matrix(name: str, shape: Sequence[int]) -> bool:
     return len(shape) > 1 and "_norm" not in name and name.endswith(".weight")
 
 
-def fitting(kind: Kind, columns: int) -> Kind:
-    """`kind`, or what stands in for it where rows of `columns` are no whole number of qblocks."""
-    for candidate in (kind, _FALLBACK.get(kind, kind)):
-        if columns % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
-            return candidate
-    return _Type.F16
-
-
 def _layer_order(name: str) -> tuple[int, str]:
     """llama.cpp's order of tensors, in which a mix counts: those outside of layers come first."""
     parts = name.split(".")
@@ -157,17 +126,7 @@ def _mix(config: ModelConfig, choice: TypeChoice, *, has_imatrix: bool) -> Mix |
     file_type = choice.file_type
     if file_type is None or file_type.weights.name in FLOAT_DTYPES or choice.pure:
         return None
-    gqa = config.n_head // config.n_head_kv
-    return Mix(
-        name=file_type.name,
-        default=file_type.weights,
-        n_layers=config.n_layers,
-        gqa=gqa,
-        tied=config.tied,
-        has_imatrix=has_imatrix,
-        small_v=config.n_layers == 80
-        and (config.architecture is QWEN2 or (config.architecture is LLAMA and gqa > 1)),
-    )
+    return Mix.of(config, file_type.name, file_type.weights, has_imatrix=has_imatrix)
 
 
 def _asked_for(name: str, choice: TypeChoice, *, tied: bool) -> Kind | None:

@@ -12,7 +12,7 @@ from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
 from orthrus_gguf.bench.prediction.table import Selection, as_json, markdown
 from orthrus_gguf.cli import options
 from orthrus_gguf.command import Parser, base_parser, run_command
-from orthrus_gguf.model.shapes import BLOCK_SIZE, QWEN3_SHAPES
+from orthrus_gguf.model.shapes import BLOCK_SIZE, SHAPES
 
 DESCRIPTION = """\
 Predict the time of passes and steps from what they read, multiply and launch. Arithmetic, nothing
@@ -42,7 +42,7 @@ def _parser() -> Parser:
             help=f"of {', '.join(known)} (default: {', '.join(default)})",
         )
 
-    add("--models", QWEN3_SHAPES, MODELS)
+    add("--models", SHAPES, MODELS)
     add("--cards", CARDS, [*CARDS])
     add("--types", FILE_TYPES, [*FILE_TYPES])
     parser.add_argument(

@@ -29,7 +29,7 @@ from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.drafting.plan import SPELLING, parse_all
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.load import RuntimeSettings, load_model
 from orthrus_gguf.this_machine import machine
 
@@ -87,7 +87,7 @@ def _parser() -> Parser:
     )
     group.add_argument(
         "--shape",
-        choices=list(QWEN3_SHAPES),
+        choices=list(SHAPES),
         default="qwen3-8b",
         help="model on predicted cards (default: qwen3-8b)",
     )
@@ -189,7 +189,7 @@ def _hardware(name: str, args: argparse.Namespace) -> Hardware:
 
 
 def _card(name: str, args: argparse.Namespace) -> Hardware:
-    config = QWEN3_SHAPES[args.shape]
+    config = SHAPES[args.shape]
     curve = PredictedCurve(CARDS[name], config, args.type)
     selection = Selection(
         models=[args.shape],

@@ -1,21 +1,19 @@
-"""`orthrus-bench --synthetic`: make a model of random weights to measure, where none is at hand.
+"""`orthrus-bench --synthetic`: a model of random weights to measure, where none is at hand.
 
-The one place of the runtime package that uses the converters, and only when asked to make a file.
+Short for `orthrus-convert --synthetic`, which makes it: in a process of its own, since nothing of
+the runtime package needs the converters.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import subprocess
+import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from orthrus_gguf.cli import options
-from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.gguf.writer import check_target
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 
 DEFAULT_TYPE = "Q4_K_M"
 
@@ -31,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--synthetic",
         metavar="NAME",
-        help=f"make a model of random weights in this shape: {', '.join(QWEN3_SHAPES)}",
+        help=f"make a model of random weights in this shape: {', '.join(SHAPES)}",
     )
     group.add_argument(
         "--type", metavar="TYPE", help=f"its type, as of orthrus-convert (default: {DEFAULT_TYPE})"
@@ -52,13 +50,13 @@ def check_unused(args: argparse.Namespace) -> None:
 
 
 def make(args: argparse.Namespace) -> Path:
-    """Write the model that the flags ask for; returns its path.
+    """Have the converter write the model that the flags ask for; returns its path.
 
-    Raises OrthrusError for unknown names, and if the file exists or cannot be written.
+    Raises OrthrusError for names that mean nothing here, and SystemExit with the converter's exit
+    code if it fails, after it has said why.
     """
-    if args.synthetic not in QWEN3_SHAPES:
-        known = ", ".join(QWEN3_SHAPES)
-        raise OrthrusError(f"--synthetic {args.synthetic}: expected one of {known}")
+    if args.synthetic not in SHAPES:
+        raise OrthrusError(f"--synthetic {args.synthetic}: expected one of {', '.join(SHAPES)}")
     if args.heads is not None:
         raise OrthrusError("--heads: a synthetic model has heads already; leave it out")
     type_name = args.type or DEFAULT_TYPE
@@ -67,17 +65,11 @@ def make(args: argparse.Namespace) -> Path:
         raise OrthrusError(
             f"{path}: exists already; measure it with orthrus-bench {path}, or name another file"
         )
-    check_target(path, overwrite=False)
-    # Imported here: the runtime needs no converters, and this command only for this flag.
-    from orthrus_converters.synthetic import make_synthetic
-
-    started = time.perf_counter()
-    with tqdm(desc=path.name, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        size = make_synthetic(
-            path, QWEN3_SHAPES[args.synthetic], type_name, seed=args.seed or 0, progress=bar.update
-        )
-    seconds = time.perf_counter() - started
-    say(f"{path}: wrote {size / 1e9:.2f} GB in {seconds:.1f} s ({LABEL})")
+    command = [sys.executable, "-m", "orthrus_converters", "--synthetic", args.synthetic]
+    flags = ["--type", type_name.lower(), "--seed", str(args.seed or 0)]
+    run = subprocess.run([*command, *flags, "--", str(path)], stdout=subprocess.DEVNULL)
+    if run.returncode:
+        raise SystemExit(run.returncode)
     return path
 
 

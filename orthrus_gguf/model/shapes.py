@@ -1,4 +1,5 @@
-"""The shapes of the released Qwen3 models, with the diffusion heads of their Orthrus versions.
+"""Shapes of released models, with the diffusion heads of their Orthrus versions, or such as they
+would have.
 
 For what needs a shape and no weights: synthetic files and predictions. Models that are run get
 their shape from their file.
@@ -8,11 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from orthrus_gguf.model.architectures import LLAMA, QWEN2
 from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.rope_factors import llama3_factors
 
 N_VOCAB = 151_936
 MASK_TOKEN = 151_669
 BLOCK_SIZE = 32
+
+
+def _eps(value: float) -> float:
+    """As a GGUF keeps it."""
+    return float(np.float32(value))
 
 
 def _qwen3(
@@ -29,7 +37,7 @@ def _qwen3(
         n_head_kv=8,
         head_dim=128,
         n_vocab=N_VOCAB,
-        rms_eps=float(np.float32(1e-6)),
+        rms_eps=_eps(1e-6),
         rope=Rope(1e6),
         tied=tied,
         block_size=BLOCK_SIZE,
@@ -37,10 +45,65 @@ def _qwen3(
     )
 
 
-#: By the name that `orthrus-bench --synthetic` takes.
-QWEN3_SHAPES = {
+_QWEN2_5_0_5B = ModelConfig(
+    name="Qwen2.5-0.5B",
+    n_layers=24,
+    n_ctx_train=32_768,
+    n_embd=896,
+    n_ff=4864,
+    n_head=14,
+    n_head_kv=2,
+    head_dim=64,
+    n_vocab=N_VOCAB,
+    rms_eps=_eps(1e-6),
+    rope=Rope(1e6),
+    tied=True,
+    block_size=BLOCK_SIZE,
+    mask_token=MASK_TOKEN,
+    architecture=QWEN2,
+)
+_LLAMA_3_2_1B = ModelConfig(
+    name="Llama-3.2-1B",
+    n_layers=16,
+    n_ctx_train=131_072,
+    n_embd=2048,
+    n_ff=8192,
+    n_head=32,
+    n_head_kv=8,
+    head_dim=64,
+    n_vocab=128_256,
+    rms_eps=_eps(1e-5),
+    rope=Rope(5e5, freq_factors=llama3_factors(5e5, 64, 32.0, 1.0, 4.0, 8192)),
+    tied=True,
+    block_size=BLOCK_SIZE,
+    mask_token=128_255,
+    architecture=LLAMA,
+)
+_SMOLLM2_135M = ModelConfig(
+    name="SmolLM2-135M",
+    n_layers=30,
+    n_ctx_train=8192,
+    n_embd=576,
+    n_ff=1536,
+    n_head=9,
+    n_head_kv=3,
+    head_dim=64,
+    n_vocab=49_152,
+    rms_eps=_eps(1e-5),
+    rope=Rope(1e5),
+    tied=True,
+    block_size=BLOCK_SIZE,
+    mask_token=49_151,
+    architecture=LLAMA,
+)
+
+#: By the name that `orthrus-convert --synthetic` takes.
+SHAPES = {
     "qwen3-0.6b": _qwen3("Qwen3-0.6B", layers=28, width=1024, mlp=3072, heads=16),
     "qwen3-1.7b": _qwen3("Qwen3-1.7B", layers=28, width=2048, mlp=6144, heads=16),
     "qwen3-4b": _qwen3("Qwen3-4B", layers=36, width=2560, mlp=9728, heads=32),
     "qwen3-8b": _qwen3("Qwen3-8B", layers=36, width=4096, mlp=12_288, heads=32, tied=False),
+    "qwen2.5-0.5b": _QWEN2_5_0_5B,
+    "llama-3.2-1b": _LLAMA_3_2_1B,
+    "smollm2-135m": _SMOLLM2_135M,
 }

@@ -9,7 +9,7 @@ import pytest
 from orthrus_gguf.bench.prediction.cards import CARDS, IDEAL
 from orthrus_gguf.bench.prediction.passes import Activations, PredictedCurve
 from orthrus_gguf.cli.bench import main
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 
 
 def test_the_whole_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +36,7 @@ def test_figures_are_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line["card"] for line in report["predictions"]] == ["RTX 3090", "H200"]
     line = report["predictions"][0]
     curve = PredictedCurve(
-        CARDS["rtx-3090"], QWEN3_SHAPES["qwen3-8b"], "q4_k_m", Activations.FP16, IDEAL
+        CARDS["rtx-3090"], SHAPES["qwen3-8b"], "q4_k_m", Activations.FP16, IDEAL
     )
     assert line["ar_ms"] == curve.milliseconds(1, 0, 512)
     assert line["ar_tokens_per_second"] == pytest.approx(1e3 / line["ar_ms"])

@@ -23,11 +23,11 @@ from hf_checkpoint import (
 )
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
-from orthrus_converters.hf_rope import llama3_factors
 from stock import Stock
 
 from orthrus_gguf.gguf.reader import GGUFFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.rope_factors import llama3_factors
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.runtime.reference import ReferenceModel
 

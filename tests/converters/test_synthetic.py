@@ -12,8 +12,9 @@ import gguf
 import numpy as np
 import pytest
 from gguf import quants
+from orthrus_converters.cli import main
 from orthrus_converters.file_types import FILE_TYPES
-from orthrus_converters.synthetic import make_synthetic, plan_synthetic
+from orthrus_converters.synthetic import plan_synthetic
 from orthrus_converters.synthetic_qblocks import KINDS, RandomWeights, random_qblocks
 from orthrus_converters.synthetic_vocabulary import MIN_TOKENS, synthetic_vocabulary
 from tokenizers import Tokenizer as Oracle
@@ -21,8 +22,10 @@ from tokenizers import models, pre_tokenizers
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.fields import Fields
+from orthrus_gguf.gguf.writer import write_files
+from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.text.tokenizer import load_tokenizer
@@ -30,7 +33,7 @@ from orthrus_gguf.text.tokenizer import load_tokenizer
 Type = gguf.GGMLQuantizationType
 
 SMALL = replace(
-    QWEN3_SHAPES["qwen3-0.6b"],
+    SHAPES["qwen3-0.6b"],
     name="small",
     n_layers=4,
     n_embd=256,
@@ -44,10 +47,14 @@ SMALL = replace(
 )
 
 
+def make(path: Path, config: ModelConfig, type_name: str, seed: int = 0) -> int:
+    return write_files([plan_synthetic(path, config, type_name, seed)], lambda n_bytes: None)[0]
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("synthetic") / "small.gguf"
-    size = make_synthetic(path, SMALL, "Q4_K_M")
+    size = make(path, SMALL, "Q4_K_M")
     assert size == path.stat().st_size
     return path
 
@@ -58,14 +65,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [("qwen3-1.7b", 478, 2.07), ("qwen3-4b", 614, 4.97), ("qwen3-8b", 615, 9.70)],
 )
 def test_real_shapes(tmp_path: Path, name: str, tensors: int, billions: float) -> None:
-    plan = plan_synthetic(tmp_path / "x.gguf", QWEN3_SHAPES[name], "q4_k_m")
+    plan = plan_synthetic(tmp_path / "x.gguf", SHAPES[name], "q4_k_m")
     assert len(plan.tensors) == tensors
     assert sum(t.n_elements for t in plan.tensors) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 def test_types_of_8b_are_llama_quantizes(tmp_path: Path) -> None:
     """Layer by layer for 36 layers: `use_more_bits`; the twins have the usual type."""
-    plan = plan_synthetic(tmp_path / "x.gguf", QWEN3_SHAPES["qwen3-8b"], "Q4_K_M")
+    plan = plan_synthetic(tmp_path / "x.gguf", SHAPES["qwen3-8b"], "Q4_K_M")
     types = {tensor.name: tensor.type for tensor in plan.tensors}
     more = {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 31, 32, 33, 34, 35}
     for layer in range(36):
@@ -157,7 +164,7 @@ def test_the_label(small: Path) -> None:
 def test_a_seed_makes_the_same_file(tmp_path: Path, small: Path) -> None:
     digests = []
     for name, seed in (("a", 0), ("b", 1)):
-        make_synthetic(tmp_path / name, SMALL, "q4_k_m", seed=seed)
+        make(tmp_path / name, SMALL, "q4_k_m", seed)
         digests.append(hashlib.sha256((tmp_path / name).read_bytes()).digest())
     assert digests[0] == hashlib.sha256(small.read_bytes()).digest()
     assert digests[1] != digests[0]
@@ -167,7 +174,7 @@ def test_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"mine")
     with pytest.raises(OrthrusError, match="exists already"):
-        make_synthetic(path, SMALL, "q8_0")
+        make(path, SMALL, "q8_0")
     assert path.read_bytes() == b"mine"
     path.unlink()
 
@@ -175,8 +182,82 @@ def test_all_or_nothing(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_synthetic(path, SMALL, "q8_0", progress=fail)
+        write_files([plan_synthetic(path, SMALL, "q8_0")], fail)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "tensors"),
+    [
+        ("smollm2-135m", "llama", 392),
+        ("llama-3.2-1b", "llama", 211),
+        ("qwen2.5-0.5b", "qwen2", 458),
+    ],
+)
+def test_shapes_of_other_bases(tmp_path: Path, name: str, base: str, tensors: int) -> None:
+    """Made with two of their layers: the config comes back, biases and factors are as they are."""
+    assert len(plan_synthetic(tmp_path / "x.gguf", SHAPES[name], "q8_0").tensors) == tensors
+    config = replace(SHAPES[name], n_layers=2, n_vocab=400, mask_token=399)
+    path = tmp_path / "m.gguf"
+    make(path, config, "q8_0")
+    with ModelFile.open(path) as file:
+        assert file.config == replace(config, name=file.config.name)
+        assert file.config.architecture.name == base
+    for tensor in gguf.GGUFReader(path).tensors:
+        if tensor.name.endswith(".bias"):
+            assert tensor.data.mean() == pytest.approx(0, abs=0.05)
+            assert tensor.data.std() == pytest.approx(0.1, rel=0.3)
+
+
+class TestCommand:
+    """`orthrus-convert --synthetic NAME OUT.gguf`, on a shape that takes no time."""
+
+    @pytest.fixture(autouse=True)
+    def tiny(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setitem(SHAPES, "tiny", SMALL)
+        monkeypatch.chdir(tmp_path)
+
+    def test_it_makes_the_file(self, capsys: pytest.CaptureFixture[str], small: Path) -> None:
+        assert main(["--synthetic", "tiny", "out.gguf"]) == 0
+        out, err = capsys.readouterr()
+        assert out == "out.gguf\n"
+        assert err.startswith("out.gguf: wrote 0.00 GB in ")
+        assert err.endswith("(synthetic: random weights, so only times mean anything)\n")
+        assert Path("out.gguf").read_bytes() == small.read_bytes()
+        assert main(["--synthetic", "tiny", "out.gguf"]) == 1
+        flags = ["--type", "Q8_0", "--seed", "7", "--overwrite"]
+        assert main(["--synthetic", "tiny", "out.gguf", *flags]) == 0
+        fields = gguf.GGUFReader("out.gguf").fields
+        assert fields["orthrus.synthetic.seed"].contents() == 7
+        assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+
+    def test_dry_run(self, capsys: pytest.CaptureFixture[str], small: Path) -> None:
+        assert main(["--synthetic", "tiny", "out.gguf", "--dry-run"]) == 0
+        assert capsys.readouterr().out == f"out.gguf: 71 tensors, {small.stat().st_size:,} bytes\n"
+        assert not Path("out.gguf").exists()
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--synthetic", "big"], "--synthetic big: expected one of qwen3-0.6b, "),
+            (["--synthetic", "tiny", "--type", "iq1_m"], "--type iq1_m: no random qblocks"),
+            (["--synthetic", "tiny", "--seed", str(2**32)], "--seed 4294967296: expected 0 to"),
+            (["--synthetic", "tiny", "--split"], "--synthetic tiny: makes a whole model"),
+            (["--synthetic", "tiny", "--pure"], "--synthetic tiny: makes a whole model"),
+            (["--synthetic", "tiny", "--heads", "h.gguf"], "--synthetic tiny: makes a whole model"),
+            (["--synthetic", "tiny", "model"], "--synthetic tiny: makes a whole model"),
+            (["model", "--seed", "1"], "--seed goes with --synthetic NAME"),
+        ],
+    )
+    def test_errors_are_one_line(
+        self, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*flags, "out.gguf"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"orthrus-convert: error: {message}")
+        assert err.count("\n") == 1
+        assert list(Path().iterdir()) == []
 
 
 class TestVocabulary:

@@ -20,7 +20,14 @@ from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.model.architectures import QWEN3, Architecture
 from orthrus_gguf.model.config import ModelConfig, Rope
-from orthrus_gguf.model.tensors import ROPE_FREQS, base_tensors, diffusion_tensors
+from orthrus_gguf.model.mix import Mix
+from orthrus_gguf.model.tensors import (
+    ROPE_FREQS,
+    TOKEN_EMBD,
+    base_tensors,
+    diffusion_tensors,
+    is_diffusion_tensor,
+)
 
 _TYPES = gguf.GGMLQuantizationType
 
@@ -93,16 +100,15 @@ def qwen3_1_7b(block_size: int | None = 32) -> ModelConfig:
 
 def q4_k_m(n_layers: int) -> TypeRule:
     """llama-quantize's Q4_K_M for a tied model: Q4_K, and Q6_K where it counts."""
+    mix = Mix("q4_k_m", _TYPES.Q4_K, n_layers, gqa=2, tied=True, has_imatrix=False, small_v=False)
 
     def rule(name: str) -> gguf.GGMLQuantizationType:
-        if name == "token_embd.weight":
-            return _TYPES.Q6_K
-        parts = name.split(".")
-        if parts[0] == "blk" and parts[2] in ("attn_v", "ffn_down"):
-            layer, eighth = int(parts[1]), n_layers // 8
-            if layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2:
-                return _TYPES.Q6_K
-        return _TYPES.Q4_K
+        if name == TOKEN_EMBD:
+            return mix.embedding(256)
+        if is_diffusion_tensor(name):
+            return _TYPES.Q4_K
+        _, layer, part, _ = name.split(".")
+        return mix.matrix(part, int(layer))
 
     return rule
 
@@ -116,7 +122,7 @@ def write_model(
     *,
     add_tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> None:
-    """Write a model of this shape to `path`, matrices by `rule`, norms in F32.
+    """Write a model of this shape to `path`, matrices by `rule`, norms and biases in F32.
 
     add_tokenizer: writes the keys of a vocabulary; by default one without real merges.
     """
@@ -198,10 +204,13 @@ def _write_metadata(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_eps)
     writer.add_rope_freq_base(config.rope.freq_base)
-    if config.rope.factor != 1:
+    if config.rope.ext_factor:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(config.rope.factor)
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_context)
+    elif config.rope.factor != 1:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(config.rope.factor)
     if config.block_size is not None and config.mask_token is not None:
         writer.add_uint32(keys.BLOCK_SIZE, config.block_size)
         writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)

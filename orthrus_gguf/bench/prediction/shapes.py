@@ -11,10 +11,16 @@ import gguf
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, base_tensors, diffusion_tensors
+from orthrus_gguf.model.mix import Kind, Mix, fitting
+from orthrus_gguf.model.tensors import (
+    OUTPUT,
+    TOKEN_EMBD,
+    base_tensors,
+    diffusion_tensors,
+    is_diffusion_tensor,
+)
 
 _Type = gguf.GGMLQuantizationType
-Kind = gguf.GGMLQuantizationType
 
 #: Bits per weight as the kernels hold them (`orthrus_kernels/quant_tensor.py`): codes, one 32-bit
 #: word of scales per 64 weights, and for K-quants one of (d, dmin) per 256.
@@ -57,7 +63,12 @@ def pass_weights(config: ModelConfig, file_type: str) -> PassWeights:
         is_lookup = name == TOKEN_EMBD and not config.tied  # one row per token is next to nothing
         if len(shape) < 2 or is_lookup:
             continue
-        kind = tensor_type(name, config, file_type)
+        kind = tensor_type(name, shape[-1], config, file_type)
+        if kind not in PACKED_BITS:
+            raise OrthrusError(
+                f"{config.name}, {file_type}: no prediction for {kind.name}, which rows of "
+                f"{shape[-1]} get; choose another type"
+            )
         part = "head" if name == head else name.split(".")[2]
         if part.endswith("_diff"):
             diffusion[kind] += math.prod(shape)
@@ -68,20 +79,18 @@ def pass_weights(config: ModelConfig, file_type: str) -> PassWeights:
     return PassWeights(ar, diffusion, shared)
 
 
-def tensor_type(name: str, config: ModelConfig, file_type: str) -> Kind:
-    """llama-quantize's type for a matrix. The converters know all mixes, but the runtime package
-    does without them; a test compares the two."""
-    usual = FILE_TYPES[file_type]
-    if file_type != "q4_k_m":
-        return usual
-    if name == OUTPUT or (name == TOKEN_EMBD and config.tied):
-        return _Type.Q6_K
-    parts = name.split(".")
-    if parts[0] != "blk" or parts[2] not in ("attn_v", "ffn_down"):
-        return usual
-    layer, n, eighth = int(parts[1]), config.n_layers, config.n_layers // 8
-    more = layer < eighth or layer >= 7 * n // 8 or (layer - eighth) % 3 == 2
-    return _Type.Q6_K if more else usual
+def tensor_type(name: str, columns: int, config: ModelConfig, file_type: str) -> Kind:
+    """llama-quantize's type for a matrix with rows of `columns`."""
+    kind = FILE_TYPES[file_type]
+    mix = Mix.of(config, file_type, kind, has_imatrix=False)
+    if name == OUTPUT:
+        kind = mix.output(columns)
+    elif name == TOKEN_EMBD:
+        kind = mix.embedding(columns)
+    elif not is_diffusion_tensor(name):
+        _, layer, part, _ = name.split(".")
+        kind = mix.matrix(part, int(layer))
+    return fitting(kind, columns)
 
 
 def packed_bytes(weights: Mapping[Kind, int]) -> float:

@@ -18,7 +18,7 @@ from orthrus_gguf.bench.prediction.shapes import (
     LAUNCHES_PER_LAYER_BOTH,
     LAUNCHES_PER_PASS,
 )
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 
 LABEL = "predicted, not measured"
 
@@ -28,7 +28,7 @@ ROWS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Selection:
-    """What to predict. models, cards, types: keys of QWEN3_SHAPES, CARDS and FILE_TYPES.
+    """What to predict. models, cards, types: keys of SHAPES, CARDS and FILE_TYPES.
 
     block: rows of a draft, and of the pass that verifies it.
     """
@@ -67,7 +67,7 @@ def predict(selection: Selection) -> Iterator[Prediction]:
             for file_type in selection.types:
                 curve = PredictedCurve(
                     CARDS[card],
-                    QWEN3_SHAPES[model],
+                    SHAPES[model],
                     file_type,
                     selection.activations,
                     selection.shares,

@@ -13,7 +13,7 @@ from dataclasses import replace
 from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.bench.simulation.recording import Text
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.protocol import (
     Checkpoint,
     Choices,
@@ -78,7 +78,7 @@ class ReplayModel:
 
     def __init__(self, costs: Costs, clock: VirtualClock, block_size: int) -> None:
         # Of the shape only the block counts: how long passes take is the costs' business.
-        self.config: ModelConfig = replace(QWEN3_SHAPES["qwen3-8b"], block_size=block_size)
+        self.config: ModelConfig = replace(SHAPES["qwen3-8b"], block_size=block_size)
         self.description = "replay"
         self.text: Text | None = None
         self._costs, self._clock = costs, clock

@@ -19,11 +19,11 @@ from orthrus_gguf.bench.prediction.passes import (
     fused_step,
     two_pass_step,
 )
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 
 KERNELS = Path(__file__).resolve().parent.parent.parent / "kernels"
 Type = gguf.GGMLQuantizationType
-CONFIG = QWEN3_SHAPES["qwen3-8b"]
+CONFIG = SHAPES["qwen3-8b"]
 N_WEIGHTS = 7_568_000_000  # of 8B's matrices, without the embedding
 
 

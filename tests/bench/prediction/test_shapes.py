@@ -22,19 +22,30 @@ from orthrus_gguf.bench.prediction.shapes import (
     tensor_type,
 )
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model.shapes import QWEN3_SHAPES
+from orthrus_gguf.model.shapes import SHAPES
 
-CONFIG = QWEN3_SHAPES["qwen3-8b"]
+CONFIG = SHAPES["qwen3-8b"]
 Type = gguf.GGMLQuantizationType
 
 
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-@pytest.mark.parametrize("model", QWEN3_SHAPES)
+@pytest.mark.parametrize("model", SHAPES)
 def test_types_are_the_converters(tmp_path: Path, model: str, file_type: str) -> None:
-    config = QWEN3_SHAPES[model]
+    config = SHAPES[model]
     for tensor in plan_synthetic(tmp_path / "x.gguf", config, file_type).tensors:
         if len(tensor.shape) == 2:
-            assert tensor_type(tensor.name, config, file_type) == tensor.type, tensor.name
+            found = tensor_type(tensor.name, tensor.shape[-1], config, file_type)
+            assert found == tensor.type, tensor.name
+
+
+def test_types_that_have_no_prediction() -> None:
+    """Rows of 576 and 896 do not divide into 256s."""
+    for model, kind in (("smollm2-135m", "Q8_0"), ("qwen2.5-0.5b", "Q8_0")):
+        config = SHAPES[model]
+        assert tensor_type("token_embd.weight", config.n_embd, config, "q4_k_m").name == kind
+        with pytest.raises(OrthrusError, match=r"q4_k_m: no prediction for Q5_0, which rows of"):
+            pass_weights(config, "q4_k_m")
+        assert {*pass_weights(config, "q8_0").ar} == {Type.Q8_0}
 
 
 @pytest.mark.parametrize("kind", PACKED_BITS)
@@ -65,7 +76,7 @@ def test_8b() -> None:
 
 
 def test_a_tied_head_is_read_like_any_other() -> None:
-    config = QWEN3_SHAPES["qwen3-1.7b"]
+    config = SHAPES["qwen3-1.7b"]
     weights = pass_weights(config, "q4_k_m")
     assert weights.shared[Type.Q6_K] > 151_936 * 2048
     assert sum(weights.shared.values()) == 28 * 3 * 6144 * 2048 + 151_936 * 2048
@@ -73,7 +84,7 @@ def test_a_tied_head_is_read_like_any_other() -> None:
 
 def test_cache_and_launches() -> None:
     assert cache_bytes_per_token(CONFIG) == 147_456
-    assert cache_bytes_per_token(QWEN3_SHAPES["qwen3-1.7b"]) == 28 * 2 * 8 * 128 * 2
+    assert cache_bytes_per_token(SHAPES["qwen3-1.7b"]) == 28 * 2 * 8 * 128 * 2
     assert launches(CONFIG, both_views=False) == 36 * 9 + 6
     assert launches(CONFIG, both_views=True) == 36 * 11 + 6
 
@@ -81,7 +92,7 @@ def test_cache_and_launches() -> None:
 def test_fused_reads_six_tenths_of_two_passes() -> None:
     """02-decoding: 0.60 for 1.7B and for 8B."""
     for model in ("qwen3-1.7b", "qwen3-8b"):
-        weights = pass_weights(QWEN3_SHAPES[model], "q4_k_m")
+        weights = pass_weights(SHAPES[model], "q4_k_m")
         ar, diffusion = packed_bytes(weights.ar), packed_bytes(weights.diffusion)
         shared = packed_bytes(weights.shared)
         fused = (ar + diffusion + shared) / (ar + diffusion + 2 * shared)

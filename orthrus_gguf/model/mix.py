@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import gguf
 
+from orthrus_gguf.model.architectures import LLAMA, QWEN2
+from orthrus_gguf.model.config import ModelConfig
+
 _Type = gguf.GGMLQuantizationType
 Kind = gguf.GGMLQuantizationType
 
@@ -59,13 +62,43 @@ _FIRST_FFN_DOWN = {
     "q4_k_s": _Type.Q5_K,
 }
 
+#: What rows that do not divide into 256s become, where 32s are possible.
+_FALLBACK = {
+    **dict.fromkeys((_Type.Q2_K, _Type.Q3_K), _Type.Q4_0),
+    _Type.Q4_K: _Type.Q5_0,
+    _Type.Q5_K: _Type.Q5_1,
+    _Type.Q6_K: _Type.Q8_0,
+    **dict.fromkeys(
+        (
+            _Type.IQ1_S,
+            _Type.IQ1_M,
+            _Type.IQ2_XXS,
+            _Type.IQ2_XS,
+            _Type.IQ2_S,
+            _Type.IQ3_XXS,
+            _Type.IQ3_S,
+            _Type.IQ4_XS,
+        ),
+        _Type.IQ4_NL,
+    ),
+}
+
+
+def fitting(kind: Kind, columns: int) -> Kind:
+    """`kind`, or what stands in for it where rows of `columns` are no whole number of qblocks."""
+    for candidate in (kind, _FALLBACK.get(kind, kind)):
+        if columns % gguf.GGML_QUANT_SIZES[candidate][0] == 0:
+            return candidate
+    return _Type.F16
+
 
 @dataclass(frozen=True)
 class Mix:
     """The rules of one mix for one model.
 
-    name: of the file type. default: its usual type. gqa: query heads per KV head. small_v: attn_v
-    is so small beside the rest of the model that it gets Q5_K at least (llama.cpp calls it 70B).
+    name: of the file type, such as `q4_k_m`. default: its usual type. gqa: query heads per KV head.
+    small_v: attn_v is so small beside the rest of the model that it gets Q5_K at least (llama.cpp
+    calls such a model 70B).
     """
 
     name: str
@@ -74,7 +107,22 @@ class Mix:
     gqa: int
     tied: bool
     has_imatrix: bool
-    small_v: bool = False
+    small_v: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig, name: str, default: Kind, *, has_imatrix: bool) -> Mix:
+        """The rules for a model of shape `config`."""
+        gqa = config.n_head // config.n_head_kv
+        arch = config.architecture
+        return cls(
+            name=name,
+            default=default,
+            n_layers=config.n_layers,
+            gqa=gqa,
+            tied=config.tied,
+            has_imatrix=has_imatrix,
+            small_v=config.n_layers == 80 and (arch is QWEN2 or (arch is LLAMA and gqa > 1)),
+        )
 
     def matrix(self, part: str, index: int) -> Kind:
         """The type of a layer's `part` (such as `attn_v`).
