@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("auto", "bench", "command", "decode", "drafting", "engine", "errors", "gguf"),
-        *("inspection", "model", "orthrus_converters", "runtime", "sampling", "text"),
+        *("inspection", "model", "runtime", "sampling", "text"),
         "this_machine",
     },
     "orthrus_kernels": set(),
@@ -73,7 +73,7 @@ FEW: dict[str, tuple[str, ...]] = {
         *("orthrus_gguf.runtime.cpu", "orthrus_gguf.runtime.load", "orthrus_gguf.runtime.memory"),
         "orthrus_cpu_kernels",
     ),
-    "orthrus_converters": ("orthrus_gguf.cli", "orthrus_converters"),
+    "orthrus_converters": ("orthrus_converters",),
 }
 
 #: Implementations of `Model`. None may borrow from another: `reference` is the oracle of the rest.

@@ -349,7 +349,8 @@ def test_models_without_heads_look_up() -> None:
     machine = Machine(0.05)
     controller = Controller(machine, None)
     sources = [type(d).__name__ for d in controller.drafters(toy_config(heads=False))]
-    assert sources == ["TailDrafter", "LookupDrafter"]
+    assert {"TailDrafter", "LookupDrafter"} <= {*sources}
+    assert not {"BlockDrafter", "CarriedBlocks"} & {*sources}
     assert controller.choose([], [], 5, 10) is NO_DRAFT
     offer = Draft(LOOKUP, (1, 2, 3), (0.9, 0.9, 0.9))
     assert controller.choose([offer], [], 5, 10) is offer
@@ -364,7 +365,8 @@ def test_what_takes_time_on_the_host_is_only_asked_where_rows_are_cheap() -> Non
         made = Controller(Machine(per_row), None).drafters(config)
         assert ("LookupDrafter" in [type(d).__name__ for d in made]) is asked
     without = Controller(Machine(0.05), None, without=["lookup"]).drafters(config)
-    assert [type(d).__name__ for d in without] == ["TailDrafter"]
+    assert "LookupDrafter" not in [type(d).__name__ for d in without]
+    assert "TailDrafter" in [type(d).__name__ for d in without]
 
 
 def test_phases_account_for_everything() -> None:
