@@ -115,10 +115,10 @@ def count(
 
 
 def _by_source(cycles: Sequence[Cycle]) -> tuple[tuple[Source, int, int, int], ...]:
-    found: dict[Source, list[int]] = {}
+    found: dict[Source, tuple[int, int, int]] = {}
     for cycle in cycles:
         if cycle.source is not None:
-            counts = found.setdefault(cycle.source, [0, 0, 0])
-            for i, more in enumerate((1, len(cycle.drafts), cycle.accepted)):
-                counts[i] += more
+            times, drafted, accepted = found.get(cycle.source, (0, 0, 0))
+            more = times + 1, drafted + len(cycle.drafts), accepted + cycle.accepted
+            found[cycle.source] = more
     return tuple((source, *counts) for source, counts in found.items())
