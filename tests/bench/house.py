@@ -3,7 +3,8 @@
     python tests/bench/house.py [CHECKOUT]
 
 Code lines are lines with code: no blank ones, no comments, no docstrings. Docstrings do not count
-towards a function's length either. Works on any checkout, since it reads files only.
+towards a function's length either; functions of C are not looked at. Works on any checkout, since
+it reads files only.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ def main(checkout: Path) -> None:
     files: list[tuple[int, str]] = []
     for path in product_files(checkout):
         text = path.read_text(encoding="utf-8")
-        tree = ast.parse(text)
-        code = code_lines(text, tree)
+        is_python = path.suffix == ".py"
+        tree = ast.parse(text if is_python else "")
+        code = code_lines(text, tree) if is_python else code_lines_of_c(text)
         name, lines = str(path.relative_to(checkout)), text.count("\n")
         for i, more in enumerate((1, lines, len(code))):
             rooms[room(path.relative_to(checkout))][i] += more
@@ -53,7 +55,8 @@ def main(checkout: Path) -> None:
 
 def product_files(checkout: Path) -> Iterator[Path]:
     for folder in FOLDERS:
-        yield from sorted((checkout / folder).rglob("*.py"))
+        files = (checkout / folder).rglob("*.*")
+        yield from sorted(path for path in files if path.suffix in (".py", ".c", ".h"))
 
 
 def room(path: Path) -> str:
@@ -85,6 +88,12 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
             ):
                 found -= set(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return found
+
+
+def code_lines_of_c(text: str) -> set[int]:
+    """The same; comments are those of whole lines, which start with `//`."""
+    lines = enumerate(text.splitlines(), 1)
+    return {number for number, line in lines if line.strip() and not line.strip().startswith("//")}
 
 
 def function_lengths(tree: ast.Module, code: set[int]) -> Iterator[tuple[str, int]]:

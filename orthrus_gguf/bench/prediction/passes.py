@@ -63,7 +63,7 @@ FP16_SM90 = {
 }
 INT8_SM86 = {_Type.Q4_K: (6.39, 8.70, 13.60), _Type.Q8_0: (4.00, 5.81, 9.24)}
 
-# The attention kernel (orthrus_kernels/attention.py, head size 128, f16 cache).
+# The attention kernel (orthrus_kernels/attention/attention.py, head size 128, f16 cache).
 _ATTENTION_ROWS = 64
 _KEYS_PER_STEP = 32
 _CHUNK = 256
