@@ -58,13 +58,16 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 class _Family:
     """What a `model_type` computes.
 
-    only: what differs from _ONLY; None where a field has no effect. freq_base: RoPE's, where the
-    config does not say.
+    only: what differs from _ONLY; None where a field has no effect. stated: fields that must not be
+    left out, since their default changes the arithmetic. freq_base: RoPE's, where the config does
+    not say. all_kv: as many KV heads as heads, where it does not.
     """
 
     architecture: Architecture
     only: Mapping[str, tuple[Any, ...] | None]
+    stated: tuple[str, ...] = ()
     freq_base: float | None = None
+    all_kv: bool = False
 
     @property
     def checked(self) -> dict[str, tuple[Any, ...]]:
@@ -77,9 +80,11 @@ _FAMILIES = {
     "qwen3": _Family(QWEN3, {"qk_norm": (True,), "use_qk_norm": (True,)}),
     # Biases of q, k and v are no choice there, and the field is not read.
     "qwen2": _Family(QWEN2, {"attention_bias": None}),
-    "llama": _Family(LLAMA, {}, freq_base=10_000.0),
-    # As llama.cpp does, a Mistral without sliding window is a Llama.
-    "mistral": _Family(LLAMA, {"sliding_window": ()}, freq_base=10_000.0),
+    "llama": _Family(LLAMA, {}, freq_base=10_000.0, all_kv=True),
+    # As in llama.cpp, a Mistral without sliding window is a Llama.
+    "mistral": _Family(
+        LLAMA, {"sliding_window": ()}, stated=("sliding_window",), freq_base=10_000.0
+    ),
 }
 
 _READ = {
@@ -143,8 +148,7 @@ def read_config(config: JsonFile, name: str, *, has_heads: bool) -> ModelConfig:
     _check_arithmetic(config, family)
     n_embd = config.integer("hidden_size", 1, MAX_WIDTH)
     n_head = config.integer("num_attention_heads", 1, MAX_HEADS)
-    # The defaults of LlamaConfig; those of other families do not depend on the model.
-    default_kv = n_head if family.architecture is LLAMA else None
+    default_kv = n_head if family.all_kv else None
     n_head_kv = config.integer("num_key_value_heads", 1, n_head, default_kv)
     n_vocab = config.integer("vocab_size", 1, MAX_VOCAB)
     if n_head % n_head_kv:
@@ -203,6 +207,9 @@ def _family(config: JsonFile) -> _Family:
 
 def _check_arithmetic(config: JsonFile, family: _Family) -> None:
     """Raise OrthrusError if a field says that the model is not plainly of its architecture."""
+    for key in family.stated:
+        if key not in config.values:
+            raise config.error(key, "is missing, and not without effect", "add it, as null")
     for key, allowed in family.checked.items():
         value = config.values.get(key)
         if value is not None and value not in allowed:

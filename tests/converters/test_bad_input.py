@@ -73,6 +73,14 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         config(model_type="mistral", sliding_window=4096),
         ("sliding_window: expected nothing, found 4096",),
     ),
+    "Mistral with the window of old": (
+        config(model_type="mistral"),
+        ("sliding_window: is missing, and not without effect",),
+    ),
+    "Mistral with the KV heads of old": (
+        config(model_type="mistral", sliding_window=None, num_key_value_heads=...),
+        ("num_key_value_heads: is missing",),
+    ),
     "attention bias": (config(attention_bias=True), ("attention_bias: expected false",)),
     "mlp bias": (config(mlp_bias=True), ("mlp_bias",)),
     "activation": (config(hidden_act="gelu"), ('hidden_act: expected "silu", found "gelu"',)),

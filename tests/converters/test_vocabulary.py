@@ -52,6 +52,12 @@ def test_gaps_and_types(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> N
     assert found["add_bos_token"] is False
 
 
+def test_flags_that_nothing_speaks_of_are_left_out(
+    tiny: Path, keys: Callable[[Path], dict[str, Any]]
+) -> None:
+    assert "add_eos_token" not in keys(tiny)
+
+
 def test_merges_spelled_as_text(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
     expected = keys(tiny)
     value = tokenizer()
@@ -210,12 +216,12 @@ def test_sentencepiece_without_space_prefix_and_with_added_tokens(
     # A tokenizer.json made from tokenizer.model adds nothing to it.
     write_json(folder / "tokenizer.json", {"model": {"type": "BPE", "byte_fallback": True}})
     added = {"325": {"content": "<|im_end|>", "special": True}, "326": {"content": "<x>"}}
-    write_json(
-        folder / "tokenizer_config.json", {"add_bos_token": False, "added_tokens_decoder": added}
-    )
+    settings = {"add_bos_token": False, "add_eos_token": True, "added_tokens_decoder": added}
+    write_json(folder / "tokenizer_config.json", settings)
     found = keys(folder)
     assert found["add_space_prefix"] is False
     assert found["add_bos_token"] is False
+    assert found["add_eos_token"] is True
     assert found["tokens"][325:328] == ["<|im_end|>", "<x>", "[PAD327]"]
     assert found["token_type"][325:328] == [CONTROL, USER_DEFINED, UNUSED]
 

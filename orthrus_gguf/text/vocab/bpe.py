@@ -52,8 +52,9 @@ class BPE:
         # With an id of their own they keep what surrounds them from being merged, as there.
         lacking = [char for char in map(chr, _BYTE_CHARACTERS) if char not in index]
         self._first_lacking = len(index) if lacking else None
-        numbered = index | {char: len(index) + i for i, char in enumerate(lacking)}
-        model = models.BPE(numbered, merges, ignore_merges=pre.ignore_merges)
+        if lacking:
+            index = index | {char: len(index) + i for i, char in enumerate(lacking)}
+        model = models.BPE(index, merges, ignore_merges=pre.ignore_merges)
         self._tokenizer = tokenizers.Tokenizer(model)
         if pre.nfc:
             self._tokenizer.normalizer = normalizers.NFC()
