@@ -136,15 +136,14 @@ class Sampler:
         if not detail:
             return Choice(token, logprobs=logprobs)
         height = deciding[best]
-        total = float(np.exp(deciding - height).sum())
-        rest = deciding.copy()
-        rest[best] = -np.inf
-        second = int(np.argmax(rest))
+        weights = deciding - height
+        total = float(np.exp(weights, out=weights).sum())
+        second = _second_best(deciding, best)
         return Choice(
             token,
             1 / total,
             second if tokens is None else int(tokens[second]),
-            float(np.exp(rest[second] - height)) / total,
+            float(weights[second]) / total if second != best else 0.0,
             logprobs,
         )
 
@@ -178,6 +177,14 @@ class Sampler:
             bits = np.unpackbits(allowed.view(np.uint8), count=scores.size, bitorder="little")
             scores[bits == 0] = -np.inf
         return scores
+
+
+def _second_best(deciding: NDArray[np.floating[Any]], best: int) -> int:
+    """Where the largest of the others is, the lowest index of equals; `best` if there is none."""
+    found = [int(np.argmax(deciding[:best]))] if best else []
+    if best + 1 < deciding.size:
+        found.append(best + 1 + int(np.argmax(deciding[best + 1 :])))
+    return max(found, key=lambda i: float(deciding[i]), default=best)
 
 
 def log_probabilities(logits: NDArray[np.float32], token: int, top: int) -> LogProbs:
