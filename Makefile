@@ -32,7 +32,7 @@ fuzz: $(VENV)/.test-installed
 # synthetic models of real shapes. Each part ends in one table. Uses the Python that is active, with
 # the torch and triton it has; GPU_MODELS names what is timed.
 GPU_MODELS ?= qwen3-8b qwen3-1.7b
-GPU_TYPE ?= Q4_K_M
+GPU_TYPE ?= q4_k_m
 GPU := .cache/gpu
 gpu: export PYTHONPATH := kernels:converters:.
 gpu:
@@ -40,7 +40,7 @@ gpu:
 	mkdir -p $(GPU)
 	python -m orthrus_converters $(DEMO) $(GPU)/demo.gguf --type f16 --overwrite
 	for model in $(GPU_MODELS); do \
-	    test -f $(GPU)/$$model.gguf || python -m orthrus_gguf.cli.bench --synthetic $$model --type $(GPU_TYPE) --make-only $(GPU)/$$model.gguf; \
+	    test -f $(GPU)/$$model.gguf || python -m orthrus_converters --synthetic $$model $(GPU)/$$model.gguf --type $(GPU_TYPE); \
 	done
 	python -m orthrus_gguf.bench.gpu_check --demo $(GPU)/demo.gguf --folder $(GPU) $(GPU_MODELS:%=$(GPU)/%.gguf)
 

@@ -49,8 +49,8 @@ Kind = gguf.GGMLQuantizationType
 TILES = (16, 32, 64)
 """Row tiles of the products; more rows than the last run in windows of it."""
 
-#: Instructions per weight at each row tile, counted in compiled kernels (kernels/RESOURCES.md; Q8_0
-#: at 16 and 64 rows compiled in the same way): sm_86 (also used for sm_89), sm_90, and int8.
+#: Instructions per weight at each row tile, counted in compiled kernels
+#: (orthrus_kernels/tools/budgets.json): sm_86 (also used for sm_89), sm_90, and int8.
 FP16_SM86 = {
     _Type.Q4_K: (3.24, 3.66, 4.27),
     _Type.Q6_K: (4.25, 4.64, 5.34),

@@ -22,8 +22,8 @@ from orthrus_gguf.model.tensors import (
 
 _Type = gguf.GGMLQuantizationType
 
-#: Bits per weight as the kernels hold them (`orthrus_kernels/packing/quant_tensor.py`): codes, one 32-bit
-#: word of scales per 64 weights, and for K-quants one of (d, dmin) per 256.
+#: Bits per weight as the kernels hold them (`orthrus_kernels/packing/quant_tensor.py`): codes, one
+#: 32-bit word of scales per 64 weights, and for K-quants one of (d, dmin) per 256.
 PACKED_BITS = {_Type.Q4_K: 4.625, _Type.Q6_K: 6.625, _Type.Q8_0: 8.5}
 
 #: File type → usual type of its matrices. These have predictions.

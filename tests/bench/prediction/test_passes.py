@@ -3,8 +3,8 @@ the roofline that the kernels were designed by."""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
+import json
+from importlib.resources import files
 
 import gguf
 import pytest
@@ -21,7 +21,6 @@ from orthrus_gguf.bench.prediction.passes import (
 )
 from orthrus_gguf.model.shapes import SHAPES
 
-KERNELS = Path(__file__).resolve().parent.parent.parent / "kernels"
 Type = gguf.GGMLQuantizationType
 CONFIG = SHAPES["qwen3-8b"]
 N_WEIGHTS = 7_568_000_000  # of 8B's matrices, without the embedding
@@ -107,29 +106,21 @@ def test_attention_at_4k() -> None:
 
 
 def test_instruction_counts_are_those_of_the_compiled_kernels() -> None:
-    """kernels/RESOURCES.md: registers · shared memory · instructions, a column per architecture."""
-    text = (KERNELS / "RESOURCES.md").read_text()
-    columns = re.search(r"^\| kernel \|(.*)\|$", text, re.M)
-    assert columns is not None
-    architectures = [cell.strip() for cell in columns[1].split("|")]
+    """Of each kernel and compute capability: registers, shared memory, instructions per weight."""
+    budgets = json.loads(files("orthrus_kernels.tools").joinpath("budgets.json").read_text())
     tables = {
-        ("a16", "sm_86"): passes.FP16_SM86,
-        ("a16", "sm_90"): passes.FP16_SM90,
-        ("a8", "sm_86"): passes.INT8_SM86,
+        ("a16", "86"): passes.FP16_SM86,
+        ("a16", "90"): passes.FP16_SM90,
+        ("a8", "86"): passes.INT8_SM86,
     }
-    checked = set()
-    for name, form, rows, cells in re.findall(
-        r"^\| matmul (\w+) (a16|a8) (\d+) rows \|(.*)\|$", text, re.M
-    ):
-        kind = gguf.GGMLQuantizationType[name]
-        for architecture, cell in zip(architectures, cells.split("|"), strict=True):
-            table = tables.get((form, architecture), {})
-            if kind in table and cell.strip():
-                count = float(cell.split("·")[2])
-                expected = table[kind][passes.TILES.index(int(rows))]
-                assert expected == pytest.approx(count, rel=0.03), (name, form, rows, architecture)
-                checked.add((kind, form, architecture))
-    assert len(checked) == sum(map(len, tables.values()))
+    checked = 0
+    for (form, capability), table in tables.items():
+        for kind, counts in table.items():
+            for rows, expected in zip(passes.TILES, counts, strict=True):
+                _, _, count = budgets[f"matmul {kind.name} {form} {rows} rows"][capability]
+                assert expected == pytest.approx(count, rel=0.03), (kind, form, rows, capability)
+                checked += 1
+    assert checked == 3 * (3 + 3 + 2)
 
 
 def test_plain_decoding_lands_where_others_do() -> None:
