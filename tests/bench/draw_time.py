@@ -3,8 +3,8 @@
     python tests/bench/draw_time.py [--vocab 151936] [--draws 300]
 
 Logits are normal with a few high ones, as a model's are. Lowest tenth, median and 95 %, in
-microseconds, as a Markdown table. (It also runs on the sampler before choices, whose methods were `sample` and
-`choose`: put that checkout first on PYTHONPATH.)
+microseconds, as a Markdown table. (It also runs on the sampler before choices, whose methods were
+`sample` and `choose`: put that checkout first on PYTHONPATH.)
 """
 
 from __future__ import annotations
@@ -57,10 +57,9 @@ def main() -> None:
                 method(rows[i % len(rows)], prefix)
                 seconds.append(time.perf_counter() - before)
             seconds.sort()
-            high = seconds[int(0.95 * (len(seconds) - 1))]
-            print(
-                f"| {name} | {what} | {1e6 * statistics.median(seconds):.0f} | {1e6 * high:.0f} |"
-            )
+            low, high = (seconds[int(share * (len(seconds) - 1))] for share in (0.1, 0.95))
+            figures = [f"{1e6 * value:.0f}" for value in (low, statistics.median(seconds), high)]
+            print(f"| {name} | {what} | {' | '.join(figures)} |")
 
 
 if __name__ == "__main__":

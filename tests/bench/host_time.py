@@ -155,7 +155,7 @@ def main() -> None:
             for seed in range(options.runs):
                 settings = SamplingSettings(temperature=options.temperature, seed=seed)
                 found += times(
-                    model, policy, prompt[: len(prompt) - seed], settings, options.tokens
+                    model, policy, prompt[seed % len(prompt) :], settings, options.tokens
                 )
             print(row(name, found), flush=True)
 
