@@ -124,17 +124,17 @@ class Kernels:
         return int(self.library.orthrus_row_bytes(form, k))
 
 
-def built(folder: Path = FOLDER) -> list[str]:
+def built() -> list[str]:
     """Names of the objects that the build made, the fastest first."""
-    return [name for name in NAMES if (folder / f"{name}.so").exists()]
+    return [name for name in NAMES if (FOLDER / f"{name}.so").exists()]
 
 
-def load(name: str | None = None, folder: Path = FOLDER) -> Kernels:
-    """The best object that this machine can run, or the one named, by $ORTHRUS_CPU_ISA too.
+def load() -> Kernels:
+    """The best object that this machine can run, or the one that $ORTHRUS_CPU_ISA names.
 
     Raises NoKernelsError.
     """
-    found, named = built(folder), name or os.environ.get(ISA)
+    found, named = built(), os.environ.get(ISA)
     if not found:
         raise NoKernelsError(
             "the CPU kernels were not built, for want of a C compiler: install gcc or clang, then"
@@ -144,7 +144,7 @@ def load(name: str | None = None, folder: Path = FOLDER) -> Kernels:
         raise NoKernelsError(f"{ISA}={named}: expected one of {', '.join(found)}")
     reasons = []
     for candidate in [named] if named else found:
-        kernels = open_object(folder / f"{candidate}.so")
+        kernels = open_object(FOLDER / f"{candidate}.so")
         if isinstance(kernels, Kernels):
             return kernels
         reasons.append(f"{candidate}: {kernels}")

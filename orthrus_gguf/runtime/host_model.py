@@ -7,7 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from orthrus_gguf.runtime.sequences import OneSequence, check_call, sequences_of
 
 C = TypeVar("C", bound=HostCache)
 T = TypeVar("T")
-M = TypeVar("M", bound="HostModel[HostCache]")
+M = TypeVar("M", bound="HostModel[Any]")
 
 
 class HostModel(ABC, Generic[C]):

@@ -88,7 +88,8 @@ def rounded(x: Floats, form: int) -> NDArray[np.float64]:
     blocks = x.astype(np.float64).reshape(len(x), -1, width)
     scale = np.abs(blocks).max(axis=-1, keepdims=True) / 127
     codes = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
-    return (codes * scale).reshape(x.shape)
+    found: NDArray[np.float64] = (codes * scale).reshape(x.shape)
+    return found
 
 
 @pytest.mark.parametrize("kind", WEIGHTS, ids=lambda kind: kind.name)

@@ -101,15 +101,15 @@ def run_driver(
                 numbers(*(argument if isinstance(argument, Ref) else (-1, argument)))
     done = subprocess.run([*command], input=b"".join(parts), capture_output=True, **kw)
     assert done.returncode == 0, (done.returncode, done.stderr.decode()[-3000:])
-    left, found = done.stdout, []
+    memory, at, found = np.frombuffer(done.stdout, np.uint8), 0, []
     for case in cases:
         outputs = []
         for i, buffer in enumerate(case.buffers):
             if i in case.outputs:
-                outputs.append(np.frombuffer(left[: buffer.nbytes], case.outputs[i]))
-            left = left[buffer.nbytes :]
+                outputs.append(memory[at : at + buffer.nbytes].view(case.outputs[i]))
+            at += buffer.nbytes
         found.append(outputs)
-    assert not left
+    assert at == memory.nbytes
     return found
 
 

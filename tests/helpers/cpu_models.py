@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
-from ggml_models import append, back_to, small_file
+from ggml_models import append, back_to, cache_of, small_file
 from orthrus_cpu_kernels.library import Kernels, NoKernelsError, load
 
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.model import CpuModel
-from orthrus_gguf.runtime.protocol import ar_segment
 
 __all__ = ["append", "back_to", "cache_of", "kernels", "loaded", "small_file"]
 
@@ -41,12 +39,3 @@ def loaded(path: Path, **settings: Any) -> Iterator[CpuModel]:
         CpuModel.load(file, own, **{"threads": 1, **settings}) as model,
     ):
         yield model
-
-
-def cache_of(model: CpuModel, tokens: Sequence[int], capacity: int) -> CpuCache:
-    """A cache that holds `tokens`."""
-    cache = model.new_cache(capacity)
-    if tokens:
-        model.logits([ar_segment(cache, tokens, 0, wanted=range(0))])
-        cache.commit(range(len(tokens)))
-    return cache

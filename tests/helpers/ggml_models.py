@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 from synthetic_model import model_shape, uniform, write_model
@@ -13,11 +13,14 @@ from synthetic_model import model_shape, uniform, write_model
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.host_cache import HostCache
+from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.protocol import Cache, Logits, Model, Segment, ar_segment
 
 TYPES = gguf.GGMLQuantizationType
+
+C = TypeVar("C", bound=HostCache)
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def small_file(
     return path
 
 
-def cache_of(model: GgmlModel, tokens: Sequence[int], capacity: int) -> GgmlCache:
+def cache_of(model: HostModel[C], tokens: Sequence[int], capacity: int) -> C:
     """A cache that holds `tokens`."""
     cache = model.new_cache(capacity)
     if tokens:
