@@ -44,9 +44,11 @@ gpu:
 	done
 	python -m orthrus_gguf.bench.gpu_check --demo $(GPU)/demo.gguf --folder $(GPU) $(GPU_MODELS:%=$(GPU)/%.gguf)
 
+CPU_KERNELS := kernels/orthrus_cpu_kernels
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror --style=file:$(CPU_KERNELS)/.clang-format $(CPU_KERNELS)/src/*.[ch] tests/cpu_kernels/*.c
 	$(BIN)/mypy
 
 clean:

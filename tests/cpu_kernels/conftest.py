@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import subprocess
 from collections.abc import Callable
@@ -64,11 +65,22 @@ def driver(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Make:
     """`driver(compiler, *flags)`: the command of `driver.c`, compiled with the kernels."""
     folder = tmp_path_factory.mktemp("driver")
 
+    @functools.cache
     def make(compiler: str, *flags: str) -> list[str]:
-        path = folder / f"driver-{abs(hash(flags)):x}"
+        path = folder / f"driver-{abs(hash((compiler, *flags))):x}"
         common = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
         sources = [*map(str, build.SOURCES), str(Path(__file__).with_name("driver.c"))]
-        command = [compiler, *common, *flags, f"-I{KERNELS / 'src'}", *sources, "-o", str(path)]
+        command = [
+            compiler,
+            *common,
+            "-Wextra",
+            "-Werror",
+            *flags,
+            f"-I{KERNELS / 'src'}",
+            *sources,
+            "-o",
+            str(path),
+        ]
         done = subprocess.run([*command, "-lm", "-lpthread"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert not done.stderr, done.stderr

@@ -1,5 +1,5 @@
-// Runs calls of the kernels that a file describes (tests/helpers/cpu_calls.py writes it), and writes
-// what is in memory afterwards: for instruction sets of other machines, and for sanitizers.
+// Runs calls of the kernels that a file describes (tests/helpers/cpu_calls.py writes it), and
+// writes what is in memory afterwards: for instruction sets of other machines, and for sanitizers.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import gguf
 import pytest
 from cpu_calls import Case, assert_same, run_driver, run_here
 from cpu_cases import WEIGHTS, passes, products
+from numpy.typing import NDArray
 from orthrus_cpu_kernels.library import Kernels
 from synthetic_model import model_shape, write_model
 
@@ -50,22 +52,22 @@ def cases(portable: Kernels, tmp_path_factory: pytest.TempPathFactory) -> list[C
 
 
 @pytest.fixture(scope="module")
-def expected(portable: Kernels, cases: list[Case]) -> list[list[object]]:
-    return [list(run_here(portable, case)) for case in cases]
+def expected(portable: Kernels, cases: list[Case]) -> list[list[NDArray[Any]]]:
+    return [run_here(portable, case) for case in cases]
 
 
 def test_passes_are_the_same_on_all_objects(
-    objects: dict[str, Kernels], cases: list[Case], expected: list[list[object]]
+    objects: dict[str, Kernels], cases: list[Case], expected: list[list[NDArray[Any]]]
 ) -> None:
     """Caches, floats between steps, logits: bit for bit. (Products alone: `test_products.py`.)"""
     for name, kernels in objects.items():
         for case, wanted in zip(cases, expected, strict=True):
             if case.name == "pass":
-                assert_same(run_here(kernels, case), wanted, name)  # type: ignore[arg-type]
+                assert_same(run_here(kernels, case), wanted, name)
 
 
 def test_neon_gives_the_bits_of_portable_c(
-    build: ModuleType, driver: Make, cases: list[Case], expected: list[list[object]]
+    build: ModuleType, driver: Make, cases: list[Case], expected: list[list[NDArray[Any]]]
 ) -> None:
     if shutil.which(GCC_ARM) is None or shutil.which(QEMU) is None:
         pytest.skip(
@@ -76,30 +78,39 @@ def test_neon_gives_the_bits_of_portable_c(
         command = driver(GCC_ARM, *flags, "-O1", "-static")
         found = run_driver([QEMU, *command], cases)
         for case, ours, wanted in zip(cases, found, expected, strict=True):
-            assert_same(ours, wanted, f"{name} (aarch64), {case.name}")  # type: ignore[arg-type]
+            assert_same(ours, wanted, f"{name} (aarch64), {case.name}")
 
 
-@pytest.mark.parametrize("name", ["portable", "avx2"])
+@pytest.fixture
+def sanitized(build: ModuleType, driver: Make, objects: dict[str, Kernels]) -> Callable[..., Any]:
+    """`sanitized(name, cases)`: outputs of cases, by a driver where every buffer is a block of its
+    own, so that a byte too far is seen."""
+
+    def run(name: str, cases: Sequence[Case]) -> list[list[NDArray[Any]]]:
+        if name not in objects:
+            pytest.skip(f"this machine does not run {name}")
+        command = driver(build.compiler(), *build.targets()[name], "-O1", *SANITIZERS)
+        return run_driver(command, cases, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+
+    return run
+
+
+#: Portable C has the same loops, but takes long to compile with sanitizers.
+@pytest.mark.parametrize("name", ["avx2", pytest.param("portable", marks=pytest.mark.slow)])
 def test_nothing_is_out_of_bounds_or_undefined(
-    build: ModuleType, driver: Make, objects: dict[str, Kernels], cases: list[Case],
-    expected: list[list[object]], name: str,
-) -> None:  # fmt: skip
-    """Every buffer is a block of its own, so that a byte too far is seen."""
-    if name not in objects:
-        pytest.skip(f"this machine does not run {name}")
-    compiler = build.compiler()
-    command = driver(compiler, *build.targets()[name], "-O1", *SANITIZERS)
-    env = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-    found = run_driver(command, cases, env=env)
-    for case, ours, wanted in zip(cases, found, expected, strict=True):
-        assert_same(ours, wanted, f"{name} under sanitizers, {case.name}")  # type: ignore[arg-type]
+    sanitized: Callable[..., Any],
+    cases: list[Case],
+    expected: list[list[NDArray[Any]]],
+    name: str,
+) -> None:
+    for case, ours, wanted in zip(cases, sanitized(name, cases), expected, strict=True):
+        assert_same(ours, wanted, f"{name} under sanitizers, {case.name}")
 
 
-def test_sanitizers_would_notice(build: ModuleType, driver: Make, portable: Kernels) -> None:
+def test_sanitizers_would_notice(sanitized: Callable[..., Any], portable: Kernels) -> None:
     """A product whose result is one float too short."""
-    command = driver(build.compiler(), *build.targets()["portable"], "-O1", *SANITIZERS)
     case = next(products(gguf.GGMLQuantizationType.F32)).case(portable)
     for number in case.outputs:
         case.buffers[number] = case.buffers[number][:-4]
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        run_driver(command, [case], env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
+        sanitized("avx2", [case])

@@ -142,8 +142,8 @@ class Recorder:
         return getattr(self.library, name)
 
     def orthrus_run(self, pool: int, steps: int, count: int) -> int:
-        kind = Step * count
-        listed = np.frombuffer(kind.from_address(steps), np.uint8)
+        raw: Any = (ctypes.c_uint8 * (ctypes.sizeof(Step) * count)).from_address(steps)
+        listed = np.frombuffer(raw, np.uint8)
         self.cases.append(recorded([(listed, False), *self.memory], count))
         return int(self.library.orthrus_run(pool, steps, count))
 
@@ -176,8 +176,8 @@ def recorded(memory: Sequence[tuple[NDArray[Any], bool]], count: int) -> Case:
 def _copies(rows: NDArray[np.void]) -> Iterator[NDArray[np.int32]]:
     """Further columns of rows, where they lie."""
     for row in rows[rows["copies"] > 0]:
-        kind = ctypes.c_int32 * int(row["copies"])
-        yield np.frombuffer(kind.from_address(int(row["more_keys"])), np.int32)
+        raw: Any = (ctypes.c_int32 * int(row["copies"])).from_address(int(row["more_keys"]))
+        yield np.frombuffer(raw, np.int32)
 
 
 def _place(address: int, arrays: Sequence[NDArray[Any]], bases: Sequence[int]) -> Ref:

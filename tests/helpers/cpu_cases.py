@@ -143,7 +143,8 @@ def passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]:
     """Passes of a model with these cache types: prompt, block and verification, tree, taps. Logits,
     caches and taps are compared."""
     recorder = Recorder(kernels.library)
-    recording: Any = replace(kernels, library=recorder)
+    library: Any = recorder
+    recording = replace(kernels, library=library)
     with (
         ModelFile.open(path) as file,
         CpuModel.load(file, recording, threads=2, cache_type_k=k, cache_type_v=v) as model,
@@ -179,7 +180,8 @@ def passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]:
 
 def memory(model: CpuModel, *caches: Any) -> list[tuple[NDArray[Any], bool]]:
     """All arrays that steps of a model point into, and whether they are worth comparing."""
-    b, found = model._buffers, [(model._weights._block, False)]
+    b = model._buffers
+    found: list[tuple[NDArray[Any], bool]] = [(model._weights._block, False)]
     for layer in model._weights.layers:
         found += [(layer.attn_norm, False), (layer.ffn_norm, False)]
         for attention in layer.attention.values():

@@ -8,17 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
-from ggml_models import append, back_to, cache_of, small_file
+from ggml_models import TYPES, append, back_to, cache_of, small_file
 from orthrus_cpu_kernels.library import Kernels, NoKernelsError, load
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cpu.model import CpuModel
 
-__all__ = ["append", "back_to", "cache_of", "kernels", "loaded", "small_file"]
-
-TYPES = gguf.GGMLQuantizationType
+__all__ = ["TYPES", "append", "back_to", "cache_of", "kernels", "loaded", "small_file"]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -22,14 +23,10 @@ DemoFile = Callable[..., Path]
 
 
 @contextmanager
-def chosen(path: Path, said: list[str], **settings: object) -> Iterator[Model]:
+def chosen(path: Path, said: list[str], **settings: Any) -> Iterator[Model]:
     with ModelFile.open(path) as file:
-        values = {"threads": 1, **settings}
-        model = load_model(
-            file,
-            RuntimeSettings(RuntimeName.CPU, **values),
-            say=said.append,  # type: ignore[arg-type]
-        )
+        values = RuntimeSettings(RuntimeName.CPU, **{"threads": 1, **settings})
+        model = load_model(file, values, say=said.append)
         try:
             yield model
         finally:

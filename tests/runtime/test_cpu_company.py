@@ -17,7 +17,7 @@ from cpu_models import append, cache_of, loaded, small_file
 from orthrus_gguf.runtime import host_model
 from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
 from orthrus_gguf.runtime.cpu import model as model_module
-from orthrus_gguf.runtime.cpu.rows import Place
+from orthrus_gguf.runtime.cpu.rows import Place, place_block
 from orthrus_gguf.runtime.passes import Piece, cut
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 
@@ -97,10 +97,8 @@ def test_blocks_on_top_of_one_another_would_be_noticed(
 def test_blocks_within_the_committed_rows_would_be_noticed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = model_module.place_block
-
     def early(start: int, count: int, column: int) -> Place:
-        return place(start, count, max(column - 32, 0))
+        return place_block(start, count, max(column - 32, 0))
 
     monkeypatch.setattr(model_module, "place_block", early)
     with loaded(path) as model, pytest.raises(AssertionError, match=r"rows of segment|behind"):

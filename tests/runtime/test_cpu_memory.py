@@ -19,7 +19,6 @@ from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.steps import Buffers
 from orthrus_gguf.runtime.cpu.steps import buffer_bytes as bytes_of_rows
 
-TYPES = gguf.GGMLQuantizationType
 SHAPES = [
     model_shape(n_layers=3, n_head=4, n_head_kv=2, head_dim=64),
     model_shape(n_layers=2, n_embd=512, n_ff=1536, n_head=16, n_head_kv=1, head_dim=96),
@@ -55,7 +54,7 @@ def test_buffers_take_what_is_said(config: ModelConfig) -> None:
 @pytest.mark.parametrize("qtype", ["F32", "Q8_0", "Q4_K", "Q6_K"])
 def test_weights_take_what_is_said(tmp_path: Path, qtype: str) -> None:
     """And little more than in the file: a twelfth, for whole panels and scales of whole bytes."""
-    path = small_file(tmp_path, TYPES[qtype])
+    path = small_file(tmp_path, gguf.GGMLQuantizationType[qtype])
     with ModelFile.open(path) as file, loaded(path) as model:
         matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
         said = sum(memory.weight_bytes(kernels(), info) for info in matrices)

@@ -19,6 +19,7 @@ from orthrus_cpu_kernels.library import Kernels, built, open_object
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cpu import model as model_module
+from orthrus_gguf.runtime.cpu.steps import Builder
 from orthrus_gguf.runtime.protocol import Segment, View, ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
@@ -29,7 +30,7 @@ DemoFile = Callable[..., Path]
 
 def test_a_shape_is_built_once(demo_file: DemoFile, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
-    builder = model_module.Builder
+    builder = Builder
 
     def counted(*args: Any) -> Any:
         built.append(args)

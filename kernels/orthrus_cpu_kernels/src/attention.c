@@ -16,8 +16,8 @@
 #define TILE 4   // packed rows at once
 
 typedef struct {
-    int d, packed, rows;            // head_dim; query rows; query rows of one pass row
-    const uint8_t *keys, *values;   // of the head
+    int d, packed, rows;          // head_dim; query rows; query rows of one pass row
+    const uint8_t *keys, *values; // of the head
     int type_k, type_v;
     const Step *step;
     const Group *group;
@@ -50,8 +50,8 @@ static void extent(const Head *h, int *first, int *second, int *from) {
 
 // Columns of a panel that a row sees: 0 .. 16.
 static int lanes_of(const Row *row, int panel, int first) {
-    int n = panel < first ? row->sees - panel * LANES
-                          : row->to - row->from - (panel - first) * LANES;
+    int n =
+        panel < first ? row->sees - panel * LANES : row->to - row->from - (panel - first) * LANES;
     return n < 0 ? 0 : n > LANES ? LANES : n;
 }
 
@@ -80,8 +80,7 @@ INLINE void score(const int type, const Head *h, int packed, const int count, co
 INLINE void score_all(const int type, const Head *h, const uint8_t *keys, float *to,
                       size_t stride) {
     int m = 0;
-    for (; m + TILE <= h->packed; m += TILE)
-        score(type, h, m, TILE, keys, to + m * stride, stride);
+    for (; m + TILE <= h->packed; m += TILE) score(type, h, m, TILE, keys, to + m * stride, stride);
     for (; m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
 }
 
@@ -237,7 +236,8 @@ void attention_task(const Step *step, int task, Scratch *scratch) {
         chunk(&h, panel, panels, first, from, scores, tops, totals, acc);
     }
     for (int m = 0; m < h.packed; m++) {
-        float *to = step->y + (size_t)(group->first + m / rows) * step->y_stride + (kv_head * rows + m % rows) * d;
+        float *to = step->y + (size_t)(group->first + m / rows) * step->y_stride +
+                    (kv_head * rows + m % rows) * d;
         vf total = f_set(totals[m]);
         for (int i = 0; i < d; i += LANES) f_store(to + i, f_div(f_load(acc + m * d + i), total));
     }

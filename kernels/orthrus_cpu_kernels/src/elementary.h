@@ -22,8 +22,6 @@ INLINE vf f_exp(vf x) {
 }
 
 // x / (1 + exp(-x))
-INLINE vf f_silu(vf x) {
-    return f_div(x, f_add(f_set(1.0f), f_exp(f_sub(f_set(0.0f), x))));
-}
+INLINE vf f_silu(vf x) { return f_div(x, f_add(f_set(1.0f), f_exp(f_sub(f_set(0.0f), x)))); }
 
 #endif

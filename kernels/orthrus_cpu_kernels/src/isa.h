@@ -65,9 +65,7 @@ INLINE vi i_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 #define i_shr(a, n) _mm512_srli_epi32(a, n)
 // Nearest integer, ties to even.
 INLINE vi i_round(vf x) { return _mm512_cvtps_epi32(x); }
-INLINE void i_store_s8(int8_t *p, vi x) {
-    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x));
-}
+INLINE void i_store_s8(int8_t *p, vi x) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(x)); }
 
 INLINE vb b_load(const void *p) { return _mm512_loadu_si512(p); }
 INLINE vb b_and(vb a, int m) { return _mm512_and_si512(a, _mm512_set1_epi8((char)m)); }
@@ -174,7 +172,8 @@ INLINE vi i_shr(vi x, int n) { return (vi){_mm256_srli_epi32(x.a, n), _mm256_srl
 INLINE vi i_round(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 INLINE void i_store_s8(int8_t *p, vi x) {
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xD8);
-    __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    __m128i bytes =
+        _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)p, bytes);
 }
 
@@ -195,7 +194,8 @@ INLINE vb b_lookup(vb index, const int8_t *table) {
 }
 
 INLINE __m256i spread_bit4(int32_t bits) {
-    const __m256i which = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i which =
+        _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i bit = _mm256_set1_epi64x((int64_t)0x8040201008040201);
     __m256i x = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), which), bit);
     return _mm256_and_si256(_mm256_cmpeq_epi8(x, bit), _mm256_set1_epi8(16));
@@ -317,8 +317,7 @@ INLINE vi i_and(vi x, int32_t m) { EACH(vi, vandq_s32(x.v[i], vdupq_n_s32(m))); 
 INLINE vi i_or(vi x, vi y) { EACH(vi, vorrq_s32(x.v[i], y.v[i])); }
 INLINE vi i_shl(vi x, int n) { EACH(vi, vshlq_s32(x.v[i], vdupq_n_s32(n))); }
 INLINE vi i_shr(vi x, int n) {
-    EACH(vi, vreinterpretq_s32_u32(
-                 vshlq_u32(vreinterpretq_u32_s32(x.v[i]), vdupq_n_s32(-n))));
+    EACH(vi, vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x.v[i]), vdupq_n_s32(-n))));
 }
 INLINE vi i_round(vf x) { EACH(vi, vcvtnq_s32_f32(x.v[i])); }
 INLINE void i_store_s8(int8_t *p, vi x) {

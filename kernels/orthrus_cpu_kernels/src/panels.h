@@ -7,10 +7,10 @@
 //   2-bit codes  [j/4][g][64]: sub-block j in bits 2(j%4)
 //   1-bit codes  [g][64]: sub-block j in bit j (Q3_K); [j][g][8], bit by bit (Q5_K)
 //
-// then scales [sub-block][16] (int8 or uint8, unpacked), mins likewise, and d (and dmin) as F16 [16].
-// A block of the other types is a pair of two 32-weight blocks: d F16 [2][16], with mins F16 [2][16],
-// 4-bit codes [g][64] or 8-bit codes [2][g][64], and the fifth bits [2][g][8]. The second of a pair
-// is zeros where there is none. Floats lie [k][16].
+// then scales [sub-block][16] (int8 or uint8, unpacked), mins likewise, and d (and dmin) as F16
+// [16]. A block of the other types is a pair of two 32-weight blocks: d F16 [2][16], with mins F16
+// [2][16], 4-bit codes [g][64] or 8-bit codes [2][g][64], and the fifth bits [2][g][8]. The second
+// of a pair is zeros where there is none. Floats lie [k][16].
 #ifndef ORTHRUS_PANELS_H
 #define ORTHRUS_PANELS_H
 

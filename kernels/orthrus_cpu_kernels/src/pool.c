@@ -47,16 +47,16 @@ typedef struct {
 
 struct Pool {
     int threads;
-    Thread *thread; // [0] is the caller's
+    Thread *thread;          // [0] is the caller's
     pid_t process;           // threads do not follow into a forked one
     pthread_mutex_t running; // by whoever runs steps
     pthread_mutex_t lock;
     pthread_cond_t changed;
     const Step *steps;
     int count;
-    atomic_int next, waiting;   // next task of the step; threads that have no more to do in it
-    atomic_int sleeping, end;   // threads that wait on `changed`; whether they are to leave
-    atomic_uint step, round;    // steps done and runs begun, ever: they only grow
+    atomic_int next, waiting; // next task of the step; threads that have no more to do in it
+    atomic_int sleeping, end; // threads that wait on `changed`; whether they are to leave
+    atomic_uint step, round;  // steps done and runs begun, ever: they only grow
 };
 
 static void wait_for(Pool *pool, atomic_uint *counter, unsigned old) {

@@ -6,9 +6,9 @@
 #include "panels.h"
 
 typedef struct {
-    uint8_t code[256];            // of 32 values for block types
-    int16_t scale[16], min[16];   // of K types
-    uint16_t d, m;                // F16; m is dmin, or the min of a block type
+    uint8_t code[256];          // of 32 values for block types
+    int16_t scale[16], min[16]; // of K types
+    uint16_t d, m;              // F16; m is dmin, or the min of a block type
 } Block;
 
 INLINE uint16_t half_at(const uint8_t *p) { return (uint16_t)(p[0] | p[1] << 8); }
@@ -198,9 +198,7 @@ static void lay_out_k(int type, const Block *b, int column, uint8_t *p) {
             p[Q5_SCALES + at] = (uint8_t)scale;
             p[Q5_MINS + at] = (uint8_t)min;
             break;
-        default:
-            p[Q4_SCALES + at] = (uint8_t)scale;
-            p[Q4_MINS + at] = (uint8_t)min;
+        default: p[Q4_SCALES + at] = (uint8_t)scale; p[Q4_MINS + at] = (uint8_t)min;
         }
     }
     put_half(p + d_offset(type) + 2 * column, b->d);
@@ -221,8 +219,7 @@ static void lay_out_b(int type, const Block *b, int j, int column, uint8_t *p) {
         }
         memcpy(&other, codes + g * 64 + column * 4, 4);
         put_word(codes + g * 64, column, other | (w & 0x0F0F0F0F) << (4 * j));
-        if (type == T_Q5_0 || type == T_Q5_1)
-            put_fifth(codes + 512 + (j * 8 + g) * 8, column, w);
+        if (type == T_Q5_0 || type == T_Q5_1) put_fifth(codes + 512 + (j * 8 + g) * 8, column, w);
     }
 }
 
@@ -247,7 +244,8 @@ static void repack_floats(int type, const uint8_t *raw, int columns, int k, int 
         if (column >= columns) continue;
         const uint8_t *from = raw + (size_t)column * (size_t)k * (size_t)size;
         for (int i = 0; i < k; i++)
-            memcpy(to + ((size_t)i * LANES + (size_t)c) * (size_t)size, from + (size_t)i * (size_t)size, (size_t)size);
+            memcpy(to + ((size_t)i * LANES + (size_t)c) * (size_t)size,
+                   from + (size_t)i * (size_t)size, (size_t)size);
     }
 }
 
@@ -297,7 +295,8 @@ static void unpack_k(int type, const uint8_t *p, int column, float *x) {
             scale = (int8_t)p[Q3_SCALES + at];
             break;
         case T_Q6_K:
-            code = (code | (p[Q6_HIGH + j / 4 * 512 + g * 64 + byte] >> (2 * (j & 3)) & 3) << 4) - 32;
+            code =
+                (code | (p[Q6_HIGH + j / 4 * 512 + g * 64 + byte] >> (2 * (j & 3)) & 3) << 4) - 32;
             scale = (int8_t)p[Q6_SCALES + at];
             break;
         case T_IQ4_XS:
@@ -309,9 +308,7 @@ static void unpack_k(int type, const uint8_t *p, int column, float *x) {
             scale = p[Q5_SCALES + at];
             min = p[Q5_MINS + at];
             break;
-        default:
-            scale = p[Q4_SCALES + at];
-            min = p[Q4_MINS + at];
+        default: scale = p[Q4_SCALES + at]; min = p[Q4_MINS + at];
         }
         float value = d * (float)scale * (float)code;
         x[k] = has_min ? value - dmin * (float)min : value;

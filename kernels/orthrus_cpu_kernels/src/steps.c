@@ -1,8 +1,8 @@
 // The tasks of all steps but attention (steps.h).
+#include "steps.h"
 #include "elementary.h"
 #include "isa.h"
 #include "panels.h"
-#include "steps.h"
 
 // Panels of one task of a product: small enough to share out, large enough to be worth taking.
 #define PANELS_PER_TASK 4
@@ -18,7 +18,8 @@ void orthrus_sizes(int32_t sizes[6]) {
 
 static void embed(const Step *s, int task) {
     const Matrix *m = &s->matrix[0];
-    orthrus_unpack_row(m->type, m->data, m->k, s->row[task].token, s->y + (size_t)task * s->y_stride);
+    orthrus_unpack_row(m->type, m->data, m->k, s->row[task].token,
+                       s->y + (size_t)task * s->y_stride);
 }
 
 static float inverse_rms(const float *x, int width, float epsilon) {
@@ -33,12 +34,15 @@ static void norm(const Step *s, int task, Scratch *scratch) {
     vf scale = f_set(inverse_rms(x, s->width, s->epsilon));
     for (int i = 0; i < s->width; i += LANES)
         f_store(y + i, f_mul(f_mul(f_load(x + i), scale), f_load(s->weight + i)));
-    if (s->q) orthrus_quantize(s->form, y, s->width, s->q + (size_t)task * orthrus_row_bytes(s->form, s->width));
+    if (s->q)
+        orthrus_quantize(s->form, y, s->width,
+                         s->q + (size_t)task * orthrus_row_bytes(s->form, s->width));
 }
 
 static void quantize(const Step *s, int task) {
     size_t bytes = orthrus_row_bytes(s->form, s->width);
-    orthrus_quantize(s->form, s->x + (size_t)task * s->x_stride, s->width, s->q + (size_t)task * bytes);
+    orthrus_quantize(s->form, s->x + (size_t)task * s->x_stride, s->width,
+                     s->q + (size_t)task * bytes);
 }
 
 static void product(const Step *s, int task) {
@@ -71,7 +75,8 @@ static void gated(const Step *s, int task, Scratch *scratch) {
     size_t stride = PANELS_PER_TASK * LANES;
     float *other = reserve(scratch, stride * (size_t)s->rows);
     size_t panel = orthrus_panel_bytes(up->type, up->k);
-    orthrus_product(gate->type, gate->data, gate->k, first, stop, s->q, s->rows, s->y, s->y_stride, 0);
+    orthrus_product(gate->type, gate->data, gate->k, first, stop, s->q, s->rows, s->y, s->y_stride,
+                    0);
     orthrus_product(up->type, up->data + (size_t)first * panel, up->k, 0, stop - first, s->q,
                     s->rows, other, stride, 0);
     for (int r = 0; r < s->rows; r++)

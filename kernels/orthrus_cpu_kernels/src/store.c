@@ -9,9 +9,7 @@
 #define MOST 65504.0f
 
 // NaN becomes -MOST.
-INLINE vf clamped(const float *x) {
-    return f_min(f_max(f_load(x), f_set(-MOST)), f_set(MOST));
-}
+INLINE vf clamped(const float *x) { return f_min(f_max(f_load(x), f_set(-MOST)), f_set(MOST)); }
 
 // 32 values as Q8_0: round(x / d), as ggml does on x86.
 static uint16_t quantize_8(const float *x, int8_t *q) {
