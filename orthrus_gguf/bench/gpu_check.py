@@ -25,14 +25,15 @@ from orthrus_kernels.attention.kv_cache import FORMATS
 from orthrus_kernels.tools.gpu_check import Check, Figure
 
 from orthrus_gguf.bench.gpu_figures import figures
-from orthrus_gguf.decode import decode, prefill
-from orthrus_gguf.drafting.policy import Cycle, Plan, Strategy
+from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.plan import FixedPolicy, parse
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.cache import CudaCache
-from orthrus_gguf.runtime.cuda.decoding import decode_on_device
 from orthrus_gguf.runtime.cuda.model import CudaModel
-from orthrus_gguf.runtime.protocol import ar_segment
+from orthrus_gguf.runtime.protocol import Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 GOLDEN = Path("tests/golden/tiny-orthrus-stdlib.json")
@@ -43,8 +44,10 @@ CAPACITY = 256
 #: Logits of the demo model in fp16 differ from float32 by up to this: a smaller lead is a tie.
 TIE = 0.02
 
-AR = Plan(Strategy.AR, 0)
 GREEDY = SamplingSettings(temperature=0)
+
+#: A tree of drafts: two first choices, and what may follow each.
+TREE = (-1, 0, 0, 1, 1, 2, 5, 5)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,10 @@ def checks(
                 if kind == "f16":
                     yield from _golden(model, cases, extent)
                 yield _row_invariance(model, extent.rows, kind)
+                yield _company(model, kind)
                 pairs = -(-extent.pairs // len(FORMATS))
                 yield _strategies(model, golden["cases"], pairs, extent.tokens, kind)
+                yield _graphs(model, kind)
 
 
 def generate(
@@ -81,30 +86,29 @@ def generate(
     cache: CudaCache,
     prompt: Sequence[int],
     settings: SamplingSettings,
-    plan: Plan,
+    plan: str,
     n: int,
 ) -> tuple[list[int], list[Cycle]]:
-    """`n` tokens decoded on the device, and their cycles.
+    """`n` tokens, and their cycles; `plan` is spelt.
 
-    cache: emptied first. One for many calls, so that they run as graphs.
+    cache: emptied first. One for many calls, so that their passes run as graphs.
     """
-    cache.truncate(0)
-    logits = prefill(model, cache, prompt)
-    tokens = [*prompt, Sampler(settings).sample(logits, prompt)]
-    cycles = list(decode_on_device(model, cache, settings, tokens, plan, n - 1))
-    return tokens[len(prompt) :], cycles
+    cache.restore(cache.checkpoint(0))
+    sequence = TokenSequence(model.config, cache, Sampler(settings), list(prompt))
+    policy = FixedPolicy(parse(plan), model.config)
+    drive(model, prefill(sequence))
+    cycles = list(decode(model, sequence, policy, n - 1))
+    return sequence.tokens[len(prompt) :], cycles
 
 
 def _golden(model: CudaModel, cases: list[dict[str, Any]], extent: Extent) -> Iterator[Check]:
-    width = (model.config.block_size or 1) - 1
     ties: list[str] = []
     wrong: list[str] = []
     starts = 0
     cache = model.new_cache(CAPACITY)
     for number, case in enumerate(cases):
         prompt, wanted = case["prompt_ids"], case["output_ids"]
-        plan = Plan(Strategy.TWO_PASS, width)
-        found, cycles = generate(model, cache, prompt, GREEDY, plan, case["n_new"])
+        found, cycles = generate(model, cache, prompt, GREEDY, "two-pass", case["n_new"])
         starts += [cycle.start for cycle in cycles] == case["cycle_starts"]
         if found != wanted:
             at = next(
@@ -118,61 +122,89 @@ def _golden(model: CudaModel, cases: list[dict[str, Any]], extent: Extent) -> It
     yield Check("golden tokens", not wrong, "; ".join([detail, *wrong]))
     # A near tie in a draft moves a start: reported, and wrong only if it is the rule.
     yield Check("golden cycles", 2 * starts >= len(cases), f"{starts} of {len(cases)} equal")
-    case = cases[0]
-    cache.truncate(0)
-    logits = prefill(model, cache, case["prompt_ids"])
-    sampler = Sampler(GREEDY)
-    tokens = [*case["prompt_ids"], sampler.sample(logits, case["prompt_ids"])]
-    list(decode(model, cache, sampler, tokens, Plan(Strategy.TWO_PASS, width), extent.tokens - 1))
-    found, _ = generate(model, cache, case["prompt_ids"], GREEDY, AR, extent.tokens)
-    same = tokens[len(case["prompt_ids"]) :] == found
-    yield Check("host loop and stepper agree", same, f"{extent.tokens} tokens")
 
 
 def _lead(model: CudaModel, prefix: Sequence[int], first: int, second: int) -> float:
     """By how much the logit of `first` exceeds that of `second` after `prefix`."""
-    logits = prefill(model, model.new_cache(len(prefix)), prefix)
-    return float(logits[first] - logits[second])
+    last = range(len(prefix) - 1, len(prefix))
+    segment = ar_segment(model.new_cache(len(prefix)), prefix, 0, wanted=last)
+    (logits,) = model.logits([segment])
+    return float(logits[0, first] - logits[0, second])
 
 
 def _row_invariance(model: CudaModel, rows: int, kind: str) -> Check:
     """Logits of a pass of many rows against the same rows in passes of 1 and 3, to the bit."""
     tokens = [int(token) for token in np.random.default_rng(0).integers(0, 4000, rows)]
-    together = model.forward([ar_segment(tokens, 0)], model.new_cache(rows))[0].copy()
+    (together,) = model.logits([ar_segment(model.new_cache(rows), tokens, 0)])
     differing = []
     for size in (1, 3):
         cache, parts = model.new_cache(rows + 300), []
         for start in range(0, rows, size):
-            segment = ar_segment(tokens[start : start + size], start)
-            parts.append(model.forward([segment], cache)[0].copy())
+            part = tokens[start : start + size]
+            parts += model.logits([ar_segment(cache, part, start)])
+            cache.commit(range(len(part)))
         same = np.concatenate(parts).view(np.uint32) == together.view(np.uint32)
         differing += [f"row {row} (by {size})" for row in np.flatnonzero(~same.all(axis=1))]
     detail = "; ".join(differing[:4]) or f"{rows} rows at once, by 1 and by 3"
     return Check(f"rows bit for bit, {kind} cache", not differing, detail)
 
 
+def _company(model: CudaModel, kind: str) -> Check:
+    """Four sequences in one pass, one of them a tree and one with a block, against each alone."""
+    tokens = [int(token) for token in np.random.default_rng(1).integers(0, 4000, 100)]
+    segments: list[Segment] = []
+    for number, length in enumerate((20, 63, 100, 5)):
+        cache = model.new_cache(length + 40 + 8 * number)
+        model.logits([ar_segment(cache, tokens[:length], 0, wanted=range(0))])
+        cache.commit(range(length))
+        parents = TREE if number == 2 else None
+        segments.append(ar_segment(cache, tokens[: len(TREE)], length, parents=parents))
+        if number == 1:
+            mask = model.config.mask_token or 0
+            segments.append(diffusion_segment(cache, tokens[1], mask, 8, length + 2))
+    wrong = []
+    for segment, found in zip(segments, model.logits(segments), strict=True):
+        own = [other for other in segments if other.cache is segment.cache]
+        alone = model.logits(own)[own.index(segment)]
+        if not np.array_equal(found.view(np.uint32), alone.view(np.uint32)):
+            wrong.append(f"{segment.view.value} rows behind {segment.cache.length}")
+    detail = "; ".join(wrong) or "four sequences, a tree and a block among them"
+    return Check(f"company bit for bit, {kind} cache", not wrong, detail)
+
+
+def _graphs(model: CudaModel, kind: str) -> Check:
+    """Whether passes were captured: running launch by launch gives the same text, slowly."""
+    graphs = model.graphs
+    passed = not graphs.failed and (graphs.captured > 0 or not model.machine.is_cuda)
+    detail = f"{graphs.captured} captured, {graphs.failed} failed"
+    return Check(f"graphs, {kind} cache", passed, detail)
+
+
 def _strategies(
     model: CudaModel, cases: list[dict[str, Any]], pairs: int, n: int, kind: str
 ) -> Check:
-    """AR against two-pass and fused, widths 1 .. block size in turn, greedy and sampled."""
+    """AR against two-pass, fused and trees, widths 1 .. block size in turn, greedy and sampled."""
     block = model.config.block_size or 2
     differing, accepted = [], 0
     cache = model.new_cache(CAPACITY)
     for number in range(pairs):
         prompt = cases[number % len(cases)]["prompt_ids"]
         settings = GREEDY if number < len(cases) else SamplingSettings(seed=number)
-        expected, _ = generate(model, cache, prompt, settings, AR, n)
+        expected, _ = generate(model, cache, prompt, settings, "ar", n)
         width = 1 + number % block
         for plan in (
-            Plan(Strategy.TWO_PASS, width),
-            Plan(Strategy.FUSED, max(1, block - width), 1 + number % 3),
+            f"two-pass@{width}",
+            f"fused@{max(1, block - width)}x{1 + number % 3}",
+            f"two-pass@{width}+tree={width + 3}",
         ):
             found, cycles = generate(model, cache, prompt, settings, plan, n)
             accepted += sum(cycle.accepted for cycle in cycles)
             if found != expected:
                 differing.append(f"prompt {number % len(cases)}, seed {number}, {plan}")
     detail = "; ".join(differing[:3]) or f"{pairs} prompt and seed pairs, {accepted} accepted"
-    return Check(f"ar = two-pass = fused, {kind} cache", not differing and accepted > 0, detail)
+    graphs = f"; {model.graphs.captured} graphs captured, {model.graphs.failed} failed"
+    passed = not differing and accepted > 0 and not model.graphs.failed
+    return Check(f"ar = two-pass = fused = tree, {kind} cache", passed, detail + graphs)
 
 
 def report(device: str, found: Sequence[Check], measured: Sequence[Figure], timed: bool) -> str:

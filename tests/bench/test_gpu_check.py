@@ -15,7 +15,7 @@ import torch
 from cuda_models import remembered_weights
 
 from orthrus_gguf.bench.gpu_check import main
-from orthrus_gguf.runtime.cuda.fused_pass import PassRunner
+from orthrus_gguf.runtime.cuda.runner import PassRunner
 
 DemoFile = Callable[..., Path]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tiny-orthrus-stdlib.json"
@@ -35,9 +35,11 @@ def run(folder: Path, demo: Path, *models: Path) -> int:
 def test_all_holds_and_nothing_is_called_measured(tmp_path: Path, demo_file: DemoFile) -> None:
     assert run(tmp_path, demo_file("f16"), demo_file("q8_0")) == 0
     table = (tmp_path / "runtime_check.md").read_text()
-    assert table.count("| ok |") == 9
+    assert table.count("| ok |") == 14
     rows = [line for line in table.splitlines() if line.startswith("| Tiny Orthrus Stdlib")]
-    assert any("two-pass cycle" in row for row in rows)
+    assert any("tree of 8 rows" in row for row in rows)
+    assert any("four sequences of one row" in row for row in rows)
+    assert any("draft pass of 16 rows" in row for row in rows)
     assert all("| – |" in row and "not measured" in row for row in rows)
     assert json.loads((tmp_path / "runtime_check.json").read_text())["figures"] == []
 

@@ -35,9 +35,7 @@ def test_figures_are_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
     assert report["rows"] == [8, 16, 32, 64]
     assert [line["card"] for line in report["predictions"]] == ["RTX 3090", "H200"]
     line = report["predictions"][0]
-    curve = PredictedCurve(
-        CARDS["rtx-3090"], SHAPES["qwen3-8b"], "q4_k_m", Activations.FP16, IDEAL
-    )
+    curve = PredictedCurve(CARDS["rtx-3090"], SHAPES["qwen3-8b"], "q4_k_m", Activations.FP16, IDEAL)
     assert line["ar_ms"] == curve.milliseconds(1, 0, 512)
     assert line["ar_tokens_per_second"] == pytest.approx(1e3 / line["ar_ms"])
     assert line["verify_ms"][2] == curve.milliseconds(32, 0, 512)

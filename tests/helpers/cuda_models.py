@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import orthrus_kernels.products.plain
-import torch
 from orthrus_kernels.packing.quant_tensor import QuantTensor
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
-from orthrus_gguf.runtime.protocol import ar_segment
+from orthrus_gguf.runtime.protocol import Model, ar_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 
@@ -82,7 +81,7 @@ def filled(model: CudaModel, tokens: Sequence[int], capacity: int) -> CudaCache:
 
 
 def generate(
-    model: CudaModel,
+    model: Model,
     prompt: Sequence[int],
     settings: SamplingSettings,
     plan: str,

@@ -1,12 +1,20 @@
-"""Run the products' launch code with a driver that compiles for sm_86 and launches nothing.
+"""Run the kernels' launch code with a driver that compiles for one card and launches nothing.
+
+    python launch_without_gpu.py products|passes
 
 The interpreter binds arguments in its own way, and the offline compiler takes signatures from the
-cases: only this shows that what matmul.py passes is what the real launcher takes. Prints the names
-of the kernels that compiled. Run as a process of its own, without TRITON_INTERPRET.
+cases: only this shows that what the wrappers pass is what the real launcher takes, and that it
+compiles. `products` runs the products' functions on small matrices for sm_86; `passes` a pass of
+every kind of a whole tiny model, for sm_90. Prints the names of the kernels that compiled. Run as a
+process of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +28,29 @@ from orthrus_kernels.products.dequantize import dequantize
 from orthrus_kernels.products.dispatch import Tile
 from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
 from quant_rows import random_rows
+from synthetic_model import model_shape, write_model
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from orthrus_gguf.ggml.library import load_library
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cuda.kernels import TRITON
+from orthrus_gguf.runtime.cuda.model import CudaModel
+from orthrus_gguf.runtime.protocol import Draw, ar_segment, diffusion_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+
 TILE = Tile(16, 64, 4, 3)
+TREE = (-1, 0, 0, 1, 2, 2)
 
 
 class CompileOnly:
     """The parts of a triton driver that a launch asks for before it launches."""
 
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
     def get_current_target(self) -> Any:
-        return GPUTarget("cuda", 86, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -39,16 +59,8 @@ class CompileOnly:
         return device
 
 
-def main() -> None:
-    triton.runtime.driver.set_active(CompileOnly())
-    launch = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        print(self.__name__)
-        return kernel
-
-    JITFunction.run = compile_only
+def products() -> None:
+    """Every function of matmul.py and dequantize.py."""
     x = interleave(torch.zeros(5, 512).half())
     a16 = pack(random_rows(T.Q4_K, 128, 512), T.Q4_K, 512)
     second = pack(random_rows(T.Q6_K, 64, 512), T.Q6_K, 512)
@@ -62,6 +74,64 @@ def main() -> None:
     gate_up(rows, a8, TILE, out=new_int8_rows(5, 64, "cpu"))
     head_argmax(rows, a8, TILE)
     dequantize(a8)
+
+
+def passes() -> None:
+    """Drafts, verification with blocks, trees, several sequences, every way to draw, a prompt."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        config = model_shape(n_layers=1, n_embd=64, n_ff=64, n_head=2, n_head_kv=1, n_vocab=160)
+        write_model(load_library().api, path, config, lambda name: T.Q8_0)
+        with (
+            ModelFile.open(path) as file,
+            CudaModel.load(
+                file, device="cpu", kernels=TRITON, capability=90, cache_type_k="q8_0"
+            ) as model,
+        ):
+            _run_passes(model)
+
+
+def _run_passes(model: CudaModel) -> None:
+    greedy, sampled = Sampler(SamplingSettings(temperature=0)), Sampler(SamplingSettings())
+    open_ = Sampler(SamplingSettings(top_k=0, repeat_penalty=1.1, banned=(3,)))
+    a, b = model.new_cache(128), model.new_cache(128)
+    history = list(range(20))
+
+    def chain(draw: Draw) -> Any:
+        return ar_segment(a, range(3), a.length, draw=draw)
+
+    model.forward([chain(Draw(greedy, history))])
+    a.commit(range(3))
+    tree = ar_segment(b, range(6), 0, parents=TREE, draw=Draw(sampled, history, detail=True))
+    block = diffusion_segment(a, 1, 63, 4, 3, draw=Draw(greedy, history, detail=True))
+    model.forward([chain(Draw(open_, history, top=3)), tree, block])
+    b.commit([0, 2, 4])
+    mask = torch.full((3, 5), -1, dtype=torch.int32).numpy().view("u4")
+    model.forward([chain(Draw(greedy, history, allowed=mask)), ar_segment(b, [1], 3,
+                   draw=Draw(greedy, history))])  # fmt: skip
+    prompt = ar_segment(model.new_cache(70), [1] * 70, 0, wanted=range(69, 70),
+                        draw=Draw(greedy, [1]))  # fmt: skip
+    model.forward([prompt])
+
+
+RUNS: dict[str, tuple[int, Callable[[], None]]] = {
+    "products": (86, products),
+    "passes": (90, passes),
+}
+
+
+def main() -> None:
+    capability, run = RUNS[sys.argv[1]]
+    triton.runtime.driver.set_active(CompileOnly(capability))
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        print(self.__name__)
+        return kernel
+
+    JITFunction.run = compile_only
+    run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import pytest
 from gguf import GGMLQuantizationType as T
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout
 from orthrus_kernels.products.dispatch import (
-    Route,
     Tile,
     choose,
     fit_tile,
@@ -32,7 +31,6 @@ def test_rows_change_nothing_that_bits_depend_on(kind: T, capability: int) -> No
     for n, k in SHAPES:
         choices = [choose(rows, kind, n, k, capability) for rows in range(1, 65)]
         assert len({(choice.layout, choice.split) for choice in choices}) == 1
-        assert {choice.route for choice in choices} == {Route.FUSED}
         assert all(choice.tile.rows >= rows for rows, choice in enumerate(choices, 1))
         padded = -(-n // 64) * 64
         assert all(padded % choice.tile.n == 0 for choice in choices)
@@ -41,11 +39,6 @@ def test_rows_change_nothing_that_bits_depend_on(kind: T, capability: int) -> No
 def test_splits_of_qwen3_8b() -> None:
     assert [split_for(n, k) for n, k in SHAPES[:5]] == [2, 4, 1, 4, 1]
     assert split_for(100, 288) == 1
-
-
-def test_many_rows_take_the_prompt_route() -> None:
-    assert choose(64, T.Q4_K, 4096, 4096, 86).route is Route.FUSED
-    assert choose(65, T.Q4_K, 4096, 4096, 86).route is Route.PROMPT
 
 
 def test_int8_only_where_it_pays() -> None:

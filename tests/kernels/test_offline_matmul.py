@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 from orthrus_kernels.tools.budget_table import (
+    MAIN_KERNELS,
     MATRIX,
     Budget,
     check,
+    known_cases,
     load_budgets,
-    markdown,
+    summary,
     violations,
 )
 from orthrus_kernels.tools.offline import (
@@ -90,10 +92,17 @@ def test_promised_instruction_counts(report: Report) -> None:
     assert q6.instructions_per_weight <= 9.5
 
 
-def test_table_has_a_line_per_kernel(report: Report) -> None:
-    lines = markdown(report).splitlines()
-    assert sum(line.startswith("| matmul Q4_K a16 32 rows |") for line in lines) == 1
-    assert all(line.count("|") == 2 + len(CAPABILITIES) for line in lines if line.startswith("|"))
+def test_the_table_for_people_is_that_of_the_budgets() -> None:
+    text = (Path(__file__).resolve().parents[2] / "kernels/RESOURCES.md").read_text()
+    assert text == summary(load_budgets())
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(MAIN_KERNELS)
+    assert all(line.count("|") == 2 + len(CAPABILITIES) for line in lines)
+
+
+def test_every_case_has_a_budget_and_every_budget_a_case() -> None:
+    budgets = load_budgets()
+    assert {name: set(cards) for name, cards in budgets.items()} == known_cases()
 
 
 @pytest.mark.slow
@@ -110,8 +119,8 @@ def test_every_product_keeps_its_budget() -> None:
         ({"stack": 8}, "8 bytes of stack"),
         ({"spills": 3}, "3 spill instructions"),
         ({"shared": 200 * 1024}, "do not fit the card"),
-        ({"registers": 97}, "97 registers, budget 96"),
-        ({"instructions_per_weight": 3.6}, "3.6 instructions per weight, budget 3.5"),
+        ({"registers": 100}, "100 registers, budget 99"),
+        ({"instructions_per_weight": 3.7}, "3.7 instructions per weight, budget 3.6"),
         ({"mma": 0}, "no MMA"),
         ({"async16": 0}, "16 bytes at a time"),
         ({"loop_i2f": 1}, "int-to-float"),
@@ -125,26 +134,39 @@ def test_violations_are_seen(change: dict[str, Any], message: str) -> None:
     assert "no budget" in violations("k", 86, GOOD, None)[0]
 
 
-def test_launches_bind_their_arguments() -> None:
-    """The real launcher takes what matmul.py passes (compiled, not launched)."""
+PRODUCTS = {
+    "matmul_a16",
+    "gate_up_a16",
+    "head_a16",
+    "matmul_a8",
+    "gate_up_a8",
+    "head_a8",
+    "best_of_tiles",
+    "_dequantize_a16",
+    "_dequantize_a8",
+}
+
+PASSES = {
+    *("matmul_a16", "gate_up_a16", "head_a16", "best_of_tiles", "_dequantize_a16"),
+    *("_embed", "_angles", "_residual_norm", "_silu_multiply"),
+    *("_finish_qkv", "_parts", "_combine", "_move"),
+    *("penalize", "ban", "mask", "best_of_tile", "extract", "pack_keys", "mass_of_tile"),
+    *("choose_in_tile", "settle", "pick", "log_sum_of_tile", "report"),
+}
+
+
+@pytest.mark.parametrize(("run", "kernels"), [("products", PRODUCTS), ("passes", PASSES)])
+def test_launches_bind_their_arguments(run: str, kernels: set[str]) -> None:
+    """The real launcher takes what the wrappers pass, and the runtime what they ask for (compiled,
+    not launched)."""
     script = Path(__file__).parent.parent / "helpers" / "launch_without_gpu.py"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    run = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, env=environment, check=False
+    done = subprocess.run(
+        [sys.executable, script, run], capture_output=True, text=True, env=environment, check=False
     )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert set(run.stdout.split()) == {
-        "matmul_a16",
-        "gate_up_a16",
-        "head_a16",
-        "matmul_a8",
-        "gate_up_a8",
-        "head_a8",
-        "best_of_tiles",
-        "_dequantize_a16",
-        "_dequantize_a8",
-    }
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(done.stdout.split()) == kernels
 
 
 def test_reading_a_listing() -> None:

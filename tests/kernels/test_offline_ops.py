@@ -1,4 +1,4 @@
-"""Attention, small ops, sampling and commit through the real compiler, for cards not present.
+"""Attention, small ops and sampling through the real compiler, for cards not present.
 
 Compiled in processes of their own, since this one runs the interpreter; the compiled kernels are
 kept in triton's cache between runs.
@@ -17,14 +17,15 @@ from orthrus_kernels.attention import attention
 from orthrus_kernels.tools.budget_table import load_budgets, violations
 from orthrus_kernels.tools.offline import CAPABILITIES, Resources, report_module
 
-MODULE = "orthrus_kernels.elementwise.cases"
+ROOMS = ("attention", "elementwise", "sampling")
+MODULES = tuple(f"orthrus_kernels.{room}.cases" for room in ROOMS)
 
 Report = dict[str, dict[int, Resources]]
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return report_module(MODULE)
+    return {name: used for module in MODULES for name, used in report_module(module).items()}
 
 
 def test_every_kernel_keeps_its_budget(report: Report) -> None:
@@ -63,15 +64,17 @@ def test_two_attention_programs_fit_an_sm(report: Report) -> None:
 
 
 def test_arguments_that_vary_do_not_specialize() -> None:
-    """Another number of rows or another capacity must not compile another kernel.
+    """Another number of rows or another layer must not compile another kernel.
 
     Triton compiles anew for an integer of 1, or one divisible by 16, unless told not to. Asked of
     the compiler's own description of the kernel, in a process without the interpreter.
     """
     code = """
-from orthrus_kernels.attention import attention
+from orthrus_kernels.attention import attention, finish_qkv
 from orthrus_kernels.elementwise import ops
-for kernel in (attention._parts, attention._combine, ops._residual_norm, ops._finish_qkv):
+for kernel in (
+    attention._parts, attention._combine, ops._residual_norm, finish_qkv._finish_qkv
+):
     print(kernel.fn.__name__, *(p.name for p in kernel.params if p.do_not_specialize))
 """
     root = str(Path(orthrus_kernels.__file__).parent.parent)
@@ -83,10 +86,10 @@ for kernel in (attention._parts, attention._combine, ops._residual_norm, ops._fi
         check=True,
     )
     free = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert free["_parts"] == ["rows", "capacity", "block_capacity", "packed"]
+    assert free["_parts"] == ["layer", "block_capacity", "packed"]
     assert free["_combine"] == ["packed"]
     assert free["_residual_norm"] == ["part_rows"]
-    assert free["_finish_qkv"] == ["part_rows", "capacity", "block_capacity"]
+    assert free["_finish_qkv"] == ["part_rows", "layer", "block_capacity"]
 
 
 def test_constants_agree() -> None:

@@ -9,20 +9,32 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from orthrus_kernels.attention.kv_cache import KvPlanes, dequantize_planes, new_planes
+from orthrus_kernels.attention import plain as reference_attention
+from orthrus_kernels.attention.finish_qkv import HeadWeights, finish_qkv
+from orthrus_kernels.attention.kv_cache import (
+    Caches,
+    KvPlanes,
+    cache_entry,
+    dequantize_planes,
+    move_columns,
+    new_planes,
+)
 from orthrus_kernels.elementwise import ops
 from orthrus_kernels.elementwise import plain as reference_ops
 from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_f16_rows, new_int8_rows
 from orthrus_kernels.elementwise.activations import deinterleave, interleave
 from orthrus_kernels.elementwise.embedding import QBLOCK_BYTES, embed, iq4_codebook
-from orthrus_kernels.elementwise.rows import AR, DIFFUSION, UNUSED, Rows, new_rows, plan_rows
+from orthrus_kernels.elementwise.rows import AR, DIFFUSION, UNUSED, Rows, rotary_angles
+from pass_rows import rows_of
 from torch import Tensor
 
 from orthrus_gguf.model.config import Rope
-from orthrus_gguf.runtime.reference import rope_frequencies
+from orthrus_gguf.model.rope import frequencies as rope_frequencies
 
 NAN = float("nan")
-COUNTS = ("views", "tokens", "positions", "visible", "block_first", "block_stop")
+
+#: What offsets of caches count from.
+ANCHOR = torch.zeros(64, dtype=torch.uint8)
 
 
 def f16_rows(rows: int, columns: int) -> Tensor:
@@ -77,6 +89,31 @@ def test_residual_norm(rows: int, n: int, splits: int, int8: bool) -> None:
     assert torch.equal(alone_x[0], found_x[0]), "a row alone has the same bits"
 
 
+@pytest.mark.parametrize("splits", [0, 3])
+@pytest.mark.parametrize("int8", [False, True])
+def test_residual_norm_of_some_rows(splits: int, int8: bool) -> None:
+    """Rows may be taken twice, and the residual stays: the bits are those of the whole."""
+    torch.manual_seed(splits)
+    partials = torch.randn(splits, 6, 288) if splits else None
+    residual, weight = torch.randn(6, 288) * 10, torch.randn(288)
+    index = torch.tensor([4, 0, 4, 5], dtype=torch.int32)
+    make = int8_rows if int8 else f16_rows
+    whole, some, plain = make(6, 288), make(4, 288), make(4, 288)
+    kept = residual.clone()
+    ops.residual_norm(partials, kept, weight, 1e-6, some, index)
+    reference_ops.residual_norm(partials, kept, weight, 1e-6, plain, index)
+    assert torch.equal(kept, residual)
+    ops.residual_norm(partials, kept, weight, 1e-6, whole)
+    rows = index.long()
+    if isinstance(some, Int8Rows) and isinstance(plain, Int8Rows) and isinstance(whole, Int8Rows):
+        assert torch.equal(some.quants, whole.quants[rows])
+        assert torch.equal(some.scales, whole.scales[rows])
+        assert_close_rows(some, plain)
+    elif isinstance(some, Tensor) and isinstance(plain, Tensor) and isinstance(whole, Tensor):
+        assert torch.equal(some, whole[rows])
+        torch.testing.assert_close(some, plain, rtol=1e-3, atol=1e-6)
+
+
 def test_split_sums_are_ordered() -> None:
     """1e8 - 1e8 + 1 is 1 from left to right, and 0 in any other order."""
     partials = torch.tensor([1e8, -1e8, 1.0]).view(3, 1, 1).expand(3, 2, 64).contiguous()
@@ -125,68 +162,134 @@ def test_quantize_rows(scale: float) -> None:
 
 
 def some_rows(head_dim: int) -> Rows:
-    """Two AR rows at 5 and 6, two diffusion rows, an unused one; random rotations."""
-    rows = new_rows(5, head_dim, "cpu")
-    rows.views.copy_(torch.tensor([AR, AR, DIFFUSION, DIFFUSION, UNUSED]))
-    rows.positions.copy_(torch.tensor([5, 6, 7, 8, 0]))
-    angles = torch.rand(5, head_dim // 2, generator=torch.Generator().manual_seed(0)) * 6.28
+    """AR rows at 5 and 6 of one sequence, two diffusion rows, an unused one; an AR row of another
+    sequence, with two more places; random rotations."""
+    rows = rows_of(
+        6,
+        head_dim=head_dim,
+        views=[AR, AR, DIFFUSION, DIFFUSION, UNUSED, AR],
+        positions=[5, 6, 7, 8, 0, 3],
+        places=[5, 6, 0, 0, 0, 4],
+        sequences=[1, 1, 1, 1, 0, 0],
+        more_first=[0, 0, 0, 0, 0, 1],
+        more_stop=[0, 0, 0, 0, 0, 3],
+        more=[99, 7, 2],
+    )
+    angles = torch.rand(6, head_dim // 2, generator=torch.Generator().manual_seed(0)) * 6.28
     return dataclasses.replace(rows, cos=angles.cos(), sin=angles.sin())
 
 
-def sentinel_planes(type_name: str, head_dim: int, capacity: int) -> KvPlanes:
-    planes = new_planes(type_name, 2, capacity, head_dim, "cpu")
+def sentinel_planes(
+    type_name: str, head_dim: int, capacity: int, layers: int | None = None
+) -> KvPlanes:
+    planes = new_planes(type_name, 2, capacity, head_dim, "cpu", layers)
     planes.values.fill_(77)
     planes.scales.fill_(77)
     return planes
 
 
+def two_caches(type_name: str, head_dim: int) -> Caches:
+    """Of two sequences of different sizes, three layers each, full of sentinels."""
+    held = []
+    for capacity in (8, 9):
+        keys, values = (sentinel_planes(type_name, head_dim, capacity, 3) for _ in "kv")
+        held.append((keys, values))
+    entries = torch.tensor([cache_entry(*planes, ANCHOR) for planes in held])
+    return Caches(type_name, type_name, 2, head_dim, ANCHOR, entries, held)
+
+
+@pytest.mark.parametrize(
+    ("norms", "biases", "adjacent"),
+    [(True, False, False), (False, True, False), (False, False, True), (True, True, True)],
+)
 @pytest.mark.parametrize(
     ("type_name", "head_dim"),
     [("f16", 80), ("f16", 128), ("q8_0", 64), ("q8_0", 96), ("q4_0", 96), ("q4_0", 128)],
 )
-def test_finish_qkv(type_name: str, head_dim: int) -> None:
+def test_finish_qkv(
+    type_name: str, head_dim: int, norms: bool, biases: bool, adjacent: bool
+) -> None:
     torch.manual_seed(head_dim)
     rows, n_head = some_rows(head_dim), 4
-    partials = torch.randn(2, 5, (n_head + 4) * head_dim)
-    norms = torch.randn(2, 2, head_dim)
+    partials = torch.randn(2, 6, (n_head + 4) * head_dim)
+    weights = HeadWeights(
+        torch.randn(2, 2, head_dim) if norms else None,
+        torch.randn(2, (n_head + 4) * head_dim) if biases else None,
+        adjacent,
+        1e-6,
+    )
     results = []
-    for implementation in (ops.finish_qkv, reference_ops.finish_qkv):
-        q = torch.full((5, n_head, head_dim), NAN, dtype=torch.float16)
-        caches = [sentinel_planes(type_name, head_dim, 9) for _ in "kv"]
-        blocks = [sentinel_planes("f16", head_dim, 5) for _ in "kv"]
-        implementation(partials, norms, 1e-6, rows, q, *caches, *blocks)
-        results.append((q, caches, blocks))
-    (q, caches, blocks), (wanted_q, wanted_caches, wanted_blocks) = results
-    torch.testing.assert_close(q, wanted_q, rtol=2e-3, atol=1e-5)
-    for found, wanted in zip(blocks + caches, wanted_blocks + wanted_caches, strict=True):
+    for implementation in (finish_qkv, reference_attention.finish_qkv):
+        q = torch.full((6, n_head, head_dim), NAN, dtype=torch.float16)
+        caches = two_caches(type_name, head_dim)
+        blocks = [sentinel_planes("f16", head_dim, 6) for _ in "kv"]
+        implementation(partials, weights, rows, q, caches, 1, *blocks)
+        results.append((q, [planes for pair in caches.held for planes in pair], blocks))
+    (q, caches_found, blocks), (wanted_q, wanted_caches, wanted_blocks) = results
+    torch.testing.assert_close(q, wanted_q, rtol=2e-3, atol=1e-3)
+    pairs = zip(blocks + caches_found, wanted_blocks + wanted_caches, strict=True)
+    for found, wanted in pairs:
         size = 2 / 127 if found.type_name == "q8_0" else 1 / 4
         tolerance = 2e-3 if found.type_name == "f16" else size
         a, b = dequantize_planes(found), dequantize_planes(wanted)
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-5)
-        assert (found.values != wanted.values).float().mean() < 2e-3
-    untouched = caches[0].values[:, [0, 4, 7, 8]]
-    assert torch.equal(untouched, torch.full_like(untouched, 77)), "only AR rows are cached"
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-3)
+        assert (found.values != wanted.values).float().mean() < 3e-3
+    for planes, written in zip(caches_found, ([2, 4, 7], [2, 4, 7], [5, 6], [5, 6]), strict=True):
+        others = [i for i in range(planes.capacity) if i not in written]
+        untouched = planes.values[1][:, others]
+        assert torch.equal(untouched, torch.full_like(untouched, 77)), "only AR rows are cached"
+        assert (planes.values[1][:, written] != 77).any(dim=-1).all()
+        assert (planes.values[[0, 2]] == 77).all(), "other layers stay"
+    first = caches_found[0].values[1]
+    assert torch.equal(first[:, 7], first[:, 4]), "a row goes to all its places"
+    assert torch.equal(first[:, 2], first[:, 4])
+
+
+@pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
+def test_moved_columns(type_name: str) -> None:
+    """In all layers and heads of the sequences that are named, and nowhere else."""
+    moves = torch.tensor([[1, 5, 0], [-1, 2, 3], [0, 7, 1], [1, 6, 2]], dtype=torch.int32)
+    results = []
+    for implementation in (move_columns, reference_attention.move_columns):
+        caches = two_caches(type_name, 96)
+        generator = torch.Generator().manual_seed(3)
+        for planes in (planes for pair in caches.held for planes in pair):
+            for plane in (planes.values, planes.scales) if type_name != "f16" else (planes.values,):
+                numbers = torch.rand(plane.shape, generator=generator) * 200
+                plane.copy_(numbers.to(plane.dtype))
+        before = [planes.values.clone() for pair in caches.held for planes in pair]
+        implementation(caches, moves, 3)
+        after = [planes for pair in caches.held for planes in pair]
+        for old, new in zip(before[2:], after[2:], strict=True):
+            assert torch.equal(new.values[:, :, [0, 2]], old[:, :, [5, 6]])
+            assert torch.equal(new.values[:, :, [1, 3, 4, 5, 6]], old[:, :, [1, 3, 4, 5, 6]])
+        results.append([(planes.values, planes.scales) for planes in after])
+    for (values, scales), (wanted, wanted_scales) in zip(*results, strict=True):
+        assert torch.equal(values, wanted)
+        assert torch.equal(scales, wanted_scales)
 
 
 @pytest.mark.parametrize("type_name", ["q8_0", "q4_0"])
 def test_cache_quantization_is_ggmls(type_name: str) -> None:
     """The stored numbers are, bit for bit, those of gguf's quantizer (and so of llama.cpp)."""
     rows, rng = some_rows(64), np.random.default_rng(0)
-    v = rng.standard_normal((5, 2, 64)).astype(np.float32)
+    v = rng.standard_normal((6, 2, 64)).astype(np.float32)
     v[0, 0, :32] = 0
     v[0, 1, 3:9] = [4, -4, 4, -4, 3.5, -4]  # a draw: the first one gives the sign
     v[1, 0, :32] *= 1e-6  # a scale in f16's subnormals
     v[1, 1, 32:64] = np.arange(32) - 15.5
-    partials = torch.zeros(1, 5, 6 * 64)
-    partials[0, :, -128:] = torch.from_numpy(v.reshape(5, 128))
-    keys, values = (sentinel_planes(type_name, 64, 9) for _ in "kv")
-    blocks = [sentinel_planes("f16", 64, 5) for _ in "kv"]
-    q = torch.empty(5, 2, 64, dtype=torch.float16)
-    ops.finish_qkv(partials, torch.ones(2, 2, 64), 1e-6, rows, q, keys, values, *blocks)
+    partials = torch.zeros(1, 6, 6 * 64)
+    partials[0, :, -128:] = torch.from_numpy(v.reshape(6, 128))
+    caches = two_caches(type_name, 64)
+    blocks = [sentinel_planes("f16", 64, 6) for _ in "kv"]
+    q = torch.empty(6, 2, 64, dtype=torch.float16)
+    weights = HeadWeights(torch.ones(2, 2, 64), None, False, 1e-6)
+    finish_qkv(partials, weights, rows, q, caches, 2, *blocks)
 
     kind = gguf.GGMLQuantizationType[type_name.upper()]
     raw = gguf.quants.quantize(v[:2].reshape(4, 64), kind)
     wanted = gguf.quants.dequantize(raw, kind).reshape(2, 2, 64)
+    values = caches.held[1][1].layer(2)
     found = dequantize_planes(values)[:, 5:7].transpose(0, 1)
     assert np.array_equal(found.numpy(), wanted)
 
@@ -210,48 +313,17 @@ def rope_angles(frequencies: Tensor, position: int) -> list[float]:
 )
 def test_rope_is_accurate_far_out(rope: Rope, position: int) -> None:
     """Half a unit in the last place of f32 at position 262,144, where f32 angles are 0.01 off."""
-    frequencies, scale = rope_frequencies(rope, 128)
-    rows = new_rows(1, 128, "cpu")
-    state = torch.zeros(8, dtype=torch.int32)
-    state[0] = position
-    segments = torch.tensor([[DIFFUSION, 0, 1, 0, 0]], dtype=torch.int32)
-    history = torch.zeros(4, dtype=torch.int32)
-    plan_rows(state, history, segments, history, 0, 1 << 21, frequencies, scale, rows)
+    numbers, scale = rope_frequencies(rope, 128)
+    frequencies = torch.from_numpy(numbers)
     angles = rope_angles(frequencies, position)
-    for found, function in ((rows.cos, math.cos), (rows.sin, math.sin)):
-        wanted = torch.tensor([function(a) * scale for a in angles], dtype=torch.float64)
-        assert (found[0].double() - wanted).abs().max() < 1.2e-7 * scale
-
-
-def test_plan_rows() -> None:
-    """A fused pass near the end of the context, written out by hand."""
-    state = torch.tensor([10, 0, 99, 0, 0, 0, 0, 0], dtype=torch.int32)
-    history = torch.arange(100, 120, dtype=torch.int32)
-    segments = torch.tensor(
-        [[AR, 0, 4, 0, -1], [DIFFUSION, 4, 3, 2, -1], [DIFFUSION, 7, 2, 1, 1]], dtype=torch.int32
-    )
-    alternatives = torch.tensor([500, 501], dtype=torch.int32)
-    inv_freq = torch.ones(32, dtype=torch.float64)
-    planned = []
-    for implementation in (plan_rows, reference_ops.plan_rows):
-        rows = new_rows(11, 64, "cpu")
+    for implementation in (rotary_angles, reference_ops.rotary_angles):
+        rows = rows_of(1, head_dim=128, positions=[position])
         rows.cos.fill_(NAN)
         rows.sin.fill_(NAN)
-        implementation(state, history, segments, alternatives, 9, 13, inv_freq, 1.0, rows)
-        planned.append(rows)
-        by_hand = {
-            # Position 13 is past the capacity: the last AR row is unused.
-            "views": [0, 0, 0, -1, 1, 1, 1, 1, 1, -1, -1],
-            "tokens": [110, 111, 112, 0, 112, 9, 9, 501, 9, 0, 0],
-            "positions": [10, 11, 12, 0, 12, 13, 14, 11, 12, 0, 0],
-            "visible": [11, 12, 13, 0, 12, 12, 12, 11, 11, 0, 0],
-            "block_first": [0, 0, 0, 0, 4, 4, 4, 7, 7, 0, 0],
-            "block_stop": [0, 0, 0, 0, 7, 7, 7, 9, 9, 0, 0],
-        }
-        for name in COUNTS:
-            assert getattr(rows, name).tolist() == by_hand[name], name
-    torch.testing.assert_close(planned[0].cos, planned[1].cos, rtol=0, atol=1e-7)
-    torch.testing.assert_close(planned[0].sin, planned[1].sin, rtol=0, atol=1e-7)
+        implementation(rows, frequencies, scale)
+        for found, function in ((rows.cos, math.cos), (rows.sin, math.sin)):
+            wanted = torch.tensor([function(a) * scale for a in angles], dtype=torch.float64)
+            assert (found[0].double() - wanted).abs().max() < 1.2e-7 * scale
 
 
 SCALE_OFFSETS = {

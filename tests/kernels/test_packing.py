@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 
 import pytest
 import torch
@@ -136,17 +135,10 @@ def test_interleaved_activations() -> None:
 
 
 @pytest.mark.parametrize("kind", [T.Q4_1, T.Q5_1])
-def test_type_without_a_kernel_becomes_f16_and_says_so(
-    kind: T, caplog: pytest.LogCaptureFixture
-) -> None:
-    raw = random_rows(kind, 4, 256)
-    with caplog.at_level(logging.WARNING):
-        packed = pack(raw, kind, 256, name="blk.0.ffn_down.weight")
-    assert packed.type == T.F16
-    assert "blk.0.ffn_down.weight" in caplog.text
-    assert "MB instead of" in caplog.text
-    expected = dequantized(kind, raw).half()
-    assert torch.equal(unpack(packed).view(torch.float16).reshape(4, 256), expected)
+def test_types_without_a_kernel_are_refused(kind: T) -> None:
+    """Whoever loads them dequantizes them, and says so."""
+    with pytest.raises(ValueError, match=f"ffn_down: {kind.name} has no kernel: dequantize it"):
+        pack(random_rows(kind, 4, 256), kind, 256, name="ffn_down")
 
 
 def test_refusals() -> None:

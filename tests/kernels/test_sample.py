@@ -17,8 +17,8 @@ from orthrus_kernels.sampling.sample import (
     MAX_TOP_K,
     RESULT,
     UNUSED,
-    Draws,
     DrawKind,
+    Draws,
     SampleScratch,
     draw,
     new_sample_scratch,
@@ -29,8 +29,8 @@ from torch import Tensor
 from orthrus_gguf.sampling import Choice, Sampler, SamplingSettings, gumbel_noise
 
 CONTEXT = 300
-DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
-OPEN = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+DEFAULTS: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+OPEN: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 #: name → (settings, vocabulary, rows).
 CASES: dict[str, tuple[dict[str, Any], int, int]] = {
@@ -88,7 +88,8 @@ class Row:
 
 def draws_of(rows: Sequence[Row], n_vocab: int) -> tuple[Draws, DrawKind]:
     """What the host says about the rows, and the modes and options that occur."""
-    modes, numbers, integers, windows, spans = [], [], [], [], []
+    modes, numbers, integers, spans = [], [], [], []
+    windows: list[int] = []
     bans: list[tuple[int, int]] = [(-1, 0)]
     words = -(-n_vocab // 32)
     masks = np.full((len(rows), words), 2**32 - 1, np.uint32)
@@ -144,9 +145,7 @@ def drawn(
     draws, kind = draws_of(rows, n_vocab)
     kind = dataclasses.replace(kind, **options)
     out = torch.full((len(rows), kind.columns), -7, dtype=torch.int32)
-    kernels(
-        torch.from_numpy(logits.copy()), draws, kind, poisoned_scratch(len(rows), n_vocab), out
-    )
+    kernels(torch.from_numpy(logits.copy()), draws, kind, poisoned_scratch(len(rows), n_vocab), out)
     return out
 
 
@@ -239,7 +238,7 @@ def test_rows_of_any_settings_share_a_pass(kernels: Callable[..., None]) -> None
 @pytest.mark.parametrize("kernels", [draw, reference_sample.draw], ids=["kernels", "reference"])
 @pytest.mark.parametrize("n_vocab", [300, 2500])
 def test_probabilities_and_runners_up(kernels: Callable[..., None], n_vocab: int) -> None:
-    """`Choice` in detail, and log-probabilities of the raw logits, as the numpy sampler has them."""
+    """`Choice` in detail, and log-probabilities of the raw logits, as the host has them."""
     top = 7
     logits, rows = mixed_rows(np.random.default_rng(n_vocab), n_vocab)
     out = drawn(logits, rows, kernels=kernels, detail=True, top=top)

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from orthrus_gguf import runtime
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime import load
 from orthrus_gguf.runtime.cuda import presence
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model, resolve
 
@@ -22,11 +22,11 @@ def machine(
     monkeypatch: pytest.MonkeyPatch, *, gpu: bool, extra: bool, reason: str | None = None
 ) -> None:
     """Pretend to be on a machine; `reason` is what torch finds wrong with its GPU."""
-    for module in (runtime, presence):
+    for module in (load, presence):
         monkeypatch.setattr(module, "gpu_visible", lambda: gpu)
         monkeypatch.setattr(module, "extra_installed", lambda: extra)
     if gpu and extra:
-        monkeypatch.setattr(runtime, "why_unusable", lambda device=None: reason)
+        monkeypatch.setattr(load, "why_unusable", lambda device=None: reason)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_fallback_reaches_stderr(
     capsys.readouterr()  # what the converter said
     with ModelFile.open(path) as file:
         model = load_model(file, RuntimeSettings(threads=1))
-        assert "cpu (ggml" in model.description
+        assert model.description.startswith("cpu (")
         model.close()
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -120,6 +120,9 @@ def test_device_names() -> None:
         (2, (9, 0), "cuda:2", "no cuda:2, only cuda:0 to cuda:1"),
         (1, (7, 5), None, "compute capability 7.5; the kernels need 8.0"),
         (1, (8, 6), "cuda:0", None),
+        (1, (12, 0), None, None),
+        (1, (10, 0), None, "compute capability 10.0, where Triton may miscompute the products"),
+        (1, (11, 0), None, "compute capability 11.0, where Triton may miscompute the products"),
     ],
 )
 def test_what_torch_says(

@@ -38,9 +38,7 @@ PENALTIES: dict[str, Any] = {
 SETTINGS = {
     "greedy": SamplingSettings(temperature=0),
     "defaults": SamplingSettings(seed=5),
-    "all of the vocabulary": SamplingSettings(
-        temperature=1.2, top_k=0, top_p=0.95, seed=2**64 - 3
-    ),
+    "all of the vocabulary": SamplingSettings(temperature=1.2, top_k=0, top_p=0.95, seed=2**64 - 3),
     "penalties": SamplingSettings(seed=1, repeat_last_n=3, **PENALTIES),
     "penalties of the whole text": SamplingSettings(temperature=0, repeat_last_n=-1, **PENALTIES),
     "banned": SamplingSettings(temperature=0, banned=(5, 77, 4000)),

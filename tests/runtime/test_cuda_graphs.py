@@ -97,9 +97,7 @@ def kinds(model: CudaModel, seed: int) -> dict[str, list[Segment]]:
 def told(model: CudaModel, segments: list[Segment]) -> list[Any]:
     found: list[Any] = []
     for choices in model.forward(segments):
-        found.append(
-            [c and (c.token, c.second, repr(c.probability), c.logprobs) for c in choices]
-        )
+        found.append([c and (c.token, c.second, repr(c.probability), c.logprobs) for c in choices])
         found.append(None if choices.taps is None else choices.taps.tobytes())
     return found
 
@@ -156,9 +154,7 @@ def test_the_shapes_of_longest_ago_are_dropped(
     for turn in range(4):
         for rows in (1, 2, 4):
             cache = model.new_cache(16)
-            (choices,) = model.forward(
-                [ar_segment(cache, range(rows), 0, draw=Draw(GREEDY, [0]))]
-            )
+            (choices,) = model.forward([ar_segment(cache, range(rows), 0, draw=Draw(GREEDY, [0]))])
             tokens = [choice.token for choice in choices if choice is not None]
             assert expected.setdefault(rows, tokens) == tokens, turn
     assert len(model._tables) == 2

@@ -39,7 +39,6 @@ from orthrus_gguf.runtime.protocol import (
     Choices,
     Draw,
     Segment,
-    View,
     ar_segment,
     diffusion_segment,
 )
@@ -51,12 +50,12 @@ GREEDY = Sampler(SamplingSettings(temperature=0))
 TREE = (-1, 0, 0, 1, 2, 2)
 
 
-class Watch(TorchDispatchMode):
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What torch is asked for: operations that wait for a device are refused, and copies between
     host and device noted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.uploads = 0
         self.kernels = 0
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,81 +15,61 @@ import torch
 from cuda_models import stand_in
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as T
-from orthrus_kernels.packing.pack import pack
-from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS
 from synthetic_model import model_shape, qwen3_0_6b
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.architectures import QWEN2
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.memory_plan import (
     GIB,
+    META,
     MemoryPlan,
-    buffer_bytes,
-    cache_bytes,
-    cache_row_bytes,
+    allocated,
+    cache_sizes,
     check_memory,
+    empty_weights,
     plan_memory,
+    tensors_in,
 )
-from orthrus_gguf.runtime.cuda.model import spare_positions
-from orthrus_gguf.runtime.cuda.weight_plan import packed_bytes, plan_weights
+from orthrus_gguf.runtime.cuda.prompt_pass import new_prompt_buffers
+from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
 
 DemoFile = Callable[..., Path]
-
-
-def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
-    """Every tensor of a dataclass, a list or a dict, however deep."""
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif dataclasses.is_dataclass(thing):
-        for field in dataclasses.fields(thing):
-            yield from tensors_in(getattr(thing, field.name))
-    elif isinstance(thing, (list, tuple)):
-        for item in thing:
-            yield from tensors_in(item)
-    elif isinstance(thing, dict):
-        yield from tensors_in(list(thing.values()))
-
-
-def allocated(thing: Any) -> int:
-    """Bytes of the storages behind all tensors, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in
-                tensors_in(thing)}  # fmt: skip
-    return sum(storages.values())
-
-
-@pytest.mark.parametrize("kind", [*TRAITS, *PLAIN_TYPES], ids=lambda kind: kind.name)
-@pytest.mark.parametrize("rows", [64, 200])
-def test_packed_bytes(kind: T, rows: int) -> None:
-    for k in (256, 768):
-        qblock, size = GGML_QUANT_SIZES[kind]
-        raw = torch.zeros(rows, k // qblock * size, dtype=torch.uint8)
-        assert packed_bytes(kind, rows, k) == pack(raw, kind, k).nbytes
-    if kind in PLAIN_TYPES or GGML_QUANT_SIZES[kind][0] == 32:
-        qblock, size = GGML_QUANT_SIZES[kind]
-        raw = torch.zeros(rows, 96 // qblock * size, dtype=torch.uint8)
-        assert packed_bytes(kind, rows, 96) == pack(raw, kind, 96).nbytes
 
 
 @pytest.mark.parametrize(
     ("kind", "capability"), [("f16", 80), ("q8_0", 86), ("q4_k_m", 86), ("f32", 80)]
 )
 def test_plan_and_reality(demo_file: DemoFile, kind: str, capability: int) -> None:
+    """What was planned on tensors without numbers is what loading and passes allocate."""
     with (
         stand_in(demo_file(kind), capability=capability) as model,
         ModelFile.open(demo_file(kind)) as file,
     ):
-        config, runner = model.config, model.runner
-        assert model.memory.weights + model.memory.heads == runner.weights.nbytes
-        assert allocated(runner.weights) == runner.weights.nbytes
+        config, runner, device = model.config, model.runner, torch.device("cpu")
         plan = plan_weights(config, file.tensors, capability)
-        assert buffer_bytes(config, plan) == allocated(runner.buffers)
+        assert model.memory.weights + model.memory.heads == allocated(runner.weights)
+        assert allocated(runner.weights) == runner.weights.nbytes
+        sizes = [
+            [(tensor.shape, tensor.dtype) for tensor in tensors_in(thing)]
+            for thing in (runner.weights, empty_weights(config, file.tensors, plan))
+        ]
+        assert sizes[0] == sizes[1]
+        assert allocated(new_buffers(config, plan, META)) == allocated(runner.buffers)
+        prompt = [
+            allocated(new_prompt_buffers(config, runner.weights, 70, where))
+            for where in (device, META)
+        ]
+        assert prompt[0] == prompt[1]
         for type_k, type_v in (("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0")):
-            spare = spare_positions(model)
-            cache = CudaCache(config, type_k, type_v, 77, torch.device("cpu"), spare)
-            expected = cache_bytes(config, type_k, type_v, 77, spare)
-            assert allocated([cache.layers, cache.history]) == expected
+            anchor, spare = torch.zeros(64, dtype=torch.uint8), pass_rows(config)
+            cache = CudaCache(config, type_k, type_v, 77, anchor, spare)
+            row, rest = cache_sizes(config, type_k, type_v)
+            assert allocated(cache.planes) == 77 * row + rest
 
 
 def test_heads_and_file_sizes(demo_file: DemoFile) -> None:
@@ -110,10 +89,8 @@ def test_heads_and_file_sizes(demo_file: DemoFile) -> None:
 # --- what the error says ---
 
 
-def qwen_plan(context: int, type_k: str = "f16", type_v: str = "f16") -> tuple[MemoryPlan, Any]:
-    from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
-
-    config = qwen3_0_6b()
+def planned_tensors(config: Any) -> dict[str, TensorInfo]:
+    """All tensors of a model: Q4_K matrices, F32 vectors."""
     shapes = base_tensors(config) | diffusion_tensors(config)
     tensors = {}
     for name, shape in shapes.items():
@@ -121,6 +98,12 @@ def qwen_plan(context: int, type_k: str = "f16", type_v: str = "f16") -> tuple[M
         qblock, size = GGML_QUANT_SIZES[kind]
         count = shape[0] * (shape[1] if len(shape) == 2 else 1)
         tensors[name] = TensorInfo(name, shape, kind, 0, count // qblock * size)
+    return tensors
+
+
+def qwen_plan(context: int, type_k: str = "f16", type_v: str = "f16") -> tuple[MemoryPlan, Any]:
+    config = qwen3_0_6b()
+    tensors = planned_tensors(config)
     plan = plan_weights(config, tensors, 86)
     return plan_memory(config, tensors, plan, context, type_k, type_v, 512), config
 
@@ -137,7 +120,20 @@ def test_known_sizes() -> None:
     assert plan.weights == packed
     assert plan.heads == attention * per_weight / 8
     assert plan.cache == 4096 * 28 * 2 * 8 * 128 * 2 == 448 << 20
-    assert cache_row_bytes(config, "q8_0", "q4_0") == 28 * 8 * (128 * 34 // 32 + 128 * 18 // 32)
+    row, rest = cache_sizes(config, "q8_0", "q4_0")
+    assert row == 28 * 8 * (128 * 34 // 32 + 128 * 18 // 32)
+    assert rest == 64 * row, "columns for the branches of a tree"
+
+
+def test_biases_count() -> None:
+    """Those of q, k and v, of both views, f32."""
+    sizes = []
+    for architecture in (QWEN2, qwen3_0_6b().architecture):
+        config = model_shape(architecture=architecture, n_layers=3)
+        tensors = planned_tensors(config)
+        sizes.append(allocated(empty_weights(config, tensors, plan_weights(config, tensors, 86))))
+    biases, norms = 3 * 2 * 4 * (4 + 2 * 2) * 64, 3 * 2 * 2 * 64 * 4
+    assert sizes[0] - biases == sizes[1] - norms
 
 
 def test_what_fits_is_exact() -> None:
@@ -179,4 +175,4 @@ def test_a_cache_that_cannot_be_allocated() -> None:
     config = model_shape()
     for capacity, message in ((1 << 50, r"choose a smaller one with -c"), (0, "expected at least")):
         with pytest.raises(OrthrusError, match=message):
-            CudaCache(config, "f16", "f16", capacity, torch.device("cpu"), 8)
+            CudaCache(config, "f16", "f16", capacity, torch.zeros(64, dtype=torch.uint8), 8)

@@ -187,9 +187,7 @@ def test_taps_of_prompts_trees_and_cut_segments(demo_file: DemoFile) -> None:
             assert choices.taps is not None
             for row in range(6):
                 path = path_to(row, TREE)
-                along = ar_segment(
-                    cache, [ids[i] for i in path], 100, wanted=range(0), taps=taps
-                )
+                along = ar_segment(cache, [ids[i] for i in path], 100, wanted=range(0), taps=taps)
                 (chain,) = one.forward([along])
                 assert chain.taps is not None
                 np.testing.assert_array_equal(choices.taps[:, row], chain.taps[:, -1])

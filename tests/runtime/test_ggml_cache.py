@@ -12,8 +12,8 @@ from synthetic_model import model_shape, qwen3_0_6b
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml.library import load_library
-from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.cache_layout import cache_layout
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.protocol import Cache, Checkpoint
 from orthrus_gguf.runtime.trees import tree_layout
 

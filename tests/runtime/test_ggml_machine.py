@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from orthrus_gguf.runtime.limits import thread_count
 from orthrus_gguf.runtime.limits import (
     cpu_quota,
     darwin_cores,
     linux_cores,
     memory_bytes,
+    thread_count,
     usable_cores,
 )
 

@@ -21,8 +21,8 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.ggml import selftest
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
+from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.ggml.weights import MULTIPLIABLE
 from orthrus_gguf.runtime.protocol import Segment, diffusion_segment

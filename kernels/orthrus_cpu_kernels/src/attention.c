@@ -13,7 +13,11 @@
 #include "steps.h"
 
 #define CHUNK 16 // panels: 256 columns
-#define TILE 4   // packed rows at once
+#ifdef ORTHRUS_PORTABLE
+#define TILE 1 // packed rows at once
+#else
+#define TILE 4
+#endif
 
 typedef struct {
     int d, packed, rows;          // head_dim; query rows; query rows of one pass row
@@ -81,7 +85,7 @@ INLINE void score_all(const int type, const Head *h, const uint8_t *keys, float 
                       size_t stride) {
     int m = 0;
     for (; m + TILE <= h->packed; m += TILE) score(type, h, m, TILE, keys, to + m * stride, stride);
-    for (; m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
+    for (; TILE > 1 && m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
 }
 
 // acc [count][d] += weights of `columns` columns times their values, 32 elements at a time.
@@ -118,7 +122,7 @@ INLINE void mix_all(const int type, const Head *h, const uint8_t *values, int co
     int m = 0;
     for (; m + TILE <= h->packed; m += TILE)
         mix(type, values, h->d, columns, weights + m * stride, stride, TILE, acc + m * h->d);
-    for (; m < h->packed; m++)
+    for (; TILE > 1 && m < h->packed; m++)
         mix(type, values, h->d, columns, weights + m * stride, stride, 1, acc + m * h->d);
 }
 

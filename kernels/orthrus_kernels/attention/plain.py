@@ -29,18 +29,17 @@ def attention(
     count, n_head, head_dim = q.shape
     group = n_head // caches.heads
     result = torch.zeros(count, n_head * head_dim, dtype=torch.float64, device=q.device)
-    known: dict[int, tuple[Tensor, Tensor]] = {}
     for first, _, first_tile, n_tiles in tiles.windows:
         for entry in tiles.table[first_tile : first_tile + n_tiles].tolist():
             run, run_rows, packed, sequence, edge, shift = entry
             if packed or not run_rows:
                 continue  # all rows of a run at its first tile
-            if sequence not in known:
-                known[sequence] = _of_layer(caches, sequence, layer)
-            keys, values = known[sequence]
-            for row in range(first + run, first + run + run_rows):
-                seen = torch.arange(int(rows.visible[row]))
-                seen += torch.where(seen >= edge, shift, 0)
+            last = first + run + run_rows
+            reach = torch.arange(int(rows.visible[first + run : last].max()))
+            reach += torch.where(reach >= edge, shift, 0)
+            keys, values = (_seen(planes.layer(layer), reach) for planes in caches.held[sequence])
+            for row in range(first + run, last):
+                seen = slice(0, int(rows.visible[row]))
                 start, stop = int(rows.block_first[row]), int(rows.block_stop[row])
                 block = slice(start, max(start, stop))
                 k = torch.cat([keys[:, seen], block_keys.values[:, block].double()], dim=1)
@@ -54,12 +53,12 @@ def attention(
     store_rows(result, out)
 
 
-def _of_layer(caches: Caches, sequence: int, layer: int) -> tuple[Tensor, Tensor]:
-    """All keys and values of a sequence in one layer, f64."""
-    keys, values = (
-        dequantize_planes(planes.layer(layer)).double() for planes in caches.held[sequence]
-    )
-    return keys, values
+def _seen(planes: KvPlanes, columns: Tensor) -> Tensor:
+    """Some columns of one layer, f64."""
+    values = planes.values[:, columns]
+    scales = planes.scales if planes.type_name == "f16" else planes.scales[:, columns]
+    some = KvPlanes(planes.type_name, planes.head_dim, values, scales)
+    return dequantize_planes(some).double()
 
 
 def finish_qkv(
@@ -74,30 +73,31 @@ def finish_qkv(
 ) -> None:
     """See `orthrus_kernels.attention.finish_qkv.finish_qkv`."""
     count, n_head, d = q.shape
-    sums = partials.double().sum(0)
+    views = rows.views.clamp_min(0).long()
+    x = partials.double().sum(0)
+    if weights.biases is not None:
+        x = x + weights.biases[views]
+    heads = x.view(count, -1, d)
+    turned = []
+    for part, index in ((slice(0, n_head), 0), (slice(n_head, n_head + caches.heads), 1)):
+        y = heads[:, part].contiguous()
+        if weights.norms is not None:
+            y = normed(y, weights.norms[views, index][:, None], weights.eps)
+        turned.append(_rotated(y, rows, weights.adjacent))
+    q.copy_(turned[0])
+    k, v = turned[1].float(), heads[:, n_head + caches.heads :].float()
     more = rows.more.tolist()
-    for row in range(count):
-        view = int(rows.views[row])
-        x = sums[row] if weights.biases is None else sums[row] + weights.biases[max(view, 0)]
-        heads = x.view(-1, d)
-        cos, sin = rows.cos[row].double(), rows.sin[row].double()
-        turned = []
-        for part, index in ((slice(0, n_head), 0), (slice(n_head, n_head + caches.heads), 1)):
-            y = heads[part]
-            if weights.norms is not None:
-                y = normed(y, weights.norms[max(view, 0)][index], weights.eps)
-            turned.append(_rotated(y, cos, sin, weights.adjacent))
-        q[row] = turned[0].to(q.dtype)
-        k, v = turned[1].float(), heads[n_head + caches.heads :].float()
+    for row, view in enumerate(rows.views.tolist()):
         if view == AR:
             places = [int(rows.places[row])]
             places += more[int(rows.more_first[row]) : int(rows.more_stop[row])]
-            for planes, written in zip(caches.held[int(rows.sequences[row])], (k, v), strict=True):
+            pairs = zip(caches.held[int(rows.sequences[row])], (k[row], v[row]), strict=True)
+            for planes, written in pairs:
                 for place in places:
                     write_planes(planes.layer(layer), place, written)
         elif view == DIFFUSION:
-            write_planes(block_keys, row, k)
-            write_planes(block_values, row, v)
+            write_planes(block_keys, row, k[row])
+            write_planes(block_values, row, v[row])
 
 
 def move_columns(caches: Caches, moves: Tensor, layers: int) -> None:
@@ -135,11 +135,12 @@ def write_planes(planes: KvPlanes, position: int, x: Tensor) -> None:
         planes.values[:, position] = padded[:, :half] | (padded[:, half:] << 4)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, adjacent: bool) -> Tensor:
-    """Heads [heads, d], each pair turned."""
+def _rotated(x: Tensor, rows: Rows, adjacent: bool) -> Tensor:
+    """Heads [rows, heads, d], each pair turned by its row's angle."""
+    cos, sin = rows.cos.double()[:, None], rows.sin.double()[:, None]
     if adjacent:
-        low, high = x[:, 0::2], x[:, 1::2]
+        low, high = x[..., 0::2], x[..., 1::2]
         pairs = torch.stack([low * cos - high * sin, high * cos + low * sin], dim=-1)
-        return pairs.flatten(1)
+        return pairs.flatten(-2)
     low, high = x.chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)

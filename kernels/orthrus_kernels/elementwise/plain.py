@@ -51,7 +51,7 @@ def rotary_angles(rows: Rows, inv_freq: Tensor, scale: float) -> None:
 
 
 def embed(table: Tensor, type_name: str, tokens: Tensor, codebook: Tensor, out: Tensor) -> None:
-    """See `orthrus_kernels.elementwise.embedding.embed`; gguf's dequantizer, so `codebook` is not used."""
+    """See `embedding.embed`; gguf's dequantizer, so `codebook` is not used."""
     rows = table[tokens.long()].cpu().numpy()
     values = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[type_name])
     out.copy_(torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)))

@@ -37,8 +37,8 @@ class Rows:
     """What the kernels know about the rows of a pass; all i32 [rows] but the last three.
 
     positions: of the row itself; the token drawn from its logits belongs one further.
-    visible: columns of the sequence that it sees; block_first, block_stop: rows of the pass that its
-        block covers.
+    visible: columns of the sequence that it sees; block_first, block_stop: rows of the pass that
+        its block covers.
     sequences: the entry of `kv_cache.Caches` that it belongs to.
     places: where in that cache an AR row's keys go; more_first, more_stop: the range of `more` that
         holds further places, for rows that several branches of a tree share.

@@ -1,4 +1,4 @@
-"""The matrix products as cases for `orthrus_kernels.tools.offline`: a short list, how to make more."""
+"""The matrix products as cases for `tools.offline`: a short list, how to make more."""
 
 from __future__ import annotations
 

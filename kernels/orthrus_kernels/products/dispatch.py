@@ -97,10 +97,11 @@ def safe_tile(
 ) -> Tile:
     """A tile that was compiled for this architecture without spills and fits its shared memory.
 
-    tuned/offline.json holds what `python -m orthrus_kernels.products.safe_tiles` found; an architecture that
-    is not in it takes the entry of the nearest older one. Gate+up and head share the tile of the
-    plain product unless they have an entry of their own (`a8/Q4_K/32/gate_up`), and so does a
-    product with a `second` matrix of another type (`a8/Q4_K/32/Q6_K`).
+    tuned/offline.json holds what `python -m orthrus_kernels.products.safe_tiles` found; an
+    architecture that is not in it takes the entry of the nearest older one. Gate+up and head
+    share the tile of the plain product unless they have an entry of their own
+    (`a8/Q4_K/32/gate_up`), and so does a product with a `second` matrix of another type
+    (`a8/Q4_K/32/Q6_K`).
     """
     table = _offline_tiles()
     older = [known for known in table if known <= capability]

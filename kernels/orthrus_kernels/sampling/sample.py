@@ -37,7 +37,7 @@ UNUSED, GREEDY, EXTRACTED, SORTED = -1, 0, 1, 2
 """Modes of a row: not drawn; largest score; sampled from up to MAX_TOP_K candidates; from more."""
 
 NUMBERS = 6
-"""Columns of `Draws.numbers`: temperature, top-p, ln(min-p), repeat, frequency, presence penalty."""
+"""Columns of `Draws.numbers`: temperature, top-p, ln(min-p), and the three penalties."""
 
 RESULT = 5
 """Columns of a row of results before the likeliest tokens: token (-1: logits not finite),

@@ -1,8 +1,8 @@
 """Checks and figures on a GPU: one command, one table, within nine minutes.
 
-    python -m orthrus_kernels.tools.gpu_check [--minutes 8.7] [--folder DIR]      the first CUDA device
-    python -m orthrus_kernels.tools.gpu_check --quick --checks-only               small shapes
-    TRITON_INTERPRET=1 python -m orthrus_kernels.tools.gpu_check --cpu            the logic, no device
+    python -m orthrus_kernels.tools.gpu_check [--minutes 8.7] [--folder DIR]   the first CUDA device
+    python -m orthrus_kernels.tools.gpu_check --quick --checks-only            small shapes
+    TRITON_INTERPRET=1 python -m orthrus_kernels.tools.gpu_check --cpu         the logic, no device
 
 Stages run in the order of what matters most, each until its time is up. Figures are reported only
 if the checks before them hold. Every line is printed at once, and the table is written to DIR
@@ -68,7 +68,7 @@ def _time_up(number: int, frame: object) -> None:
 
 def run_stage(stage: Stage, results: Results, deadline: float) -> None:
     """Items of a stage until the deadline; an exception is a check that failed."""
-    module = importlib.import_module(f"orthrus_kernels.{stage.module}")
+    module = importlib.import_module(f"orthrus_kernels.tools.{stage.module}")
     items: Iterator[Item] = getattr(module, stage.function)(results.machine)
     try:
         for item in items:

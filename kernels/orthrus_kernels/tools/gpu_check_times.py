@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from gguf import GGMLQuantizationType
@@ -20,43 +19,15 @@ from orthrus_kernels.products.dispatch import (
     safe_tile,
 )
 from orthrus_kernels.products.matmul import matmul
-from orthrus_kernels.tools.gpu_check_matmul import MAIN_TYPES, activations, numbers, random_rows
+from orthrus_kernels.tools.gpu_check_matmul import activations, numbers, random_rows
 from orthrus_kernels.tools.gpu_check_report import Figure, Machine, median_time
+from orthrus_kernels.tools.shapes import MODELS, TIMED_TYPES, Model
+from orthrus_kernels.tools.tuner import best_tile, candidates
 
 _T = GGMLQuantizationType
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
-
-@dataclass(frozen=True)
-class Model:
-    """The matrices that one pass reads: name -> (rows, k, times)."""
-
-    name: str
-    matrices: dict[str, tuple[int, int, int]]
-
-
-def qwen3(name: str, layers: int, width: int, heads: int, hidden: int) -> Model:
-    """A Qwen3 of head size 128 and 8 KV heads."""
-    return Model(
-        name,
-        {
-            "qkv": ((heads + 16) * 128, width, layers),
-            "o": (width, heads * 128, layers),
-            "gate+up": (2 * hidden, width, layers),
-            "down": (width, hidden, layers),
-            "head": (151936, width, 1),
-        },
-    )
-
-
-MODELS = (
-    qwen3("1.7B", 28, 2048, 16, 6144),
-    qwen3("4B", 36, 2560, 32, 9728),
-    qwen3("8B", 36, 4096, 32, 12288),
-)
-
-TIMED_TYPES = MAIN_TYPES
 
 PREDICTED = {
     (86, Layout.A16): "; predicted 6.8-7.5 ms on an RTX 3090",
@@ -144,9 +115,6 @@ def _time(machine: Machine, weight: QuantTensor, rows: int) -> float:
 
 def tuner_figures(machine: Machine) -> Iterator[Figure]:
     """What the tuner finds for the largest matrices of 8B: the best tile at 1 and at 32 rows."""
-    # The tuner takes its shapes from this module.
-    from orthrus_kernels.tools.tuner import best_tile, candidates
-
     shapes = ((128, 512),) if machine.tiny else ((24576, 4096), (4096, 12288))
     for (n, k), rows in itertools.product(shapes, (1, 32)):
         layout = layout_for(_T.Q4_K, machine.capability)

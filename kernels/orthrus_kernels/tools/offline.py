@@ -8,8 +8,8 @@ The process must run without TRITON_INTERPRET: the interpreter replaces the comp
     compiled = compile_kernel(fn, 86, {"x": "*fp16", "n": "i32:16", "m": "i32"}, {"BM": 32}, 4, 3)
     compiled.report().registers
 
-`python -m orthrus_kernels.tools.offline MODULE [--capability 86] [--only TEXT] [--json FILE]` compiles
-every `KernelCase` of `MODULE.CASES` and prints one line each.
+`python -m orthrus_kernels.tools.offline MODULE [--capability 86] [--only TEXT] [--json FILE]`
+compiles every `KernelCase` of `MODULE.CASES` and prints one line each.
 """
 
 from __future__ import annotations

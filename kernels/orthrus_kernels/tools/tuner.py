@@ -32,7 +32,7 @@ from orthrus_kernels.products.dispatch import (
 from orthrus_kernels.products.matmul import matmul
 from orthrus_kernels.tools.gpu_check_matmul import activations, random_rows
 from orthrus_kernels.tools.gpu_check_report import Machine, find_machine, median_time
-from orthrus_kernels.tools.gpu_check_times import MODELS, TIMED_TYPES
+from orthrus_kernels.tools.shapes import MODELS, TIMED_TYPES
 
 GAIN = 0.98
 """A candidate replaces the safe tile only if it takes less than this part of its time."""

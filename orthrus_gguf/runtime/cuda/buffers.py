@@ -55,7 +55,7 @@ class Buffers:
 
 
 def pass_rows(config: ModelConfig) -> int:
-    """Most rows of one pass that is no prompt: what the kernels are made for, but at least a whole block."""
+    """Most rows of a pass that is no prompt: what kernels are made for, at least a block."""
     return max(MAX_ROWS, config.block_size or 0)
 
 

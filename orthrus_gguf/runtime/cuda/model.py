@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -182,6 +182,24 @@ class CudaModel:
         """See `Model.logits`."""
         gathered = self._run(segments, draws=False)
         return gathered.logits(self.config.n_vocab)
+
+    def launch_again(self, segments: Sequence[Segment]) -> Callable[[], None]:
+        """What enqueues a pass of these segments once more, as `forward` last ran it, without
+        asking for results: to time passes. They must be one pass, and no prompt.
+        """
+        (pieces,) = cut(segments, self._prompt_rows, pass_rows(self.config), draws=True)
+        if is_prompt(pieces):
+            raise ValueError("prompts are not launched as one")
+        arranged = arrange(pieces, self.config, pass_rows(self.config), draws=True, prompt=False)
+        table, runner = self._tables[arranged.shape], self.runner
+        planes = [cache.planes for cache in arranged.caches if cache.planes is not None]
+
+        def launch() -> None:
+            runner.held[:] = planes
+            self.graphs.run(arranged.shape, partial(runner.run, table))
+            runner.held.clear()
+
+        return launch
 
     def _check(self, segments: Sequence[Segment]) -> None:
         most, last = pass_rows(self.config), self.config.n_layers + 1

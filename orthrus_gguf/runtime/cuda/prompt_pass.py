@@ -1,7 +1,7 @@
 """A pass of many AR rows: weights to fp16 once, then dense products by the vendor's library.
 
-Its sums differ in their last bits from those of fused passes (`orthrus_kernels.products.dequantize`),
-which is fine for prompts: they are processed alike whatever the strategy.
+Its sums differ in their last bits from those of other passes (`products.dequantize`), which is
+fine for prompts: they are processed alike whatever the strategy.
 """
 
 from __future__ import annotations
