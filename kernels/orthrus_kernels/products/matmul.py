@@ -3,7 +3,7 @@
 Every function takes its tile and split explicitly (`dispatch.choose` finds them) and writes into
 `out` if given one, so that a captured CUDA graph keeps its buffers. Rows of x: up to 64 in one
 launch make sense; more are computed in row tiles. The same names in plain torch, with the same
-signatures: reference_matmul.py.
+signatures: plain.py.
 """
 
 from __future__ import annotations
