@@ -23,7 +23,8 @@ class CpuKernels(BuildHookInterface):
         objects = module.build(kernels / "objects")
         if not objects:
             self.app.display_warning(
-                "no C compiler: the CPU kernels are left out, ggml serves in their place (slower)"
+                "no C compiler (cc, gcc or clang) that works: the CPU kernels are left out,"
+                " and ggml, which is slower, serves in their place"
             )
             return
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")

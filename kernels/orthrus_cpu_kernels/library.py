@@ -138,7 +138,7 @@ def load() -> Kernels:
     if not found:
         raise NoKernelsError(
             "the CPU kernels were not built, for want of a C compiler: install gcc or clang, then"
-            " pip install --force-reinstall --no-deps --no-cache-dir with what was installed before"
+            " repeat the pip install with --force-reinstall --no-deps --no-cache-dir"
         )
     if named and named not in found:
         raise NoKernelsError(f"{ISA}={named}: expected one of {', '.join(found)}")

@@ -68,7 +68,7 @@ def test_without_objects_ggml_takes_over(
     monkeypatch.delenv(library.ISA, raising=False)
     line = fallback(demo_file("q8_0"))
     assert "were not built, for want of a C compiler" in line
-    assert "install gcc or clang, then pip install --force-reinstall" in line
+    assert "install gcc or clang, then repeat the pip install with --force-reinstall" in line
 
 
 def test_objects_that_cannot_be_used(
