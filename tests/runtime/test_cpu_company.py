@@ -19,7 +19,7 @@ from orthrus_gguf.runtime.cache_layout import CACHE_TYPES
 from orthrus_gguf.runtime.cpu import model as model_module
 from orthrus_gguf.runtime.cpu.rows import Place, place_block
 from orthrus_gguf.runtime.passes import Piece, cut
-from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import View, ar_segment, diffusion_segment
 
 CACHE_PAIRS = list(product(CACHE_TYPES, CACHE_TYPES))
 
@@ -90,6 +90,30 @@ def test_blocks_on_top_of_one_another_would_be_noticed(
         return [[replace(piece, offset=0) for piece in pieces] for pieces in cut(*args)]
 
     monkeypatch.setattr(host_model, "cut", stacked)
+    with loaded(path) as model:
+        cache = cache_of(model, range(30), 64)
+        blocks = [diffusion_segment(cache, 5 + i, 319, 16, 30) for i in range(2)]
+        alone = [model.logits([block])[0] for block in blocks]
+        with pytest.raises(AssertionError):
+            np.testing.assert_array_equal(model.logits(blocks), alone)
+        monkeypatch.undo()
+        np.testing.assert_array_equal(model.logits(blocks), alone)
+
+
+def test_blocks_out_of_place_would_be_noticed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks one behind the other as they come in the pass, whosesoever they are."""
+
+    def packed(*args: Any) -> list[list[Piece]]:
+        passes = cut(*args)
+        for pieces in passes:
+            taken = 0
+            for number, piece in enumerate(pieces):
+                if piece.segment.view is View.DIFFUSION:
+                    pieces[number] = replace(piece, offset=taken + 3 * (taken > 0))
+                    taken += piece.count
+        return passes
+
+    monkeypatch.setattr(host_model, "cut", packed)
     with loaded(path) as model, pytest.raises(AssertionError, match="diffusion rows"):
         assert_company_changes_nothing_here(model)
 
