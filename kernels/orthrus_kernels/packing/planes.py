@@ -1,4 +1,4 @@
-"""Words of some rows (packing_words.py) -> the planes that the kernels read; see quant_tensor.py.
+"""Words of some rows (words.py) -> the planes that the kernels read; see quant_tensor.py.
 
 The second half of packing: rows go into panels, and for A16 the bytes of h = 0 and h = 1 into
 16-bit elements, 2- and 1-bit codes first into the bytes that several c share. Permutations move 4

@@ -1,6 +1,6 @@
 """Planes -> fields of one matrix: packing undone, in plain reshapes; see quant_tensor.py.
 
-Written apart from packing (packing_words.py, packing_planes.py), for plainness rather than speed:
+Written apart from packing (words.py, planes.py), for plainness rather than speed:
 together they show that nothing is lost.
 """
 

@@ -248,4 +248,4 @@ def _short_list() -> tuple[KernelCase, ...]:
 
 
 CASES = _short_list()
-"""A selection that a test compiles every time; all of them: matmul_matrix.py."""
+"""A selection that a test compiles every time; all of them: matrix.py."""

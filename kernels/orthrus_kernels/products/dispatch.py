@@ -66,7 +66,7 @@ def layout_for(kind: GGMLQuantizationType, capability: int) -> Layout:
     """Activations for a weight type on a card. Fixed when a tensor is packed.
 
     Q6_K needs two int8 dots per 32 weights, which costs more than its fp16 form: it stays with
-    fp16 everywhere (`matmul_weights_a8` tells how Q2_K and Q3_K avoid that).
+    fp16 everywhere (`weights_a8` tells how Q2_K and Q3_K avoid that).
     """
     int8 = kind in INT8_TYPES and kind != _T.Q6_K
     return Layout.A8 if int8 and capability in HALF_RATE_SUMS else Layout.A16
