@@ -14,9 +14,9 @@
 
 #define CHUNK 16 // panels: 256 columns
 #ifdef ORTHRUS_PORTABLE
-#define TILE 1 // packed rows at once
+#define TOGETHER 1 // packed rows at once
 #else
-#define TILE 4
+#define TOGETHER 4
 #endif
 
 typedef struct {
@@ -62,8 +62,8 @@ static int lanes_of(const Row *row, int panel, int first) {
 // Scores of `count` packed rows against one panel of keys.
 INLINE void score(const int type, const Head *h, int packed, const int count, const uint8_t *keys,
                   float *to, size_t stride) {
-    const float *q[TILE];
-    vf sum[TILE];
+    const float *q[TOGETHER];
+    vf sum[TOGETHER];
     for (int m = 0; m < count; m++) {
         q[m] = query(h, packed + m);
         sum[m] = f_set(0.0f);
@@ -84,8 +84,9 @@ INLINE void score(const int type, const Head *h, int packed, const int count, co
 INLINE void score_all(const int type, const Head *h, const uint8_t *keys, float *to,
                       size_t stride) {
     int m = 0;
-    for (; m + TILE <= h->packed; m += TILE) score(type, h, m, TILE, keys, to + m * stride, stride);
-    for (; TILE > 1 && m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
+    for (; m + TOGETHER <= h->packed; m += TOGETHER)
+        score(type, h, m, TOGETHER, keys, to + m * stride, stride);
+    for (; TOGETHER > 1 && m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
 }
 
 // acc [count][d] += weights of `columns` columns times their values, 32 elements at a time.
@@ -94,7 +95,7 @@ INLINE void mix(const int type, const uint8_t *values, int d, int columns, const
     const size_t bytes = column_bytes(type, d);
     for (int e = 0; e < d; e += 2 * LANES) {
         const int two = e + LANES < d;
-        vf a[TILE], b[TILE];
+        vf a[TOGETHER], b[TOGETHER];
         for (int m = 0; m < count; m++) {
             a[m] = f_load(acc + m * d + e);
             b[m] = two ? f_load(acc + m * d + e + LANES) : a[m];
@@ -120,9 +121,9 @@ INLINE void mix(const int type, const uint8_t *values, int d, int columns, const
 INLINE void mix_all(const int type, const Head *h, const uint8_t *values, int columns,
                     const float *weights, size_t stride, float *acc) {
     int m = 0;
-    for (; m + TILE <= h->packed; m += TILE)
-        mix(type, values, h->d, columns, weights + m * stride, stride, TILE, acc + m * h->d);
-    for (; TILE > 1 && m < h->packed; m++)
+    for (; m + TOGETHER <= h->packed; m += TOGETHER)
+        mix(type, values, h->d, columns, weights + m * stride, stride, TOGETHER, acc + m * h->d);
+    for (; TOGETHER > 1 && m < h->packed; m++)
         mix(type, values, h->d, columns, weights + m * stride, stride, 1, acc + m * h->d);
 }
 
