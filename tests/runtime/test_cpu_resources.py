@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cpu_models import append, cache_of, kernels, loaded
-from orthrus_cpu_kernels.library import Kernels, built, open_object
+from orthrus_cpu_kernels.library import ISA, Kernels, built, open_object
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cpu import model as model_module
@@ -134,6 +134,35 @@ def test_instruction_sets_do_not_change_the_result(demo_file: DemoFile) -> None:
     for found in results.values():
         for logits, expected in zip(found, results["portable"], strict=True):
             np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q8_0"])
+def test_instruction_sets_do_not_change_the_text(demo_file: DemoFile, kind: str) -> None:
+    """The command, with the object that $ORTHRUS_CPU_ISA names."""
+    texts = {}
+    words = [
+        "-p",
+        "def read(self, size=-1):",
+        "-n",
+        "40",
+        "-t",
+        "1",
+        "--temp",
+        "0.7",
+        "--seed",
+        "5",
+    ]
+    for name in built():
+        if not isinstance(open_object(kernels().path.with_name(f"{name}.so")), Kernels):
+            continue
+        command = [sys.executable, "-m", "orthrus_gguf.cli.run", str(demo_file(kind)), *words]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), ISA: name}
+        strategy = ["--strategy", "fused" if name == "portable" else "two-pass"]
+        done = subprocess.run([*command, *strategy], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        texts[name] = done.stdout
+    assert len(texts["portable"]) > 40
+    assert set(texts.values()) == {texts["portable"]}
 
 
 # --- memory ---

@@ -107,6 +107,7 @@ def _choice_cases() -> list[KernelCase]:
                 kernels.choose_in_tile,
                 {**sorted_keys, **_SUMMARY, "numbers": "*fp64", "positions": "*i32"},
                 {**mode, "TILES": 256, "DETAIL": detail},
+                num_warps=8,
             )
             for detail in (False, True)
         ),

@@ -288,6 +288,7 @@ def _choose(keys: Tensor, draws: Draws, mode: int, detail: bool, scratch: Sample
         TILES=triton.next_power_of_2(tiles),
         MODE=mode,
         DETAIL=detail,
+        num_warps=8,
         enable_fp_fusion=False,
     )
     return int(tiles)
