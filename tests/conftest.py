@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from orthrus_converters.cli import main as convert
+
+# Kernels run in Triton's interpreter, which has to be chosen before any test module imports them.
+# Tests of the compiler start a process of their own, without this variable.
+os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
 
