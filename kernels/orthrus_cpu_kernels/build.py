@@ -30,7 +30,10 @@ X86 = {
     "avx2vnni": "-mavx2 -mavxvnni -mfma -mf16c",
     "avx2": "-mavx2 -mfma -mf16c",
 }
-ARM = {"neon": "-march=armv8.2-a+dotprod"}
+ARM = {
+    "neoni8mm": "-march=armv8.2-a+dotprod+i8mm",
+    "neon": "-march=armv8.2-a+dotprod",
+}
 
 
 def targets(machine: str | None = None) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ import numpy as np
 ISA = "ORTHRUS_CPU_ISA"
 
 #: Objects, the fastest first.
-NAMES = ("avx512vnni", "avx2vnni", "avx2", "neon", "portable")
+NAMES = ("avx512vnni", "avx2vnni", "avx2", "neoni8mm", "neon", "portable")
 
 #: Where the build puts them.
 FOLDER = Path(__file__).with_name("objects")

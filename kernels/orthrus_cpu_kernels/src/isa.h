@@ -1,6 +1,7 @@
 // Sixteen lanes, whatever the instruction set has: one register of AVX-512, two of AVX2, four of
 // NEON, or an array. Kernels are written once, over these; each object is compiled with one of
-// ORTHRUS_AVX512VNNI, ORTHRUS_AVX2VNNI, ORTHRUS_AVX2, ORTHRUS_NEON or ORTHRUS_PORTABLE defined.
+// ORTHRUS_AVX512VNNI, ORTHRUS_AVX2VNNI, ORTHRUS_AVX2, ORTHRUS_NEONI8MM, ORTHRUS_NEON or
+// ORTHRUS_PORTABLE defined.
 //
 // Every operation gives the same bits on all of them: integers are exact, floats are rounded once
 // per operation (the sources are compiled without contraction, and fused where they say so), and
@@ -246,9 +247,13 @@ INLINE vi dot_pairs(vi acc, vi w, int32_t x) {
 }
 #endif
 
-#elif defined(ORTHRUS_NEON)
+#elif defined(ORTHRUS_NEON) || defined(ORTHRUS_NEONI8MM)
 #include <arm_neon.h>
+#ifdef ORTHRUS_NEONI8MM
+#define ISA_NAME "NEON i8mm"
+#else
 #define ISA_NAME "NEON dotprod"
+#endif
 
 typedef struct {
     float32x4_t v[4];
@@ -365,6 +370,41 @@ INLINE vi dot_pairs(vi acc, vi w, int32_t x) {
     }
     return r;
 }
+#ifdef ORTHRUS_NEONI8MM
+// Two rows at once: a register holds the sums of two columns for both rows, and an instruction
+// takes eight k. p_low and p_high pair eight columns each of two groups of weights.
+#define ORTHRUS_TWO_ROWS
+typedef struct {
+    int32x4_t v[8];
+} vp;
+INLINE vp p_zero(void) {
+    vp r;
+    for (int i = 0; i < 8; i++) r.v[i] = vdupq_n_s32(0);
+    return r;
+}
+INLINE uint8x16_t p_zip(uint8x16_t a, uint8x16_t b, int half) {
+    uint32x4_t x = vreinterpretq_u32_u8(a), y = vreinterpretq_u32_u8(b);
+    return vreinterpretq_u8_u32(half ? vzip2q_u32(x, y) : vzip1q_u32(x, y));
+}
+INLINE vb p_low(vb a, vb b) { EACH(vb, p_zip(a.v[i / 2], b.v[i / 2], i % 2)); }
+INLINE vb p_high(vb a, vb b) { EACH(vb, p_zip(a.v[2 + i / 2], b.v[2 + i / 2], i % 2)); }
+INLINE vp dot_two(vp acc, vb low, vb high, const int8_t *x, const int8_t *y) {
+    int8x16_t rows = vcombine_s8(vld1_s8(x), vld1_s8(y));
+    for (int i = 0; i < 4; i++) {
+        acc.v[i] = vmmlaq_s32(acc.v[i], rows, vreinterpretq_s8_u8(low.v[i]));
+        acc.v[4 + i] = vmmlaq_s32(acc.v[4 + i], rows, vreinterpretq_s8_u8(high.v[i]));
+    }
+    return acc;
+}
+INLINE void p_add(vp acc, vi *a, vi *b) {
+    for (int i = 0; i < 4; i++) {
+        int64x2_t even = vreinterpretq_s64_s32(acc.v[2 * i]);
+        int64x2_t odd = vreinterpretq_s64_s32(acc.v[2 * i + 1]);
+        a->v[i] = vaddq_s32(a->v[i], vreinterpretq_s32_s64(vzip1q_s64(even, odd)));
+        b->v[i] = vaddq_s32(b->v[i], vreinterpretq_s32_s64(vzip2q_s64(even, odd)));
+    }
+}
+#endif
 #undef EACH
 
 #elif defined(ORTHRUS_PORTABLE)

@@ -8,11 +8,21 @@ static int has_avx_vnni(void) {
     unsigned a, b, c, d;
     return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
-#elif defined(ORTHRUS_NEON) && defined(__linux__)
+#elif (defined(ORTHRUS_NEON) || defined(ORTHRUS_NEONI8MM)) && defined(__linux__)
 #include <sys/auxv.h>
 #ifndef HWCAP_ASIMDDP
 #define HWCAP_ASIMDDP (1 << 20)
 #endif
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13)
+#endif
+#elif defined(ORTHRUS_NEONI8MM) && defined(__APPLE__)
+#include <sys/sysctl.h>
+static int has_i8mm(void) {
+    int found = 0;
+    size_t size = sizeof found;
+    return !sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, 0, 0) && found;
+}
 #endif
 
 const char *orthrus_isa(void) { return ISA_NAME; }
@@ -30,7 +40,11 @@ int orthrus_usable(void) {
            __builtin_cpu_supports("f16c");
 #elif defined(ORTHRUS_NEON) && defined(__linux__)
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(ORTHRUS_NEONI8MM) && defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) && (getauxval(AT_HWCAP2) & HWCAP2_I8MM);
+#elif defined(ORTHRUS_NEONI8MM) && defined(__APPLE__)
+    return has_i8mm();
 #else
-    return 1; // portable, or a Mac, all of which have it
+    return 1; // portable, or dot products on a Mac, all of which have them
 #endif
 }

@@ -54,6 +54,52 @@ INLINE vb codes_k(const int type, const uint8_t *p, int j, int g) {
     return low;
 }
 
+// Codes of group g of block j (0 or 1) of a pair of 32-weight blocks.
+INLINE vb codes_b(const int type, const uint8_t *p, int j, int g) {
+    if (type == T_Q8_0) return wide(b_load(p + pair_codes(type) + (j * 8 + g) * 64));
+    vb q = b_load(p + pair_codes(type) + g * 64);
+    vb low = b_and(b_shr(q, 4 * j), 15);
+    if (type == T_Q5_0 || type == T_Q5_1)
+        return b_add_bit4(low, p + pair_codes(type) + 512 + (j * 8 + g) * 8);
+    if (type == T_IQ4_NL) return wide(b_lookup(low, iq4_values));
+    return low;
+}
+
+INLINE int is_wide(const int type) {
+    return type == T_Q8_0 || type == T_IQ4_NL || type == T_IQ4_XS;
+}
+
+// dot[m] += groups `first` to `first + count` of block j with q[m], the activations of that block
+// in row m, all of them.
+INLINE void dots(const int type, const int rows, const uint8_t *p, int j, const int first,
+                 const int count, const int8_t *const *q, vi *dot) {
+    const int k_type = form_of(type) == X_K;
+#ifdef ORTHRUS_TWO_ROWS
+    if (rows > 1) {
+        vp two[MOST_ROWS / 2];
+    UNROLL(8) for (int m = 0; m < rows / 2; m++) two[m] = p_zero();
+        UNROLL(8) for (int g = first; g < first + count; g += 2) {
+            vb w = k_type ? codes_k(type, p, j, g) : codes_b(type, p, j, g);
+            vb next = k_type ? codes_k(type, p, j, g + 1) : codes_b(type, p, j, g + 1);
+            vb low = p_low(w, next), high = p_high(w, next);
+            UNROLL(8) for (int m = 0; m < rows / 2; m++)
+                two[m] = dot_two(two[m], low, high, q[2 * m] + g * 4, q[2 * m + 1] + g * 4);
+        }
+        UNROLL(8) for (int m = 0; m < rows / 2; m++)
+            p_add(two[m], &dot[2 * m], &dot[2 * m + 1]);
+        return;
+    }
+#endif
+    UNROLL(8) for (int g = first; g < first + count; g++) {
+        vb w = k_type ? codes_k(type, p, j, g) : codes_b(type, p, j, g);
+        UNROLL(8) for (int m = 0; m < rows; m++) {
+            int32_t four_of_x = four(q[m] + g * 4);
+            dot[m] = is_wide(type) ? dot_wide(dot[m], w, four_of_x)
+                                   : dot_narrow(dot[m], w, four_of_x);
+        }
+    }
+}
+
 // Scales of sub-block s, as float.
 INLINE vf scale_k(const int type, const uint8_t *p, int s) {
     if (type == T_Q2_K) return f_from_i(i_and(i_load_u8(p + Q2_SCALES + s * 16), 15));
@@ -99,20 +145,16 @@ INLINE void tile_k(const int type, const int rows, int k, const uint8_t *p, cons
             UNROLL(8) for (int m = 0; m < rows; m++) dot[m] = i_set(0);
             if (type == T_IQ4_XS)
                 for (int m = 0; m < rows; m++) dot[m] = i_set(WIDE_BIAS * xk[m]->sums32[j]);
-            UNROLL(8) for (int g = 0; g < 8; g++) {
-                vb w = codes_k(type, p, j, g);
+            const int8_t *q[MOST_ROWS];
+            UNROLL(8) for (int m = 0; m < rows; m++) q[m] = xk[m]->q + j * 32;
+            dots(type, rows, p, j, 0, per16 ? 4 : 8, q, dot);
+            if (per16) {
+                vf scale = scale_k(type, p, 2 * j);
                 UNROLL(8) for (int m = 0; m < rows; m++) {
-                    int32_t four_of_x = four(xk[m]->q + j * 32 + g * 4);
-                    dot[m] = type == T_IQ4_XS ? dot_wide(dot[m], w, four_of_x)
-                                              : dot_narrow(dot[m], w, four_of_x);
+                    scaled[m] = f_fma(f_from_i(dot[m]), scale, scaled[m]);
+                    dot[m] = i_set(0);
                 }
-                if (per16 && g == 3) {
-                    vf scale = scale_k(type, p, 2 * j);
-                    UNROLL(8) for (int m = 0; m < rows; m++) {
-                        scaled[m] = f_fma(f_from_i(dot[m]), scale, scaled[m]);
-                        dot[m] = i_set(0);
-                    }
-                }
+                dots(type, rows, p, j, 4, 4, q, dot);
             }
             vf scale = scale_k(type, p, per16 ? 2 * j + 1 : j);
             UNROLL(8) for (int m = 0; m < rows; m++)
@@ -148,21 +190,9 @@ INLINE void tile_k(const int type, const int rows, int k, const uint8_t *p, cons
     }
 }
 
-// Codes of group g of block j (0 or 1) of a pair of 32-weight blocks.
-INLINE vb codes_b(const int type, const uint8_t *p, int j, int g) {
-    if (type == T_Q8_0) return wide(b_load(p + pair_codes(type) + (j * 8 + g) * 64));
-    vb q = b_load(p + pair_codes(type) + g * 64);
-    vb low = b_and(b_shr(q, 4 * j), 15);
-    if (type == T_Q5_0 || type == T_Q5_1)
-        return b_add_bit4(low, p + pair_codes(type) + 512 + (j * 8 + g) * 8);
-    if (type == T_IQ4_NL) return wide(b_lookup(low, iq4_values));
-    return low;
-}
-
 INLINE void tile_b(const int type, const int rows, int k, const uint8_t *p, const uint8_t *x,
                    size_t x_stride, float *y, size_t stride, int add) {
-    const int is_wide = type == T_Q8_0 || type == T_IQ4_NL;
-    const int bias = is_wide ? WIDE_BIAS : type == T_Q4_0 ? -8 : type == T_Q5_0 ? -16 : 0;
+    const int bias = is_wide(type) ? WIDE_BIAS : type == T_Q4_0 ? -8 : type == T_Q5_0 ? -16 : 0;
     const size_t bytes = block_bytes(type);
     vf sum[MOST_ROWS];
     UNROLL(8) for (int m = 0; m < rows; m++) sum[m] = f_set(0.0f);
@@ -171,19 +201,14 @@ INLINE void tile_b(const int type, const int rows, int k, const uint8_t *p, cons
             __builtin_prefetch(p + 2 * bytes + ahead, 0, 3);
         UNROLL(2) for (int j = 0; j < 2; j++) {
             const XB *xb[MOST_ROWS];
+            const int8_t *q[MOST_ROWS];
             vi dot[MOST_ROWS];
             UNROLL(8) for (int m = 0; m < rows; m++) {
                 xb[m] = (const XB *)(x + m * x_stride) + 2 * b + j;
+                q[m] = xb[m]->q;
                 dot[m] = i_set(bias * xb[m]->sum);
             }
-            UNROLL(8) for (int g = 0; g < 8; g++) {
-                vb w = codes_b(type, p, j, g);
-                UNROLL(8) for (int m = 0; m < rows; m++) {
-                    int32_t four_of_x = four(xb[m]->q + g * 4);
-                    dot[m] = is_wide ? dot_wide(dot[m], w, four_of_x)
-                                     : dot_narrow(dot[m], w, four_of_x);
-                }
-            }
+            dots(type, rows, p, j, 0, 8, q, dot);
             vf d = f_load_f16((const uint16_t *)p + j * 16);
             UNROLL(8) for (int m = 0; m < rows; m++)
                 sum[m] = f_fma(f_from_i(dot[m]), f_mul(d, f_set(xb[m]->d)), sum[m]);
