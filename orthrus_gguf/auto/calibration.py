@@ -15,9 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from orthrus_gguf import __version__
-from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
+from orthrus_gguf.auto.costs import CostCurve, RunningCosts
 from orthrus_gguf.drafting.cycle import Pass
-from orthrus_gguf.runtime.protocol import Draw, Model, Segment, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import (
+    Draw,
+    Model,
+    Segment,
+    Threaded,
+    ar_segment,
+    diffusion_segment,
+)
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.this_machine import machine
 
@@ -30,8 +37,12 @@ NEAR, FAR = 64, 1088
 #: Rows of each view in the draft pass and the mixed pass.
 VIEW_ROWS = 8
 
-#: Seconds that measuring may take. Passes that would not fit are not run.
-BUDGET = 0.8
+#: Seconds that measuring may take, or so many passes of one row where they take longer. Passes
+#: that would not fit are not run.
+BUDGET, BUDGET_PASSES = 0.8, 40
+
+#: Other numbers of threads are used only if they take this share of the time or less.
+WORTH_CHANGING = 0.95
 
 #: A curve that does not even fit after this many measurements will have to do.
 MEASUREMENTS = 3
@@ -40,18 +51,21 @@ Clock = Callable[[], float]
 
 
 def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_counter) -> CostCurve:
-    """Time passes of this model, a few hundred milliseconds in all.
+    """Time passes of this model, a few hundred milliseconds in all, or those of a few dozen tokens.
 
-    Contents do not matter, so the cache is only declared to hold rows. A model whose single row
-    takes more than a quarter of the budget gets a curve that is assumed to be proportional.
+    Contents do not matter, so the cache is only declared to hold rows. A model that leaves its
+    number of threads open is left with the fastest.
     """
-    timer = _Timer(model, budget, clock)
+    timer = _Timer(model, clock)
+    threads = fastest_threads(model, timer.seconds) if isinstance(model, Threaded) else 0
     single = timer.seconds(1, 0)
-    if single > budget / 4:
-        return proportional(single)
+    timer.allow(max(budget, BUDGET_PASSES * single))
     rows, seconds = [1], [single]
     for count in ROWS[1:]:
-        # A pass costs at most what its rows cost one by one, and each is run twice.
+        # A pass costs at most what its rows cost one by one, and each is run twice. Slow ones are
+        # worth fewer points: lines between them are as good.
+        if single > budget / 20 and count in (2, 4, 16):
+            continue
         if not timer.affords(2 * seconds[-1] * count / rows[-1]) or not timer.fits(count):
             break
         rows.append(count)
@@ -62,21 +76,51 @@ def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_co
         draft, mixed = timer.seconds(0, block), timer.seconds(block, block)
     else:
         block = 0
-    return CostCurve(
-        tuple(rows), tuple(seconds), NEAR, timer.per_token(rows, seconds), block, draft, mixed
-    )
+    per_token = timer.per_token(rows, seconds)
+    return CostCurve(tuple(rows), tuple(seconds), NEAR, per_token, block, draft, mixed, threads)
+
+
+def fastest_threads(model: Threaded, seconds: Callable[[int, int], float]) -> int:
+    """Leave the model with the number of its threads whose passes are the fastest; that number, 0
+    if there is nothing to choose.
+
+    seconds: of a pass of so many rows of each view. Passes of one row and of several count alike.
+    """
+    if len(model.thread_counts) < 2:
+        return 0
+
+    def timed(count: int) -> float:
+        model.use_threads(count)
+        return seconds(1, 0) + seconds(VIEW_ROWS, 0)
+
+    first, *others = model.thread_counts
+    best, least = first, timed(first)
+    for count in others:
+        took = timed(count)
+        if took < WORTH_CHANGING * least:
+            best, least = count, took
+        elif took > 1.25 * least:
+            break  # fewer still are slower still
+    # The machine may have been busy for a moment: the first has another chance.
+    if best != first and timed(first) * WORTH_CHANGING <= least:
+        best = first
+    model.use_threads(best)
+    return best
 
 
 class _Timer:
     """Runs passes on a scratch cache against a budget of time."""
 
-    def __init__(self, model: Model, budget: float, clock: Clock) -> None:
-        self._model, self._clock = model, clock
+    def __init__(self, model: Model, clock: Clock) -> None:
+        self._model, self._clock, self._end = model, clock, 0.0
         self._capacity = min(FAR + ROWS[-1], model.config.n_ctx_train)
         self._cache = model.new_cache(self._capacity)
         self._near = min(NEAR, self._capacity // 2)
-        self._end = clock() + budget
         self._move(self._near)
+
+    def allow(self, seconds: float) -> None:
+        """Start the budget."""
+        self._end = self._clock() + seconds
 
     def affords(self, seconds: float) -> bool:
         return self._clock() + seconds < self._end
@@ -149,6 +193,7 @@ class MachineCosts:
             "cores": str(os.cpu_count()),
             "runtime": model.description,
             "model": identity,
+            "threads": "measured" if _open_threads(model) else "given",
             "version": __version__,
         }
         self._path = _path(folder or cache_folder(), self._key)
@@ -163,12 +208,17 @@ class MachineCosts:
 
     def prepare(self) -> None:
         """Recall or measure now, not when it is first needed; say so if it takes a moment."""
+        if not self.recall():
+            self._say("measuring what passes cost on this machine (once)")
+            self._corrected = RunningCosts(self._measure())
+
+    def recall(self) -> bool:
+        """Whether the costs are known without measuring. The model then has its threads."""
         if self._corrected is None:
             curve = self._recall()
-            if curve is None:
-                self._say("measuring what passes cost on this machine (once)")
-                curve = self._measure()
-            self._corrected = RunningCosts(curve)
+            if curve is not None:
+                self._corrected = RunningCosts(curve)
+        return self._corrected is not None
 
     @property
     def curve(self) -> CostCurve:
@@ -184,7 +234,10 @@ class MachineCosts:
 
     def _recall(self) -> CostCurve | None:
         try:
-            return read_curve(self._path, self._key)
+            curve = read_curve(self._path, self._key)
+            if isinstance(self._model, Threaded) and curve.threads in self._model.thread_counts:
+                self._model.use_threads(curve.threads)
+            return curve
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -199,6 +252,10 @@ class MachineCosts:
         except OSError as error:
             self._say(f"{self._path}: costs of passes cannot be remembered: {error.strerror}")
         return curve
+
+
+def _open_threads(model: Model) -> bool:
+    return isinstance(model, Threaded) and len(model.thread_counts) > 1
 
 
 def cache_folder() -> Path:
@@ -231,12 +288,12 @@ def _curve(data: Any) -> CostCurve:
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         raise ValueError("its fields are not those of a cost curve")
     rows, seconds, per_token = data["rows"], data["seconds"], data["per_token"]
-    plain = [data["context"], data["draft_rows"], data["draft"], data["mixed"]]
+    plain = [data[name] for name in ("context", "draft_rows", "draft", "mixed", "threads")]
     lists = all(isinstance(values, list) for values in (rows, seconds, per_token))
     if not lists or not all(_number(value) for value in [*rows, *seconds, *per_token, *plain]):
         raise ValueError("its values are not numbers")
     ascending = all(a < b for a, b in itertools.pairwise(rows))
-    counts = [*rows, data["context"], data["draft_rows"]]
+    counts = [*rows, data["context"], data["draft_rows"], data["threads"]]
     if not (
         len(rows) == len(seconds) > 0
         and len(per_token) == 2

@@ -31,7 +31,7 @@ class CostCurve:
     rows, seconds: AR passes at context `context`, rows ascending. draft: seconds of a pass of
     `draft_rows` diffusion rows there; mixed: of one with `draft_rows` rows of both views each.
     per_token: seconds that each token of context adds, in a pass of the fewest and of the most
-    rows of `rows`.
+    rows of `rows`. threads: of the CPU, which were the fastest; 0 where nothing was to be chosen.
     """
 
     rows: tuple[int, ...]
@@ -41,6 +41,7 @@ class CostCurve:
     draft_rows: int = 0
     draft: float = 0.0
     mixed: float = 0.0
+    threads: int = 0
 
     def at(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         """Seconds of a pass."""
@@ -106,11 +107,3 @@ class RunningCosts:
         if min(self._counts) < 1 / NEWEST:
             return True
         return max(self._small, self._large) < MISFIT * min(self._small, self._large)
-
-
-def proportional(seconds: float) -> CostCurve:
-    """A curve for passes too slow to be timed beforehand: every row costs what the first does.
-
-    Large models on a CPU come near it, and it errs on the side of plain decoding.
-    """
-    return CostCurve((1,), (seconds,), 0, (0.0, 0.0))

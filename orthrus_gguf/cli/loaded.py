@@ -104,6 +104,8 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     with loading_bar() as on_progress:
         model = load_model(file, settings, on_progress=on_progress, say=say)
     resources.enter_context(closing(model))
+    costs = MachineCosts(model, identity(file), say)
+    costs.recall()  # the number of threads that was measured serves every strategy
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
     return Loaded(
         file=file,
@@ -112,7 +114,7 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
         model=model,
         session=session,
         plan=plan,
-        policy=policy_for(plan, model.config, lambda: _costs(model, file)),
+        policy=policy_for(plan, model.config, lambda: _prepared(costs)),
         sampling=sampling,
         max_tokens=args.predict,
         stop=tuple(args.stop),
@@ -179,9 +181,8 @@ def _plan(args: argparse.Namespace, config: ModelConfig) -> Plan:
     ).fitted(config)
 
 
-def _costs(model: Model, file: ModelFile) -> MachineCosts:
+def _prepared(costs: MachineCosts) -> MachineCosts:
     """What passes cost here, measured now if it is not remembered."""
-    costs = MachineCosts(model, identity(file), say)
     costs.prepare()
     return costs
 

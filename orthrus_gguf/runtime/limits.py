@@ -58,6 +58,12 @@ def usable_threads(requested: int | None, say: Callable[[str], None]) -> int:
     return min(threads, cores)
 
 
+def thread_counts(most: int) -> tuple[int, ...]:
+    """Numbers of threads that are worth timing, from `most` down: memory may be as fast for fewer,
+    and not every core may be as fast or as free as the first."""
+    return tuple(sorted({most, *(max(1, most * k // 4) for k in (3, 2, 1)), 1}, reverse=True))
+
+
 def linux_cores(cpus: set[int], root: Path = ROOT) -> int:
     """Distinct physical cores among the allowed logical `cpus`, cut to the cgroup's quota."""
     cores = set()

@@ -21,7 +21,7 @@ from orthrus_gguf.runtime.cuda.presence import (
     gpu_visible,
     why_unusable,
 )
-from orthrus_gguf.runtime.limits import usable_threads
+from orthrus_gguf.runtime.limits import thread_counts, usable_threads
 from orthrus_gguf.runtime.protocol import Model
 
 #: Called with the bytes read so far and in all.
@@ -129,10 +129,12 @@ def _load_cpu(file: ModelFile, settings: RuntimeSettings, say: Callable[[str], N
         return _load_ggml(file, settings)
     from orthrus_gguf.runtime.cpu.model import CpuModel
 
+    threads = usable_threads(settings.threads, say)
     return CpuModel.load(
         file,
         kernels,
-        threads=usable_threads(settings.threads, say),
+        threads=threads,
+        thread_counts=() if settings.threads else thread_counts(threads),
         cache_type_k=settings.cache_type_k or "f16",
         cache_type_v=settings.cache_type_v or "f16",
     )

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -237,6 +237,21 @@ class Cache(Protocol):
 
     def assume(self, rows: int) -> None:
         """Count `rows` more rows as committed, whatever is in them: to time passes."""
+        ...
+
+
+@runtime_checkable
+class Threaded(Protocol):
+    """A model whose number of CPU threads is found by measuring."""
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """Numbers to choose from, beginning with the one in use after loading; empty when the
+        number was given."""
+        ...
+
+    def use_threads(self, count: int) -> None:
+        """Run passes on so many threads from now on. Raises OrthrusError."""
         ...
 
 

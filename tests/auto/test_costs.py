@@ -11,7 +11,7 @@ import pytest
 from toy_model import ToyModel
 
 from orthrus_gguf.auto.calibration import MachineCosts, measure
-from orthrus_gguf.auto.costs import CostCurve, RunningCosts, proportional
+from orthrus_gguf.auto.costs import CostCurve, RunningCosts
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.runtime.protocol import Choices, Segment
 
@@ -67,10 +67,6 @@ def test_rows_of_the_other_view_cost_what_was_measured() -> None:
     assert CURVE.at(0, 8, 64) == pytest.approx(3.0 * 2.0 / 1.8)
 
 
-def test_slow_models_are_taken_as_proportional() -> None:
-    assert proportional(0.5).at(7, 3, 1000) == pytest.approx(5.0)
-
-
 def test_measuring_finds_the_curve() -> None:
     model = TimedModel(linear)
     curve = measure(model, clock=model.clock)
@@ -86,8 +82,63 @@ def test_measuring_finds_the_curve() -> None:
 def test_measuring_keeps_to_its_time(single: float) -> None:
     model = TimedModel(lambda ar, diffusion, _: single * (ar + diffusion))
     curve = measure(model, clock=model.clock)
-    assert model.now <= 0.8 + 2 * single
+    assert model.now <= max(0.8, 40 * single) + 2 * single
     assert curve.at(16, 0, 64) == pytest.approx(16 * single, rel=0.01)
+
+
+def test_slow_models_are_measured_too() -> None:
+    """Rows that are nearly free are no less so where a pass takes a third of a second."""
+    model = TimedModel(lambda ar, diffusion, _: 0.3 + 0.01 * (ar + diffusion))
+    curve = measure(model, clock=model.clock)
+    assert model.now < 40 * 0.31
+    assert curve.at(8, 0, 64) == pytest.approx(0.38, rel=0.02)
+    assert curve.at(16, 0, 64) == pytest.approx(0.46, rel=0.02)
+    assert curve.at(0, 8, 64) == pytest.approx(0.38, rel=0.02)
+    assert 32 in curve.rows
+
+
+class ThreadedModel(TimedModel):
+    """Passes of one row take no less from two threads on; the fourth thread has no core."""
+
+    thread_counts = (4, 3, 2, 1)
+
+    def __init__(self, by_threads: dict[int, float]) -> None:
+        super().__init__(lambda ar, *_: by_threads[self.threads] * (1 + 0.1 * ar))
+        self.threads = 4
+        self.tried: list[int] = []
+
+    def use_threads(self, count: int) -> None:
+        self.threads = count
+        self.tried.append(count)
+
+
+@pytest.mark.parametrize(
+    ("by_threads", "best"),
+    [
+        ({4: 0.010, 3: 0.010, 2: 0.011, 1: 0.02}, 4),
+        ({4: 0.030, 3: 0.010, 2: 0.011, 1: 0.02}, 3),
+        ({4: 0.030, 3: 0.020, 2: 0.012, 1: 0.01}, 1),
+        ({4: 0.010, 3: 0.0098, 2: 0.02, 1: 0.04}, 4),
+    ],
+)
+def test_the_fastest_number_of_threads_stays(by_threads: dict[int, float], best: int) -> None:
+    model = ThreadedModel(by_threads)
+    curve = measure(model, clock=model.clock)
+    assert curve.threads == model.threads == best
+    assert curve.seconds[0] == pytest.approx(1.1 * by_threads[best])
+
+
+def test_a_busy_moment_does_not_cost_threads() -> None:
+    model = ThreadedModel({4: 0.050, 3: 0.015, 2: 0.02, 1: 0.04})
+    busy = model.use_threads
+
+    def use_threads(count: int) -> None:
+        if count == 4 and model.tried:
+            model._seconds = lambda ar, *_: 0.010 * (1 + 0.1 * ar)  # the moment has passed
+        busy(count)
+
+    model.use_threads = use_threads  # type: ignore[method-assign]
+    assert measure(model, clock=model.clock).threads == 4
 
 
 def test_plain_models_have_no_draft_passes() -> None:
@@ -159,6 +210,22 @@ class TestRemembering:
         costs("another model").seconds(1, 0, 64)
         assert len(timings) > runs
 
+    def test_remembered_threads_serve_at_once(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        by_threads = {4: 0.03, 3: 0.01, 2: 0.02, 1: 0.04}
+        first = ThreadedModel(by_threads)
+        costs = MachineCosts(first, "model", said.append, folder=tmp_path)
+        assert not costs.recall()
+        costs.prepare()
+        found = first.threads
+        again = ThreadedModel(by_threads)
+        assert MachineCosts(again, "model", said.append, folder=tmp_path).recall()
+        assert again.tried == [found]
+        given = ThreadedModel(by_threads)
+        given.thread_counts = ()  # type: ignore[assignment]
+        assert not MachineCosts(given, "model", said.append, folder=tmp_path).recall()
+        assert said == ["measuring what passes cost on this machine (once)"]
+
     @pytest.mark.parametrize(
         "damage",
         [
@@ -172,6 +239,7 @@ class TestRemembering:
             lambda text: _with(text, rows=[], seconds=[]),
             lambda text: _with(text, per_token=[0.0]),
             lambda text: _with(text, draft=-1.0),
+            lambda text: _with(text, threads=1.5),
             lambda text: "\x00" * 100,
         ],
     )

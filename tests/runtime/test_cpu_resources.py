@@ -20,7 +20,7 @@ from orthrus_cpu_kernels.library import ISA, Kernels, built, open_object
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cpu import model as model_module
 from orthrus_gguf.runtime.cpu.steps import Builder
-from orthrus_gguf.runtime.protocol import Segment, View, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import Segment, Threaded, View, ar_segment, diffusion_segment
 
 DemoFile = Callable[..., Path]
 
@@ -301,3 +301,18 @@ def test_flushed_subnormals_change_nothing(demo_file: DemoFile) -> None:
         finally:
             torch.set_flush_denormal(False)
         np.testing.assert_array_equal(found, expected)
+
+
+def test_threads_can_change_between_passes(demo_file: DemoFile) -> None:
+    with loaded(demo_file("f16"), threads=3, thread_counts=(3, 1)) as model:
+        assert isinstance(model, Threaded)
+        cache = cache_of(model, range(20), 64)
+        wanted = model.logits([diffusion_segment(cache, 3, 4095, 16, 20)])[0]
+        for count in (1, 2, 3):
+            model.use_threads(count)
+            assert f", {count} thread" in model.description
+            found = model.logits([diffusion_segment(cache, 3, 4095, 16, 20)])[0]
+            np.testing.assert_array_equal(found, wanted)
+        with pytest.raises(OrthrusError, match="cannot start"):
+            model.use_threads(0)
+        assert ", 3 threads" in model.description

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,17 +41,14 @@ class CpuModel(HostModel[CpuCache]):
         kernels: Kernels,
         layout: CacheLayout,
         threads: int,
+        counts: tuple[int, ...],
         batch_rows: int,
     ) -> None:
         """Take over checked settings; see `load`."""
         super().__init__(file.config, layout, batch_rows)
-        self._kernels, self._threads = kernels, threads
-        library = kernels.library
+        self._kernels, self.thread_counts = kernels, counts
         with ExitStack() as stack:
-            self._pool = library.orthrus_pool_new(threads)
-            if not self._pool:
-                raise OrthrusError(f"cannot start {threads} threads; use fewer with --threads")
-            stack.callback(library.orthrus_pool_free, self._pool)
+            self._pool = stack.enter_context(closing(_Pool(kernels, threads)))
             self._weights = Weights(file, kernels, threads)
             stack.callback(self._weights.close)
             self._own(stack.pop_all())
@@ -66,6 +63,7 @@ class CpuModel(HostModel[CpuCache]):
         kernels: Kernels,
         *,
         threads: int,
+        thread_counts: tuple[int, ...] = (),
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
         batch_rows: int = BATCH_ROWS,
@@ -73,22 +71,30 @@ class CpuModel(HostModel[CpuCache]):
         """Make a model of an open file, for which `weights.why_not` says nothing. The file may be
         closed afterwards.
 
+        thread_counts: see `Threaded`.
         cache_type_k, cache_type_v: f32, f16, q8_0 or q4_0, for the caches of this model.
         batch_rows: most AR rows of one pass; longer segments run as several.
         Raises OrthrusError for a setting that cannot be used, or when memory or threads cannot be
         had.
         """
         layout = cache_layout(file.config, cache_type_k, cache_type_v)
-        return cls(file, kernels, layout, threads, batch_rows)
+        return cls(file, kernels, layout, threads, thread_counts, batch_rows)
 
     @property
     def description(self) -> str:
         types = "/".join(sorted(qtype.name for qtype in self._weights.types))
-        plural = "" if self._threads == 1 else "s"
+        threads = self._pool.threads
+        plural = "" if threads == 1 else "s"
         return (
-            f"cpu ({self._kernels.isa}, {self._threads} thread{plural}, {types} weights, "
+            f"cpu ({self._kernels.isa}, {threads} thread{plural}, {types} weights, "
             f"{self._layout.words} cache)"
         )
+
+    def use_threads(self, count: int) -> None:
+        """See `Threaded.use_threads`."""
+        self._check_open()
+        with self._lock:
+            self._pool.start(count)
 
     def new_cache(self, capacity: int) -> CpuCache:
         """See `HostModel.new_cache`."""
@@ -143,12 +149,38 @@ class CpuModel(HostModel[CpuCache]):
             if len(self._shapes) > SHAPES:
                 self._shapes.popitem(last=False)
         self._shapes.move_to_end(shape)
-        run = self._kernels.library.orthrus_run
-        if run(self._pool, ctypes.addressof(steps), len(steps)):
+        self._pool.run(steps)
+
+
+class _Pool:
+    """Threads of the kernels."""
+
+    def __init__(self, kernels: Kernels, threads: int) -> None:
+        self._library, self._handle, self.threads = kernels.library, None, 0
+        self.start(threads)
+
+    def start(self, threads: int) -> None:
+        """Run on so many threads from now on. Raises OrthrusError."""
+        if threads == self.threads:
+            return
+        handle = self._library.orthrus_pool_new(threads) if threads > 0 else None
+        if not handle:
+            raise OrthrusError(f"cannot start {threads} threads; use fewer with --threads")
+        self.close()
+        self._handle, self.threads = handle, threads
+
+    def run(self, steps: ctypes.Array[Step]) -> None:
+        """Run the steps, one after the other. Raises OrthrusError in a forked process."""
+        if self._library.orthrus_run(self._handle, ctypes.addressof(steps), len(steps)):
             raise OrthrusError(
                 "the model was loaded by another process, whose threads this one lacks; load it"
                 " after the fork"
             )
+
+    def close(self) -> None:
+        if self._handle:
+            self._library.orthrus_pool_free(self._handle)
+        self._handle = None
 
 
 def _place(piece: Piece, own: OneSequence[CpuCache]) -> Place:
