@@ -81,8 +81,9 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
         "--prompts",
         default=prompts.BUILTIN,
         metavar="FILE",
-        help='JSON: {"domain": ["prompt", …], …}; prompts of the domain chat go through the chat'
-        " template, if the model has one, all others are continued as they are (default:"
+        help='JSON: {"domain": ["prompt", …], …}; prompts of the domains chat, "chat code" and the'
+        " like go through the chat template, if the model has one, all others are continued as they"
+        " are (default:"
         f" {prompts.BUILTIN}, the set that comes with this program)",
     )
     group.add_argument("--domains", type=_names, default=(), metavar="NAME,…", help="only these")

@@ -15,7 +15,8 @@ from orthrus_gguf.text.tokenizer import Tokenizer
 #: Name of the set that comes with the package.
 BUILTIN = "builtin"
 
-#: Prompts of this domain are questions: they go through the file's chat template, if it has one.
+#: Prompts of this domain, and of those that begin with the word (`chat code`), are questions: they
+#: go through the file's chat template, if it has one.
 CHAT = "chat"
 
 Texts = Mapping[str, Sequence[str]]
@@ -48,7 +49,7 @@ def encode(texts: Texts, tokenizer: Tokenizer, template: ChatTemplate | None) ->
     prompts = []
     for domain, parts in texts.items():
         for number, text in enumerate(parts, 1):
-            if domain == CHAT and template is not None:
+            if domain.split()[:1] == [CHAT] and template is not None:
                 text = template.render([Message("user", text)])
             prompts.append(Prompt(domain, f"{domain} {number}", tuple(tokenizer.encode(text))))
     return prompts
@@ -76,5 +77,5 @@ def _read(name: str) -> Texts:
 def _unexpected(name: str, problem: str) -> OrthrusError:
     return OrthrusError(
         f'--prompts {name}: {problem}; expected {{"domain": ["prompt", …], …}}, where prompts of'
-        f" the domain {CHAT} go through the chat template"
+        f" the domains {CHAT}, {CHAT} code and the like go through the chat template"
     )

@@ -47,12 +47,14 @@ def test_the_built_in_set(demo_file: Callable[..., Path]) -> None:
 def test_the_template_is_for_chat_alone() -> None:
     tokenizer: Any = Letters()
     template: Any = Shouts()
-    texts = {"code": ["ab"], "chat": ["ab"]}
+    texts = {"code": ["ab"], "chat": ["ab"], "chatty": ["ab"], "chat code": ["ab"]}
     plain = encode(texts, tokenizer, None)
-    assert [prompt.tokens for prompt in plain] == [(97, 98)] * 2
-    code, chat = encode(texts, tokenizer, template)
-    assert code.tokens == (97, 98)
+    assert [prompt.tokens for prompt in plain] == [(97, 98)] * 4
+    code, chat, chatty, chat_code = encode(texts, tokenizer, template)
+    assert code.tokens == chatty.tokens == (97, 98)
     assert "".join(map(chr, chat.tokens)) == "<user>AB"
+    assert chat_code.tokens == chat.tokens
+    assert chat_code.name == "chat code 1"
 
 
 def test_files_and_domains(tmp_path: Path) -> None:
