@@ -108,6 +108,22 @@ def fastest_threads(model: Threaded, seconds: Callable[[int, int], float]) -> in
     return best
 
 
+def restore_threads(model: Threaded, threads: int, seconds: Callable[[int, int], float]) -> bool:
+    """Whether remembered threads are still the ones to use; the model then has them.
+
+    Fewer than there are cores may have been best while something else ran: each time, the first of
+    the numbers to choose from is tried beside them.
+    """
+    if threads not in model.thread_counts or threads == model.thread_counts[0]:
+        return True
+    first = seconds(1, 0)
+    model.use_threads(threads)
+    if seconds(1, 0) < first:
+        return True
+    model.use_threads(model.thread_counts[0])
+    return False
+
+
 class _Timer:
     """Runs passes on a scratch cache against a budget of time."""
 
@@ -183,11 +199,12 @@ class MachineCosts:
         say: Callable[[str], None],
         *,
         folder: Path | None = None,
+        clock: Clock = time.perf_counter,
     ) -> None:
         """identity: tells model files apart. say: receives a line when a remembered curve is
         damaged or from elsewhere, and ignored; or cannot be written.
         """
-        self._model, self._say = model, say
+        self._model, self._say, self._clock = model, say, clock
         self._key = {
             **machine(),
             "cores": str(os.cpu_count()),
@@ -235,18 +252,19 @@ class MachineCosts:
     def _recall(self) -> CostCurve | None:
         try:
             curve = read_curve(self._path, self._key)
-            if isinstance(self._model, Threaded) and curve.threads in self._model.thread_counts:
-                self._model.use_threads(curve.threads)
-            return curve
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             self._say(f"{self._path}: ignored, measuring again ({error})")
             return None
+        if not isinstance(self._model, Threaded):
+            return curve
+        timer = _Timer(self._model, self._clock)
+        return curve if restore_threads(self._model, curve.threads, timer.seconds) else None
 
     def _measure(self) -> CostCurve:
         self._measurements += 1
-        curve = measure(self._model)
+        curve = measure(self._model, clock=self._clock)
         try:
             _write(self._path, self._key, curve)
         except OSError as error:

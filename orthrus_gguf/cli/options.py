@@ -49,9 +49,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         choices=[name.value for name in RuntimeName],
         default=RuntimeName.AUTO.value,
-        help="what computes: cuda (NVIDIA GPU), cpu (native kernels), ggml (CPU, any type), reference"
-        " (torch, float32, slow)"
-        " (default: auto, a GPU if there is one)",
+        help="what computes: cuda (NVIDIA GPU), cpu (native kernels), ggml (CPU, any type),"
+        " reference (torch, float32, slow) (default: auto, a GPU if there is one)",
     )
     group.add_argument(
         "--device", metavar="cuda:N", help="which GPU the cuda runtime takes (default: cuda:0)"

@@ -212,19 +212,27 @@ class TestRemembering:
 
     def test_remembered_threads_serve_at_once(self, tmp_path: Path) -> None:
         said: list[str] = []
-        by_threads = {4: 0.03, 3: 0.01, 2: 0.02, 1: 0.04}
-        first = ThreadedModel(by_threads)
-        costs = MachineCosts(first, "model", said.append, folder=tmp_path)
-        assert not costs.recall()
-        costs.prepare()
-        found = first.threads
-        again = ThreadedModel(by_threads)
-        assert MachineCosts(again, "model", said.append, folder=tmp_path).recall()
-        assert again.tried == [found]
-        given = ThreadedModel(by_threads)
+
+        def costs(model: ThreadedModel) -> MachineCosts:
+            return MachineCosts(model, "model", said.append, folder=tmp_path, clock=model.clock)
+
+        busy = {4: 0.03, 3: 0.01, 2: 0.02, 1: 0.04}
+        first = ThreadedModel(busy)
+        assert not costs(first).recall()
+        costs(first).prepare()
+        assert first.threads == 3
+        again = ThreadedModel(busy)
+        assert costs(again).recall()
+        assert again.threads == 3
+        given = ThreadedModel(busy)
         given.thread_counts = ()  # type: ignore[assignment]
-        assert not MachineCosts(given, "model", said.append, folder=tmp_path).recall()
-        assert said == ["measuring what passes cost on this machine (once)"]
+        assert not costs(given).recall()
+        quiet = ThreadedModel({4: 0.01, 3: 0.02, 2: 0.02, 1: 0.04})
+        assert not costs(quiet).recall(), "all cores are free again"
+        assert quiet.threads == 4
+        costs(quiet).prepare()
+        assert quiet.threads == 4
+        assert said == ["measuring what passes cost on this machine (once)"] * 2
 
     @pytest.mark.parametrize(
         "damage",
