@@ -232,6 +232,19 @@ INLINE vi dot_narrow(vi acc, vb w, int32_t x) {
     __m256i v = _mm256_set1_epi32(x);
     return (vi){dot_8(acc.a, w.a, v), dot_8(acc.b, w.b, v)};
 }
+// The same in two halves: sums of two products in int16, which hold several groups of small codes
+// before they are widened.
+#define ORTHRUS_SHORT_SUMS
+INLINE vi short_sums(vi acc, vb w, int32_t x) {
+    __m256i v = _mm256_set1_epi32(x);
+    return (vi){_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, v)),
+                _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, v))};
+}
+INLINE vi add_short_sums(vi acc, vi sums) {
+    __m256i one = _mm256_set1_epi16(1);
+    return (vi){_mm256_add_epi32(acc.a, _mm256_madd_epi16(sums.a, one)),
+                _mm256_add_epi32(acc.b, _mm256_madd_epi16(sums.b, one))};
+}
 #define WIDE_BIAS 0
 INLINE vb wide(vb w) { return w; }
 INLINE vi dot_wide(vi acc, vb w, int32_t x) {

@@ -11,15 +11,22 @@
 #include "orthrus_cpu.h"
 #include "panels.h"
 
-// Rows of the largest tile. Portable C gains nothing from more than one, and would take long to
-// compile.
+// Rows of the largest tile, and sub-blocks that it takes at once: as many sums as registers hold,
+// so that none waits for the one before. Portable C gains nothing from more than one, and would
+// take long to compile.
 #if defined(ORTHRUS_AVX512VNNI)
 #define MOST_ROWS 8
+#define AT_ONCE 2
 #elif defined(ORTHRUS_PORTABLE)
 #define MOST_ROWS 1
+#define AT_ONCE 1
 #else
 #define MOST_ROWS 4
+#define AT_ONCE 1
 #endif
+
+// Bytes between the weights at work and those that are asked for.
+#define AHEAD 4096
 
 #ifdef ORTHRUS_PORTABLE
 #define UNROLL(n) // sixteen lanes of four, unrolled, would take minutes to compile
@@ -27,6 +34,13 @@
 #define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
 #define UNROLL_TEXT(x) #x
 #endif
+
+// Ask for the weights that come AHEAD bytes after these. A few lines at a time: many at once would
+// wait for each other, and hold up the arithmetic meanwhile.
+INLINE void fetch(const uint8_t *p, const size_t bytes) {
+    UNROLL(16) for (size_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(p + AHEAD + line, 0, 3);
+}
 
 INLINE int32_t four(const int8_t *q) {
     int32_t x;
@@ -47,8 +61,9 @@ INLINE vb codes_k(const int type, const uint8_t *p, int j, int g) {
     vb low = b_and(b_shr(q, 4 * (j & 1)), 15);
     if (type == T_Q5_K) return b_add_bit4(low, p + Q5_HIGH + (j * 8 + g) * 8);
     if (type == T_Q6_K) {
-        vb high = b_and(b_shr(b_load(p + Q6_HIGH + (j >> 2) * 512 + g * 64), 2 * (j & 3)), 3);
-        return b_or(low, b_shl(high, 4));
+        vb high = b_load(p + Q6_HIGH + (j >> 2) * 512 + g * 64);
+        const int up = 4 - 2 * (j & 3); // to bits 4 and 5
+        return b_or(low, b_and(up >= 0 ? b_shl(high, up) : b_shr(high, -up), 0x30));
     }
     if (type == T_IQ4_XS) return wide(b_lookup(low, iq4_values));
     return low;
@@ -69,33 +84,70 @@ INLINE int is_wide(const int type) {
     return type == T_Q8_0 || type == T_IQ4_NL || type == T_IQ4_XS;
 }
 
-// dot[m] += groups `first` to `first + count` of block j with q[m], the activations of that block
-// in row m, all of them.
-INLINE void dots(const int type, const int rows, const uint8_t *p, int j, const int first,
-                 const int count, const int8_t *const *q, vi *dot) {
-    const int k_type = form_of(type) == X_K;
+INLINE int is_per16(const int type) {
+    return type == T_Q2_K || type == T_Q3_K || type == T_Q6_K;
+}
+
+// Whether sub-blocks 2i and 2i+1 lie in the same bytes, so that both at once load them once.
+INLINE int shares_codes(const int type) { return !is_per16(type) && type != T_Q8_0; }
+
+// Codes of group g of sub-block s, counted in sub-blocks as long as their scales reach.
+INLINE vb codes(const int type, const uint8_t *p, int s, int g) {
+    if (form_of(type) == X_B) return codes_b(type, p, s, g);
+    return is_per16(type) ? codes_k(type, p, s / 2, (s & 1) * 4 + g) : codes_k(type, p, s, g);
+}
+
+// Groups whose sums of two products, |x| being at most 127, are sure to fit int16.
+INLINE int short_groups(const int type) {
+    if (is_wide(type)) return 1;
+    if (type == T_Q6_K) return 32767 / (2 * 63 * 127);
+    if (type == T_Q5_K || type == T_Q5_0 || type == T_Q5_1) return 32767 / (2 * 31 * 127);
+    return 32767 / (2 * 15 * 127);
+}
+
+// dot[i][m] += sub-block s + i with its activations in row m, at q[m] + i * q_stride.
+INLINE void dots(const int type, const int rows, const uint8_t *p, int s,
+                 const int8_t *const *q, const size_t q_stride, vi dot[][MOST_ROWS]) {
+    const int groups = is_per16(type) ? 4 : 8, at_once = shares_codes(type) ? AT_ONCE : 1;
 #ifdef ORTHRUS_TWO_ROWS
     if (rows > 1) {
         vp two[MOST_ROWS / 2];
-    UNROLL(8) for (int m = 0; m < rows / 2; m++) two[m] = p_zero();
-        UNROLL(8) for (int g = first; g < first + count; g += 2) {
-            vb w = k_type ? codes_k(type, p, j, g) : codes_b(type, p, j, g);
-            vb next = k_type ? codes_k(type, p, j, g + 1) : codes_b(type, p, j, g + 1);
+        UNROLL(8) for (int m = 0; m < rows / 2; m++) two[m] = p_zero();
+        UNROLL(8) for (int g = 0; g < groups; g += 2) {
+            vb w = codes(type, p, s, g), next = codes(type, p, s, g + 1);
             vb low = p_low(w, next), high = p_high(w, next);
             UNROLL(8) for (int m = 0; m < rows / 2; m++)
                 two[m] = dot_two(two[m], low, high, q[2 * m] + g * 4, q[2 * m + 1] + g * 4);
         }
         UNROLL(8) for (int m = 0; m < rows / 2; m++)
-            p_add(two[m], &dot[2 * m], &dot[2 * m + 1]);
+            p_add(two[m], &dot[0][2 * m], &dot[0][2 * m + 1]);
+        return;
+    }
+#elif defined(ORTHRUS_SHORT_SUMS)
+    const int together = short_groups(type);
+    if (together > 1) {
+        UNROLL(4) for (int first = 0; first < groups; first += together) {
+            vi sums[MOST_ROWS];
+            UNROLL(8) for (int m = 0; m < rows; m++) sums[m] = i_set(0);
+            const int stop = first + together < groups ? first + together : groups;
+            UNROLL(8) for (int g = first; g < stop; g++) {
+                vb w = codes(type, p, s, g);
+                UNROLL(8) for (int m = 0; m < rows; m++)
+                    sums[m] = short_sums(sums[m], w, four(q[m] + g * 4));
+            }
+            UNROLL(8) for (int m = 0; m < rows; m++) dot[0][m] = add_short_sums(dot[0][m], sums[m]);
+        }
         return;
     }
 #endif
-    UNROLL(8) for (int g = first; g < first + count; g++) {
-        vb w = k_type ? codes_k(type, p, j, g) : codes_b(type, p, j, g);
-        UNROLL(8) for (int m = 0; m < rows; m++) {
-            int32_t four_of_x = four(q[m] + g * 4);
-            dot[m] = is_wide(type) ? dot_wide(dot[m], w, four_of_x)
-                                   : dot_narrow(dot[m], w, four_of_x);
+    UNROLL(8) for (int g = 0; g < groups; g++) {
+        UNROLL(2) for (int i = 0; i < at_once; i++) {
+            vb w = codes(type, p, s + i, g);
+            UNROLL(8) for (int m = 0; m < rows; m++) {
+                int32_t x = four(q[m] + i * q_stride + g * 4);
+                dot[i][m] = is_wide(type) ? dot_wide(dot[i][m], w, x)
+                                          : dot_narrow(dot[i][m], w, x);
+            }
         }
     }
 }
@@ -127,39 +179,44 @@ INLINE vi mins_k(const int type, const uint8_t *p, int i) {
     return i_or(i_and(even, 0xFFFF), i_shl(odd, 16));
 }
 
+// scaled[m] += sub-block s, and those that go with it, of a K type.
+INLINE void sub_blocks(const int type, const int rows, const uint8_t *p, int s,
+                       const XK *const *xk, vf *scaled) {
+    const int subs = is_per16(type) ? 16 : 8, at_once = shares_codes(type) ? AT_ONCE : 1;
+    const size_t q_stride = 256 / subs, bytes = block_bytes(type) / subs;
+    const int8_t *q[MOST_ROWS];
+    vi dot[AT_ONCE][MOST_ROWS];
+    fetch(p + s * bytes, at_once * bytes);
+    UNROLL(8) for (int m = 0; m < rows; m++) q[m] = xk[m]->q + s * q_stride;
+    UNROLL(2) for (int i = 0; i < at_once; i++)
+        UNROLL(8) for (int m = 0; m < rows; m++)
+            dot[i][m] = i_set(type == T_IQ4_XS ? WIDE_BIAS * xk[m]->sums32[s + i] : 0);
+    dots(type, rows, p, s, q, q_stride, dot);
+    UNROLL(2) for (int i = 0; i < at_once; i++) {
+        vf scale = scale_k(type, p, s + i);
+        UNROLL(8) for (int m = 0; m < rows; m++)
+            scaled[m] = f_fma(f_from_i(dot[i][m]), scale, scaled[m]);
+    }
+}
+
 INLINE void tile_k(const int type, const int rows, int k, const uint8_t *p, const uint8_t *x,
                    size_t x_stride, float *y, size_t stride, int add) {
-    const int per16 = type == T_Q2_K || type == T_Q3_K || type == T_Q6_K;
+    const int per16 = is_per16(type);
     const size_t bytes = block_bytes(type);
     vf sum[MOST_ROWS];
     UNROLL(8) for (int m = 0; m < rows; m++) sum[m] = f_set(0.0f);
     for (int b = 0; b < k / 256; b++, p += bytes) {
         const XK *xk[MOST_ROWS];
         UNROLL(8) for (int m = 0; m < rows; m++) xk[m] = (const XK *)(x + m * x_stride) + b;
-        for (size_t ahead = 0; ahead < bytes; ahead += 64)
-            __builtin_prefetch(p + bytes + ahead, 0, 3);
         vf scaled[MOST_ROWS];
         UNROLL(8) for (int m = 0; m < rows; m++) scaled[m] = f_set(0.0f);
-        for (int j = 0; j < 8; j++) {
-            vi dot[MOST_ROWS];
-            UNROLL(8) for (int m = 0; m < rows; m++) dot[m] = i_set(0);
-            if (type == T_IQ4_XS)
-                for (int m = 0; m < rows; m++) dot[m] = i_set(WIDE_BIAS * xk[m]->sums32[j]);
-            const int8_t *q[MOST_ROWS];
-            UNROLL(8) for (int m = 0; m < rows; m++) q[m] = xk[m]->q + j * 32;
-            dots(type, rows, p, j, 0, per16 ? 4 : 8, q, dot);
-            if (per16) {
-                vf scale = scale_k(type, p, 2 * j);
-                UNROLL(8) for (int m = 0; m < rows; m++) {
-                    scaled[m] = f_fma(f_from_i(dot[m]), scale, scaled[m]);
-                    dot[m] = i_set(0);
-                }
-                dots(type, rows, p, j, 4, 4, q, dot);
-            }
-            vf scale = scale_k(type, p, per16 ? 2 * j + 1 : j);
-            UNROLL(8) for (int m = 0; m < rows; m++)
-                scaled[m] = f_fma(f_from_i(dot[m]), scale, scaled[m]);
-        }
+        if (per16) // shifts of codes are constants, if four sub-blocks of 32 are unrolled
+            for (int half = 0; half < 16; half += 8)
+                UNROLL(8) for (int s = half; s < half + 8; s++)
+                    sub_blocks(type, rows, p, s, xk, scaled);
+        else
+            UNROLL(2) for (int s = 0; s < 8; s += shares_codes(type) ? AT_ONCE : 1)
+                sub_blocks(type, rows, p, s, xk, scaled);
         vf d = f_load_f16((const uint16_t *)(p + d_offset(type)));
         vf dmin = d;
         if (type == T_Q4_K || type == T_Q5_K || type == T_Q2_K)
@@ -193,29 +250,32 @@ INLINE void tile_k(const int type, const int rows, int k, const uint8_t *p, cons
 INLINE void tile_b(const int type, const int rows, int k, const uint8_t *p, const uint8_t *x,
                    size_t x_stride, float *y, size_t stride, int add) {
     const int bias = is_wide(type) ? WIDE_BIAS : type == T_Q4_0 ? -8 : type == T_Q5_0 ? -16 : 0;
+    const int at_once = shares_codes(type) ? AT_ONCE : 1;
     const size_t bytes = block_bytes(type);
     vf sum[MOST_ROWS];
     UNROLL(8) for (int m = 0; m < rows; m++) sum[m] = f_set(0.0f);
     for (int b = 0; b < (k + 63) / 64; b++, p += bytes) {
-        for (size_t ahead = 0; ahead < bytes; ahead += 64)
-            __builtin_prefetch(p + 2 * bytes + ahead, 0, 3);
-        UNROLL(2) for (int j = 0; j < 2; j++) {
+        UNROLL(2) for (int j = 0; j < 2; j += at_once) {
+            fetch(p + j * (bytes / 2), at_once * bytes / 2);
             const XB *xb[MOST_ROWS];
             const int8_t *q[MOST_ROWS];
-            vi dot[MOST_ROWS];
+            vi dot[AT_ONCE][MOST_ROWS];
             UNROLL(8) for (int m = 0; m < rows; m++) {
                 xb[m] = (const XB *)(x + m * x_stride) + 2 * b + j;
                 q[m] = xb[m]->q;
-                dot[m] = i_set(bias * xb[m]->sum);
+                UNROLL(2) for (int i = 0; i < at_once; i++)
+                    dot[i][m] = i_set(bias * xb[m][i].sum);
             }
-            dots(type, rows, p, j, 0, 8, q, dot);
-            vf d = f_load_f16((const uint16_t *)p + j * 16);
-            UNROLL(8) for (int m = 0; m < rows; m++)
-                sum[m] = f_fma(f_from_i(dot[m]), f_mul(d, f_set(xb[m]->d)), sum[m]);
-            if (type == T_Q4_1 || type == T_Q5_1) {
-                vf low = f_load_f16((const uint16_t *)p + 32 + j * 16);
+            dots(type, rows, p, j, q, sizeof(XB), dot);
+            UNROLL(2) for (int i = 0; i < at_once; i++) {
+                vf d = f_load_f16((const uint16_t *)p + (j + i) * 16);
                 UNROLL(8) for (int m = 0; m < rows; m++)
-                    sum[m] = f_fma(low, f_set(xb[m]->scaled), sum[m]);
+                    sum[m] = f_fma(f_from_i(dot[i][m]), f_mul(d, f_set(xb[m][i].d)), sum[m]);
+                if (type == T_Q4_1 || type == T_Q5_1) {
+                    vf low = f_load_f16((const uint16_t *)p + 32 + (j + i) * 16);
+                    UNROLL(8) for (int m = 0; m < rows; m++)
+                        sum[m] = f_fma(low, f_set(xb[m][i].scaled), sum[m]);
+                }
             }
         }
     }
