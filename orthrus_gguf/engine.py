@@ -155,7 +155,7 @@ class Generation:
         self._text: list[str] = []
         self._output: list[int] = []
         self._cycles: list[Cycle] = []
-        self._cached = 0
+        self._cached = self._prompt_held = 0
         self._started = self._first_token = self._ended = 0.0
         self._finish_reason = "cancelled"
         self.origin = Origin.PLAIN
@@ -211,7 +211,6 @@ class Generation:
     @property
     def result(self) -> Result:
         """Everything about the generation; complete once the iteration has ended."""
-        prompt = len(self._request.prompt)
         first, ended = self._first_token or self._ended, self._ended
         return Result(
             output=tuple(self._output),
@@ -220,14 +219,14 @@ class Generation:
             cycles=tuple(self._cycles),
             statistics=count(
                 self._cycles,
-                prompt_tokens=prompt,
+                prompt_tokens=self._prompt_held,
                 cached_tokens=self._cached,
                 output_tokens=len(self._output),
             ),
             timings=Timings(
                 prompt=first - self._started,
                 generation=ended - first,
-                prompt_tokens=prompt - self._cached,
+                prompt_tokens=self._prompt_held - self._cached,
                 generated_tokens=max(len(self._output) - 1, 0),
             ),
             logprobs=tuple(self._logprobs),
@@ -279,7 +278,7 @@ class Generation:
         limit = room if request.max_tokens < 0 else min(room, request.max_tokens)
         if limit == 0:
             return
-        self._cached = session.prepare(request.prompt)
+        self._cached = self._prompt_held = session.prepare(request.prompt)
         sequence = TokenSequence(
             session.model.config,
             session._cache,
@@ -292,7 +291,7 @@ class Generation:
         drafters = policy.drafters(session.model.config)
         end = len(request.prompt) + limit
         first = yield from prefill(
-            sequence, drafters, batch=session.prompt_batch, on_progress=self._on_progress
+            sequence, drafters, batch=session.prompt_batch, on_progress=self._progress
         )
         self._first_token = time.perf_counter()
         yield first
@@ -301,6 +300,12 @@ class Generation:
             self._cycles.append(cycle)
             for choice, self.origin in zip(choices, origins(cycle), strict=True):
                 yield choice
+
+    def _progress(self, held: int) -> None:
+        """held: tokens of the prompt that the cache holds by now."""
+        self._prompt_held = held
+        if self._on_progress is not None:
+            self._on_progress(held)
 
     def _show(self, text: str) -> Work:
         yield from self._emit(self._stop.push(text))
