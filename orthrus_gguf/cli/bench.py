@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from orthrus_gguf.entry import start
+
+    start("bench")
+
 import argparse
 import csv
 import io
@@ -25,6 +30,7 @@ from orthrus_gguf.cli import (
     bench_synthetic,
     options,
 )
+from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.gguf import keys
@@ -81,7 +87,7 @@ def _parser() -> Parser:
     add("-r", "--repetitions", default=5, text="repetitions that count")
     group.add_argument(
         "--rows",
-        type=_rows,
+        type=options.listed(options.positive, "1,8,32"),
         default=(1, 2, 4, 8, 16, 32),
         metavar="N,N,…",
         help="row counts of the pass-time tests; empty leaves them out (default: 1,2,4,8,16,32)",
@@ -90,11 +96,8 @@ def _parser() -> Parser:
         "-o", "--output", choices=list(WRITERS), default="md", help="format (default: md)"
     )
     bench_synthetic.add_options(parser)
+    parser.foreign = foreign(parser)
     return parser
-
-
-def _rows(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(",") if part)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -196,7 +199,3 @@ def _csv(head: dict[str, Any], results: Sequence[Measurement]) -> str:
 
 
 WRITERS = {"md": _markdown, "json": _json, "csv": _csv}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,6 +18,7 @@ from orthrus_gguf.bench.comparison import plots, prompts, tables
 from orthrus_gguf.bench.comparison.entries import DEFAULT, default, entries, spread
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
+from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.drafting.plan import SPELLING, Plan, parse_all
@@ -73,6 +74,7 @@ def _parser() -> Parser:
         default=MARKDOWN,
         help="tables, one JSON line with everything, or that line after the tables (default: md)",
     )
+    parser.foreign = foreign(parser)
     return parser
 
 
@@ -94,7 +96,7 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--widths",
-        type=_widths,
+        type=options.listed(options.positive, "3,7,15"),
         default=(),
         metavar="N,…",
         help="widths of every two-pass and fused that names none (default: block size - 1)",
@@ -121,7 +123,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--temp",
         dest="temperature",
-        type=float,
+        type=options.number,
         default=0.0,
         metavar="T",
         help="temperature (default: 0, greedy); filters are the file's, else orthrus-run's",
@@ -253,16 +255,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(options.positive(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 3,7,15") from None
-
-
 def _at_least_two(text: str) -> int:
     """argparse type. The first token comes with the prompt's pass, so one alone has no speed."""
-    value = int(text)
+    value = options.integer(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{value}: expected at least 2")
     return value

@@ -47,7 +47,7 @@ def _parser() -> Parser:
     add("--types", FILE_TYPES, [*FILE_TYPES])
     parser.add_argument(
         "--contexts",
-        type=_contexts,
+        type=options.listed(options.natural, "512,4096"),
         default=CONTEXTS,
         metavar="N,…",
         help=f"tokens in the cache (default: {','.join(map(str, CONTEXTS))})",
@@ -105,13 +105,6 @@ def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return parse
-
-
-def _contexts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(options.natural(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 512,4096") from None
 
 
 def _share(text: str) -> float:

@@ -70,7 +70,7 @@ def _parser() -> Parser:
     )
     group.add_argument(
         "--rows",
-        type=lambda text: tuple(options.positive(part) for part in text.split(",")),
+        type=options.listed(options.positive, "8,16"),
         metavar="N,…",
         help="rows of the blocks, beside the full size (default: a half and a quarter of it);"
         " others are replayed as parts of larger ones",

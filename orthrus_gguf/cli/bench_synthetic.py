@@ -14,6 +14,7 @@ from pathlib import Path
 from orthrus_gguf.cli import options
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.signals import INTERRUPTED, ending_cleanly
 
 DEFAULT_TYPE = "Q4_K_M"
 
@@ -67,10 +68,21 @@ def make(args: argparse.Namespace) -> Path:
         )
     command = [sys.executable, "-m", "orthrus_converters", "--synthetic", args.synthetic]
     flags = ["--type", type_name.lower(), "--seed", str(args.seed or 0)]
-    run = subprocess.run([*command, *flags, "--", str(path)], stdout=subprocess.DEVNULL)
-    if run.returncode:
-        raise SystemExit(run.returncode)
+    code = _ended([*command, *flags, "--", str(path)])
+    if code:
+        raise SystemExit(code)
     return path
+
+
+def _ended(command: list[str]) -> int:
+    """Run a command to its end, which is near when this process is told to end; its exit code."""
+    with ending_cleanly(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:  # or Terminated: the converter removes what it has begun
+            process.terminate()
+            code = process.wait()
+            return code if code > 0 else INTERRUPTED
 
 
 def _path(args: argparse.Namespace, type_name: str) -> Path:

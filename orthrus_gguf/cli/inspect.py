@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from orthrus_gguf.entry import start
+
+    start("inspect")
+
 import argparse
 import io
 import json
@@ -149,7 +154,3 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
         "only_first": list(comparison.only_first),
         "only_second": list(comparison.only_second),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -230,7 +230,7 @@ BAD = {
     "strategy": (["MODEL", "-p", "x", "--strategy", "magic"], "invalid choice"),
     "temperature": (["MODEL", "-p", "x", "--temp", "nan"], "--temp"),
     "seed": (["MODEL", "-p", "x", "--seed", "-2"], "--seed"),
-    "number": (["MODEL", "-p", "x", "-n", "many"], "invalid int"),
+    "number": (["MODEL", "-p", "x", "-n", "many"], "expected a whole number, found 'many'"),
     "empty stop string": (["MODEL", "-p", "x", "--stop", ""], "stop string"),
     "unknown flag": (["MODEL", "-p", "x", "--fast"], "--fast"),
     "cache type": (
