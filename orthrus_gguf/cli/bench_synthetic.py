@@ -14,7 +14,7 @@ from pathlib import Path
 from orthrus_gguf.cli import options
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.shapes import SHAPES
-from orthrus_gguf.signals import INTERRUPTED, ending_cleanly
+from orthrus_gguf.signals import INTERRUPTED, SIGNALLED, Terminated, ending_cleanly
 
 DEFAULT_TYPE = "Q4_K_M"
 
@@ -75,14 +75,22 @@ def make(args: argparse.Namespace) -> Path:
 
 
 def _ended(command: list[str]) -> int:
-    """Run a command to its end, which is near when this process is told to end; its exit code."""
+    """Run a command to its end; returns its exit code. It ends, and cleans up, if this process is
+    told to end."""
     with ending_cleanly(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             return process.wait()
-        except KeyboardInterrupt:  # or Terminated: the converter removes what it has begun
+        except Terminated as signal:
             process.terminate()
-            code = process.wait()
-            return code if code > 0 else INTERRUPTED
+            process.wait()
+            return SIGNALLED + signal.number
+        except KeyboardInterrupt:
+            try:
+                process.wait(timeout=2)  # a terminal's Ctrl-C has reached it too
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+            return INTERRUPTED
 
 
 def _path(args: argparse.Namespace, type_name: str) -> Path:
