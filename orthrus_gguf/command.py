@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -66,6 +67,11 @@ class Parser(argparse.ArgumentParser):
         self.foreign = Foreign()
         self._from_environment: dict[str, str] = {}
 
+    def format_help(self) -> str:
+        """Examples, description, groups; the flags that are in none come last."""
+        self._action_groups.sort(key=lambda group: group is self._optionals)
+        return super().format_help()
+
     def own_flags(self) -> set[str]:
         """All spellings of all flags."""
         return {*self._option_string_actions}
@@ -85,6 +91,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(
             1, f"{self.prog}: error: {message}{'' if close else ';'} see {self.prog} --help\n"
         )
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse would not say that there is no room for its help."""
+        if message:
+            print(message, end="", file=file or sys.stderr, flush=True)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -173,11 +184,11 @@ def _switch(flag: str, value: str) -> str:
     return "" if wanted is None else flag if wanted else flag.replace("--", "--no-", 1)
 
 
-def base_parser(prog: str, description: str, usage: str | None = None) -> Parser:
-    """A parser with the flags that every command has. usage: instead of argparse's own."""
+def base_parser(prog: str, examples: Sequence[str], description: str) -> Parser:
+    """A parser with the flags that every command has. examples: what its help begins with."""
     parser = Parser(
         prog=prog,
-        usage=usage,
+        usage="\n       ".join(examples),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -185,6 +196,21 @@ def base_parser(prog: str, description: str, usage: str | None = None) -> Parser
     parser.add_argument("--version", action="version", version=f"orthrus-gguf {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks of errors")
     return parser
+
+
+def json_text(value: object) -> str:
+    """One line of JSON; all of it in ASCII where stdout could not show it otherwise."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(value, allow_nan=False)
+    return line
+
+
+def print_json(value: object) -> None:
+    """Print one line of JSON (see `json_text`)."""
+    print(json_text(value), flush=True)
 
 
 def run_command(

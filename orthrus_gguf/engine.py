@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -91,11 +91,16 @@ class Session:
         self._held: list[int] = []
 
     def generate(
-        self, request: Request, *, on_progress: Callable[[int], None] | None = None
+        self,
+        request: Request,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+        during_prompt: AbstractContextManager[None] | None = None,
     ) -> Generation:
         """Start a generation; iterate over it to run it. Raises OrthrusError on a bad prompt.
 
-        on_progress: called with the number of prompt tokens processed so far.
+        on_progress: called with the number of prompt tokens processed so far. during_prompt: is
+        entered before the first of its passes, and left after the last, however it ends.
         """
         n_vocab = self.model.config.n_vocab
         if not request.prompt:
@@ -107,7 +112,7 @@ class Session:
                 f"the prompt has {len(request.prompt)} tokens and the context {self.n_ctx}: nothing"
                 " can be generated; shorten the prompt or raise -c"
             )
-        return Generation(self, request, on_progress)
+        return Generation(self, request, on_progress, during_prompt or nullcontext())
 
     def prepare(self, prompt: Sequence[int]) -> int:
         """Go back to the longest useful prefix of `prompt` that is held; return its length.
@@ -145,11 +150,16 @@ class Generation:
     """
 
     def __init__(
-        self, session: Session, request: Request, on_progress: Callable[[int], None] | None
+        self,
+        session: Session,
+        request: Request,
+        on_progress: Callable[[int], None] | None,
+        during_prompt: AbstractContextManager[None],
     ) -> None:
         self.session = session
         self._request = request
         self._on_progress = on_progress
+        self._during_prompt = during_prompt
         self._decoder = StreamDecoder(session.tokenizer, skip_special=True, continuation=True)
         self._stop = StopStrings(request.stop)
         self._text: list[str] = []
@@ -290,9 +300,10 @@ class Generation:
         policy = request.policy
         drafters = policy.drafters(session.model.config)
         end = len(request.prompt) + limit
-        first = yield from prefill(
-            sequence, drafters, batch=session.prompt_batch, on_progress=self._progress
-        )
+        with self._during_prompt:
+            first = yield from prefill(
+                sequence, drafters, batch=session.prompt_batch, on_progress=self._progress
+            )
         self._first_token = time.perf_counter()
         yield first
         while (most := end - len(sequence.tokens)) > 0:

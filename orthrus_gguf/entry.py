@@ -60,24 +60,26 @@ def start(command: str) -> NoReturn:
         code = main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except OSError as error:  # while its flags were read: what was printed could not be
+        code = _broken(program, error)
     except KeyboardInterrupt:  # before or after the command's own handling of it
         leave_on_interrupt(program)
         _end(program, "interrupted", INTERRUPTED)
     finally:
         leave_on_interrupt(program)  # Python's own shutdown is no place for an exception either
-    _flush(program)
+    try:
+        sys.stdout.flush()  # now, where failing is a line rather than a traceback
+    except OSError as error:
+        code = _broken(program, error)
     sys.exit(code)
 
 
-def _flush(program: str) -> None:
-    """What is left goes out now, where failing is a line rather than a traceback."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if isinstance(error, BrokenPipeError):
-            sys.exit(1)
-        _end(program, f"error: stdout: {error.strerror}", 1)
+def _broken(program: str, error: OSError) -> int:
+    """Nothing more can be printed to stdout: say so, unless its reader left; the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if not isinstance(error, BrokenPipeError):
+        print(f"{program}: error: stdout: {error.strerror}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _end(program: str, line: str, code: int) -> NoReturn:

@@ -25,12 +25,12 @@ MAX_THREADS = 1024
 #: What a synthetic model is made in unless asked otherwise.
 SYNTHETIC_TYPE = "q4_k_m"
 
-USAGE = f"""\
-{PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]
-       {PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf
-       {PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]
-       {PROGRAM} --synthetic NAME OUT.gguf [--type TYPE] [--seed N]
-"""
+EXAMPLES = (
+    f"{PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]",
+    f"{PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf",
+    f"{PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]",
+    f"{PROGRAM} --synthetic NAME OUT.gguf [--type TYPE] [--seed N]",
+)
 DESCRIPTION = f"""\
 Convert a model to GGUF: Qwen3, Qwen2 and Llama, with or without Orthrus heads.
 
@@ -44,7 +44,7 @@ Those from iq3_xs down need an imatrix, all but q2_k.
 
 
 def build_parser() -> Parser:
-    parser = base_parser(PROGRAM, DESCRIPTION, USAGE)
+    parser = base_parser(PROGRAM, EXAMPLES, DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder, repository id or GGUF")
     parser.add_argument("output", metavar="OUT.gguf", type=Path, help="file to write")
     _add_type_flags(parser)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,7 +19,7 @@ from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import identity, say
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, json_text, run_command
 from orthrus_gguf.drafting.plan import SPELLING, Plan, parse_all
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
@@ -33,13 +32,16 @@ from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import load_tokenizer
 from orthrus_gguf.this_machine import machine
 
+EXAMPLES = (
+    "orthrus-bench compare model.gguf",
+    "orthrus-bench compare model.gguf --prompts mine.json",
+)
 DESCRIPTION = (
     """\
 Compare strategies and widths on the same prompts, in turns: every prompt is done by all of them
 before the next one is. Their texts must be the same; if one differs, the comparison ends with an
 error. Plain decoding (ar) always takes part.
 
-  orthrus-bench compare model.gguf
   orthrus-bench compare model.gguf --strategies two-pass,fused,auto --widths 3,7,15 --plots plots
   orthrus-bench model.gguf --prompts mine.json --temp 0.8 -r 3 -o both     (compare may be left out)
 
@@ -59,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench compare", DESCRIPTION)
+    parser = base_parser("orthrus-bench compare", EXAMPLES, DESCRIPTION)
     # Sampling flags that this command lacks: unset, as if they had not been given.
     parser.set_defaults(**{field: None for _, field, _, _ in options.SAMPLING_FLAGS})
     options.add_model_options(parser)
@@ -231,7 +233,7 @@ def _print(head: dict[str, Any], turns: Sequence[Turn], output: str) -> None:
         print(_heading(head, turns))
         print(tables.markdown(turns), end="")
     if output != MARKDOWN:
-        line = json.dumps({**head, **tables.as_json(turns)}, ensure_ascii=False)
+        line = json_text({**head, **tables.as_json(turns)})
         print(f"\n{line}" if output == BOTH else line)
 
 

@@ -25,12 +25,13 @@ from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
+EXAMPLES = (
+    "orthrus-bench record model.gguf -o model.npz",
+    "orthrus-bench simulate model.npz --costs rtx-3090",
+)
 DESCRIPTION = """\
 Continue prompts greedily, and record what blocks at every position of the texts draft. With a
-recording, orthrus-bench simulate replays strategies on other hardware.
-
-  orthrus-bench record model.gguf -o model.npz
-  orthrus-bench simulate model.npz --costs rtx-3090"""
+recording, orthrus-bench simulate replays strategies on other hardware."""
 
 GREEDY = SamplingSettings(temperature=0)
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench record", DESCRIPTION)
+    parser = base_parser("orthrus-bench record", EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
     group = parser.add_argument_group("what to record")
     group.add_argument(

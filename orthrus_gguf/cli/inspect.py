@@ -9,7 +9,6 @@ if __name__ == "__main__":  # before what takes time to import
 
 import argparse
 import io
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from orthrus_gguf.cli import options
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile
 from orthrus_gguf.inspection import text
@@ -26,6 +25,7 @@ from orthrus_gguf.inspection.diff import Comparison, diff_metadata, diff_tensors
 from orthrus_gguf.inspection.report import Report, inspect, report_json
 from orthrus_gguf.inspection.verify import TensorCheck, overall, verify
 
+EXAMPLES = ("orthrus-inspect model.gguf", "orthrus-inspect --verify model.gguf")
 DESCRIPTION = """\
 Show what is in a GGUF file: metadata, tensors by type and layer, bits per weight, and the memory
 that the model needs. Files of other architectures, heads and imatrix files work too, as far as they
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-inspect", DESCRIPTION)
+    parser = base_parser("orthrus-inspect", EXAMPLES, DESCRIPTION)
     parser.add_argument("file", nargs="?", metavar="FILE.gguf", help="the file")
     parser.add_argument("--heads", metavar="HEADS.gguf", help="diffusion heads of a split model")
     parser.add_argument(
@@ -95,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verify:
         return _verify(report, as_json=args.json)
     if args.json:
-        _print_json(report_json(report))
+        print_json(report_json(report))
     else:
         print(text.report_text(report, _width(), all_tensors=args.tensors), end="")
     return 0
@@ -105,10 +105,6 @@ def _width() -> int:
     return shutil.get_terminal_size((FALLBACK_WIDTH, 24)).columns
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, allow_nan=False))
-
-
 def _verify(report: Report, *, as_json: bool) -> int:
     n_bytes = report.summary.total.n_bytes
     with tqdm(total=n_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
@@ -116,7 +112,7 @@ def _verify(report: Report, *, as_json: bool) -> int:
     digests = dict(overall(checks))
     damaged = [check for check in checks if check.damage is not None]
     if as_json:
-        _print_json({"tensors": [_check_json(check) for check in checks], **digests})
+        print_json({"tensors": [_check_json(check) for check in checks], **digests})
     else:
         print(text.verify_text(checks, digests, n_bytes), end="")
     for check in damaged:
@@ -141,7 +137,7 @@ def _diff(first: str, second: str, *, as_json: bool) -> int:
     equal = metadata.equal and tensors.equal
     if as_json:
         parts = {"metadata": _comparison_json(metadata), "tensors": _comparison_json(tensors)}
-        _print_json({"equal": equal, **parts})
+        print_json({"equal": equal, **parts})
     else:
         print(text.diff_text(metadata, tensors, _width()), end="")
     return 0 if equal else 1

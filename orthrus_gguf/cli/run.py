@@ -8,7 +8,6 @@ if __name__ == "__main__":  # before what takes time to import
     start("run")
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -17,21 +16,22 @@ from pathlib import Path
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
-from orthrus_gguf.cli.finished import explain, result_json, statistics_block
+from orthrus_gguf.cli.finished import explain, explanation_json, result_json, statistics_block
 from orthrus_gguf.cli.llama_flags import HelpLlama, foreign
 from orthrus_gguf.cli.loaded import Loaded, load, say
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.chat import Message
 
+EXAMPLES = (
+    'orthrus-run model.gguf -p "Why is the sky blue?"',
+    "orthrus-run model.gguf          (chat: Ctrl-C stops an answer, Ctrl-D leaves)",
+)
 DESCRIPTION = """\
-Generate text with an Orthrus (or plain Qwen3) GGUF model.
+Generate text with a GGUF model: Qwen3, Qwen2 or Llama, faster with Orthrus heads. The text goes to
+stdout, everything else to stderr. Flags are llama.cpp's: --help-llama tells what each does here.
 
-  orthrus-run model.gguf -p "Why is the sky blue?"
-  orthrus-run base.gguf --heads base-heads.gguf -f prompt.txt -n 200 --temp 0
-  orthrus-run model.gguf                          (chat: Ctrl-C stops an answer, Ctrl-D leaves)
-
-The text goes to stdout, everything else to stderr."""
+  orthrus-run base.gguf --heads base-heads.gguf -f prompt.txt -n 200 --temp 0"""
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-run", DESCRIPTION)
+    parser = base_parser("orthrus-run", EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
     add_prompt_options(parser)
     options.add_decoding_options(parser)
@@ -159,9 +159,12 @@ def _run(args: argparse.Namespace) -> int:
         loaded = load(path, args, resources)
         system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
         if prompt is None:
-            return chat_loop(
+            code = chat_loop(
                 loaded, system, statistics=not args.no_perf, show_drafts=args.show_drafts
             )
+            if args.explain:
+                say(explain(loaded.plan, loaded.policy))
+            return code
         return _answer(loaded, [*system, Message("user", prompt)], args)
 
 
@@ -217,7 +220,9 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
             "runtime": loaded.model.description,
             "n_ctx": loaded.session.n_ctx,
         }
-        print(json.dumps(answer, ensure_ascii=False))
+        if args.explain:
+            answer["explanation"] = explanation_json(loaded.policy)
+        print_json(answer)
         return 0
     try:
         write(painted(generation, sys.stdout) if args.show_drafts else generation)
