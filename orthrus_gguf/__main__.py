@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 from orthrus_gguf.entry import COMMANDS, start
-from orthrus_gguf.errors import did_you_mean
 
 USAGE = f"usage: python -m orthrus_gguf {{{','.join(COMMANDS)}}} …    (--help after a command)"
 
@@ -19,6 +18,8 @@ def main() -> int:
     if word in ("-h", "--help"):
         print(USAGE)
         return 0
+    from orthrus_gguf.errors import did_you_mean
+
     print(
         f"orthrus_gguf: error: no command {word!r}{did_you_mean(word, COMMANDS)}; {USAGE}",
         file=sys.stderr,

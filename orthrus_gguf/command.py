@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from orthrus_gguf import __version__
+from orthrus_gguf.entry import INTERRUPTED
 from orthrus_gguf.errors import OrthrusError, did_you_mean
-from orthrus_gguf.signals import INTERRUPTED
 
 #: What can go wrong without a bug. Anything else is one, and shows its traceback.
 REPORTED = (OrthrusError, MemoryError, OSError)

@@ -17,9 +17,10 @@ from orthrus_converters.options import PROGRAM, make_request, parse, synthetic_f
 from orthrus_converters.summary import listing, summary
 from orthrus_converters.synthetic import LABEL
 from orthrus_gguf.command import REPORTED, report
+from orthrus_gguf.entry import INTERRUPTED
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import file_size, write_files
-from orthrus_gguf.signals import INTERRUPTED, SIGNALLED, Terminated, ending_cleanly
+from orthrus_gguf.signals import SIGNALLED, Terminated, ending_cleanly
 
 
 def main(argv: Sequence[str] | None = None) -> int:

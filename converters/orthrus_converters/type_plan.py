@@ -172,15 +172,13 @@ def _check_single(
     """As in llama-quantize, a tied embedding is the output matrix too, if it has no own flag."""
     embedding = TOKEN_EMBD in tensors
     output = OUTPUT in tensors or (config.tied and embedding and choice.embedding is None)
-    heads = any(map(is_diffusion_tensor, tensors))
     for flag, kind, found, what in (
-        ("--output-tensor-type", choice.output, output, "output matrix"),
-        ("--token-embedding-type", choice.embedding, embedding, "token embedding"),
-        ("--heads-type", choice.heads, heads, "diffusion heads"),
+        ("--output-tensor-type", choice.output, output, "an output matrix of its own"),
+        ("--token-embedding-type", choice.embedding, embedding, "a token embedding"),
     ):
         if kind is not None and not found:
             raise OrthrusError(
-                f"{flag} {kind.name.lower()}: there is no {what} to convert that it could apply to; leave it out"
+                f"{flag} {kind.name.lower()}: without {what}, it has no use; leave it out"
             )
 
 

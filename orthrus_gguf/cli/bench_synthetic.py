@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 from orthrus_gguf.cli import options
+from orthrus_gguf.entry import INTERRUPTED
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.shapes import SHAPES
-from orthrus_gguf.signals import INTERRUPTED, SIGNALLED, Terminated, ending_cleanly
+from orthrus_gguf.signals import SIGNALLED, Terminated, ending_cleanly
 
 DEFAULT_TYPE = "Q4_K_M"
 
@@ -80,17 +81,10 @@ def _ended(command: list[str]) -> int:
     with ending_cleanly(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
             return process.wait()
-        except Terminated as signal:
-            process.terminate()
+        except KeyboardInterrupt as signal:
+            process.terminate()  # a Ctrl-C may have reached it already, which is all the same
             process.wait()
-            return SIGNALLED + signal.number
-        except KeyboardInterrupt:
-            try:
-                process.wait(timeout=2)  # a terminal's Ctrl-C has reached it too
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.wait()
-            return INTERRUPTED
+            return SIGNALLED + signal.number if isinstance(signal, Terminated) else INTERRUPTED
 
 
 def _path(args: argparse.Namespace, type_name: str) -> Path:

@@ -99,11 +99,6 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
     plan = _plan(args, file.config)
     n_ctx = args.ctx_size or file.config.n_ctx_train
-    if n_ctx > file.config.n_ctx_train:
-        say(
-            f"-c {n_ctx}: {file.config.name} was trained for {file.config.n_ctx_train} tokens of"
-            " context; the text may lose its sense beyond them"
-        )
     settings = replace(options.runtime_settings(args), context=n_ctx)
     with loading_bar() as on_progress:
         model = load_model(file, settings, on_progress=on_progress, say=say)
@@ -111,6 +106,11 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     costs = MachineCosts(model, identity(file), say)
     costs.recall()  # the number of threads that was measured serves every strategy
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
+    if n_ctx > file.config.n_ctx_train:
+        say(
+            f"-c {n_ctx}: {file.config.name} was trained for {file.config.n_ctx_train} tokens of"
+            " context; the text may lose its sense beyond them"
+        )
     return Loaded(
         file=file,
         tokenizer=tokenizer,

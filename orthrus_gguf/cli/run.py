@@ -48,6 +48,9 @@ def _parser() -> Parser:
     options.add_decoding_options(parser)
     options.add_sampling_options(parser)
     parser.add_argument(
+        "--log-verbose", dest="verbose", action="store_true", help=argparse.SUPPRESS
+    )
+    parser.add_argument(
         "--help-llama", action=HelpLlama, help="what each flag of llama.cpp does here"
     )
     parser.foreign = foreign(parser)
