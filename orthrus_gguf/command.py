@@ -65,6 +65,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
         #: What is known of another program's command line: to be set when all flags are there.
         self.foreign = Foreign()
+        #: Said of words that have no place.
+        self.hint = ""
         self._from_environment: dict[str, str] = {}
 
     def format_help(self) -> str:
@@ -79,11 +81,22 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args(self._from_variables(list(self._read(words))), namespace)
+        return super().parse_known_args(self._prepared(args), namespace)
+
+    def parse_known_intermixed_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        # Older Pythons call the method above from theirs: what is prepared stays so.
+        return super().parse_known_intermixed_args(self._prepared(args), namespace)
+
+    def _prepared(self, words: Sequence[str] | None) -> list[str]:
+        return self._from_variables(list(self._read(sys.argv[1:] if words is None else words)))
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and leave with exit code 1."""
+        stray = message.removeprefix("unrecognized arguments: ")
+        if stray != message:
+            message = f"what is {stray!r}?{self.hint}"
         for name, variable in self._from_environment.items():
             if message.startswith(f"argument {name}:"):
                 message += f" (from {variable})"

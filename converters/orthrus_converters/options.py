@@ -149,6 +149,7 @@ def _add_synthetic_flags(parser: Parser) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The flags, parsed. A bare word that is a type, as llama-quantize has it, is told its flag."""
     parser = build_parser()
+    args: argparse.Namespace
     args, extra = parser.parse_known_intermixed_args(argv)
     words = [*extra, *filter(None, [args.model, str(args.output)])]
     bare = next((word for word in words if word.lower() in {*FILE_TYPES, *ALIASES}), None)

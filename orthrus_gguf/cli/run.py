@@ -53,6 +53,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--help-llama", action=HelpLlama, help="what each flag of llama.cpp does here"
     )
+    parser.hint = " A prompt goes with -p"
     parser.foreign = foreign(parser)
     return parser
 

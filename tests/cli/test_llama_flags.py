@@ -125,6 +125,7 @@ def test_names_of_llama_cpp(parse: Parse) -> None:
             "argument --strategy: invalid choice: 'two-pas', did you mean two-pass?",
         ),
         ("--strategy x", "argument --strategy: invalid choice: 'x'; choose from auto, ar, "),
+        ("hello", "what is 'hello'? A prompt goes with -p; see orthrus-run --help"),
         ("-n", "argument -n/--predict/--n-predict: needs a value"),
         ("-t 0", "argument -t/--threads: 0: expected at least 1"),
         ("-rea maybe", "argument -rea/--reasoning: expected on, off or auto, found 'maybe'"),
