@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
-    if words and not words[0].startswith("-") and not Path(words[0]).exists():
+    if words and words[0].isalpha() and not Path(words[0]).exists():
         close = did_you_mean(words[0], COMMANDS)
         if close:
             return report(PROGRAM, OrthrusError(f"no file {words[0]}{close}"), verbose=False)
