@@ -6,13 +6,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := models/tiny-orthrus-stdlib
 
-.PHONY: demo test lint test-long fuzz gpu clean
+.PHONY: demo demo-weights test lint test-long fuzz gpu clean
 
-demo: $(BIN)/python
-	$(BIN)/python -m pip install --quiet .
-	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/python -m pip install --quiet '.[cuda]'; fi
+demo: demo-weights $(BIN)/python
+	@echo "installing orthrus-gguf in $(VENV) …"
+	@$(BIN)/python -m pip install --quiet .
+	@if command -v nvidia-smi >/dev/null 2>&1; then \
+	    echo "installing PyTorch and Triton for the GPU (some gigabytes) …"; \
+	    $(BIN)/python -m pip install --quiet '.[cuda]'; \
+	fi
 	$(BIN)/orthrus-convert $(DEMO) tiny-orthrus.gguf --overwrite
 	$(BIN)/orthrus-run tiny-orthrus.gguf -p 'def read(self, size=-1):\n' -n 120 --temp 0 --strategy two-pass
+
+# The source archive of a release leaves them out.
+demo-weights:
+	@ls $(DEMO)/*.safetensors >/dev/null 2>&1 || { \
+	    echo "make demo: $(DEMO) has no weights (*.safetensors), as in a release's source archive; clone the repository, which has them" >&2; \
+	    exit 1; \
+	}
 
 test: $(VENV)/.test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow'
@@ -55,10 +66,12 @@ clean:
 	rm -rf $(VENV) tiny-orthrus.gguf
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "making a virtual environment in $(VENV) …"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/.test-installed: $(BIN)/python pyproject.toml tests/requirements.txt
+	@echo "installing what the tests need, PyTorch among it (some gigabytes) …"
 	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	touch $@

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -91,11 +91,16 @@ class Session:
         self._held: list[int] = []
 
     def generate(
-        self, request: Request, *, on_progress: Callable[[int], None] | None = None
+        self,
+        request: Request,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+        during_prompt: AbstractContextManager[None] | None = None,
     ) -> Generation:
         """Start a generation; iterate over it to run it. Raises OrthrusError on a bad prompt.
 
-        on_progress: called with the number of prompt tokens processed so far.
+        on_progress: called with the number of prompt tokens processed so far. during_prompt: is
+        entered before the first of its passes, and left after the last, however it ends.
         """
         n_vocab = self.model.config.n_vocab
         if not request.prompt:
@@ -107,7 +112,7 @@ class Session:
                 f"the prompt has {len(request.prompt)} tokens and the context {self.n_ctx}: nothing"
                 " can be generated; shorten the prompt or raise -c"
             )
-        return Generation(self, request, on_progress)
+        return Generation(self, request, on_progress, during_prompt or nullcontext())
 
     def prepare(self, prompt: Sequence[int]) -> int:
         """Go back to the longest useful prefix of `prompt` that is held; return its length.
@@ -145,17 +150,22 @@ class Generation:
     """
 
     def __init__(
-        self, session: Session, request: Request, on_progress: Callable[[int], None] | None
+        self,
+        session: Session,
+        request: Request,
+        on_progress: Callable[[int], None] | None,
+        during_prompt: AbstractContextManager[None],
     ) -> None:
         self.session = session
         self._request = request
         self._on_progress = on_progress
+        self._during_prompt = during_prompt
         self._decoder = StreamDecoder(session.tokenizer, skip_special=True, continuation=True)
         self._stop = StopStrings(request.stop)
         self._text: list[str] = []
         self._output: list[int] = []
         self._cycles: list[Cycle] = []
-        self._cached = 0
+        self._cached = self._prompt_held = 0
         self._started = self._first_token = self._ended = 0.0
         self._finish_reason = "cancelled"
         self.origin = Origin.PLAIN
@@ -211,7 +221,6 @@ class Generation:
     @property
     def result(self) -> Result:
         """Everything about the generation; complete once the iteration has ended."""
-        prompt = len(self._request.prompt)
         first, ended = self._first_token or self._ended, self._ended
         return Result(
             output=tuple(self._output),
@@ -220,14 +229,14 @@ class Generation:
             cycles=tuple(self._cycles),
             statistics=count(
                 self._cycles,
-                prompt_tokens=prompt,
+                prompt_tokens=self._prompt_held,
                 cached_tokens=self._cached,
                 output_tokens=len(self._output),
             ),
             timings=Timings(
                 prompt=first - self._started,
                 generation=ended - first,
-                prompt_tokens=prompt - self._cached,
+                prompt_tokens=self._prompt_held - self._cached,
                 generated_tokens=max(len(self._output) - 1, 0),
             ),
             logprobs=tuple(self._logprobs),
@@ -279,7 +288,7 @@ class Generation:
         limit = room if request.max_tokens < 0 else min(room, request.max_tokens)
         if limit == 0:
             return
-        self._cached = session.prepare(request.prompt)
+        self._cached = self._prompt_held = session.prepare(request.prompt)
         sequence = TokenSequence(
             session.model.config,
             session._cache,
@@ -291,9 +300,10 @@ class Generation:
         policy = request.policy
         drafters = policy.drafters(session.model.config)
         end = len(request.prompt) + limit
-        first = yield from prefill(
-            sequence, drafters, batch=session.prompt_batch, on_progress=self._on_progress
-        )
+        with self._during_prompt:
+            first = yield from prefill(
+                sequence, drafters, batch=session.prompt_batch, on_progress=self._progress
+            )
         self._first_token = time.perf_counter()
         yield first
         while (most := end - len(sequence.tokens)) > 0:
@@ -301,6 +311,12 @@ class Generation:
             self._cycles.append(cycle)
             for choice, self.origin in zip(choices, origins(cycle), strict=True):
                 yield choice
+
+    def _progress(self, held: int) -> None:
+        """held: tokens of the prompt that the cache holds by now."""
+        self._prompt_held = held
+        if self._on_progress is not None:
+            self._on_progress(held)
 
     def _show(self, text: str) -> Work:
         yield from self._emit(self._stop.push(text))

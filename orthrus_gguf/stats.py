@@ -19,6 +19,7 @@ from orthrus_gguf.drafting.draft import Source
 class Statistics:
     """Counts of one generation.
 
+    prompt_tokens: those that were processed or cached: all of them, unless it ended before.
     offered, confirmed: per draft position (first after the anchor = index 0), in how many cycles
         it was proposed, and in how many it was accepted.
     sources: per source of drafts, in the order of their first use, cycles that verified its drafts,
@@ -82,11 +83,13 @@ class Timings:
 
     @property
     def prompt_per_second(self) -> float | None:
-        return self.prompt_tokens / self.prompt if self.prompt_tokens else None
+        return self.prompt_tokens / self.prompt if self.prompt_tokens and self.prompt else None
 
     @property
     def generated_per_second(self) -> float | None:
-        return self.generated_tokens / self.generation if self.generated_tokens else None
+        if not self.generated_tokens or not self.generation:
+            return None
+        return self.generated_tokens / self.generation
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -252,6 +253,43 @@ def test_prompts_are_processed_in_batches() -> None:
     run = session(scripted(ids("abcdefghij.")), batch=3)
     list(run.generate(Request(tuple(ids("abcdefgh")), GREEDY, policy(AR)), on_progress=seen.append))
     assert seen == [3, 6, 8]
+
+
+def test_a_prompt_that_is_cut_short_counts_what_was_processed() -> None:
+    """Ctrl-C comes after the second of three passes; nothing is left running."""
+    during = Nesting()
+
+    def interrupt(held: int) -> None:
+        if held == 6:
+            raise KeyboardInterrupt
+
+    run = session(scripted(ids("abcdefghij.")), batch=3)
+    request = Request(tuple(ids("abcdefgh")), GREEDY, policy(AR))
+    generation = run.generate(request, on_progress=interrupt, during_prompt=during)
+    with pytest.raises(KeyboardInterrupt):
+        list(generation)
+    stats, timings = generation.result.statistics, generation.result.timings
+    assert (stats.prompt_tokens, stats.output_tokens, stats.forwards) == (6, 0, 0)
+    assert timings.prompt_tokens == 6
+    assert timings.prompt_per_second == 6 / timings.prompt
+    assert timings.generated_per_second is None
+    assert during.depths == [1, 0]
+    during = Nesting()
+    text = "".join(run.generate(request, during_prompt=during))
+    assert (text, during.depths) == ("ij", [1, 0])
+
+
+class Nesting(AbstractContextManager[None]):
+    """Counts how often it is entered and left."""
+
+    def __init__(self) -> None:
+        self.depths: list[int] = []
+
+    def __enter__(self) -> None:
+        self.depths.append(1)
+
+    def __exit__(self, *_: object) -> None:
+        self.depths.append(0)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ PACKAGES = (
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "command": {"__init__", "errors"},
+    "signals": set(),
+    "entry": set(),
+    "__main__": {"entry", "errors"},
+    "command": {"__init__", "entry", "errors"},
     "this_machine": {"__init__"},
     "gguf": {"errors"},
     "ggml": {"errors"},
@@ -47,13 +50,16 @@ ALLOWED: dict[str, set[str]] = {
         *("runtime", "sampling", "stats", "text"),
     },
     "cli": {
-        *("auto", "bench", "command", "decode", "drafting", "engine", "errors", "gguf"),
+        *("auto", "bench", "command", "decode", "drafting", "engine", "entry", "errors", "gguf"),
+        "signals",
         *("inspection", "model", "runtime", "sampling", "text"),
         "this_machine",
     },
     "orthrus_kernels": set(),
     "orthrus_cpu_kernels": set(),
-    "orthrus_converters": {"command", "errors", "ggml", "gguf", "model", "text"},
+    "orthrus_converters": {
+        *("command", "entry", "errors", "ggml", "gguf", "model", "signals", "text"),
+    },
 }
 
 #: Tools that run on a GPU, and say so.

@@ -1,8 +1,6 @@
 """`python -m orthrus_converters` is `orthrus-convert`."""
 
-import sys
-
-from orthrus_converters.cli import main
+from orthrus_gguf.entry import convert
 
 if __name__ == "__main__":
-    sys.exit(main())
+    convert()

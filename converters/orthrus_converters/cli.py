@@ -13,15 +13,14 @@ from tqdm import tqdm
 
 from orthrus_converters.dispatch import plan_conversion
 from orthrus_converters.encode import Encoder
-from orthrus_converters.options import PROGRAM, build_parser, make_request, synthetic_file
-from orthrus_converters.signals import Terminated, ending_cleanly
+from orthrus_converters.options import PROGRAM, make_request, parse, synthetic_file
 from orthrus_converters.summary import listing, summary
 from orthrus_converters.synthetic import LABEL
-from orthrus_gguf.command import INTERRUPTED, REPORTED, report
+from orthrus_gguf.command import REPORTED, report
+from orthrus_gguf.entry import INTERRUPTED
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import file_size, write_files
-
-SIGNALLED = 128  # a shell reports this plus the number of the signal that ended a program
+from orthrus_gguf.signals import SIGNALLED, Terminated, ending_cleanly
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns 0, 1 after an error (one line on stderr), 130 after Ctrl-C, 143 after SIGTERM.
     """
-    args = build_parser().parse_intermixed_args(argv)
+    args = parse(argv)
     try:
         with ending_cleanly():
             return _convert(args) if args.synthetic is None else _synthesize(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -13,7 +13,7 @@ from orthrus_converters.file_types import ALIASES, FILE_TYPES, TENSOR_TYPES, fin
 from orthrus_converters.plan import Request, check_outputs
 from orthrus_converters.synthetic import find_shape, plan_synthetic
 from orthrus_converters.type_plan import TypeChoice, parse_override
-from orthrus_gguf.command import Parser
+from orthrus_gguf.command import Parser, base_parser
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import PlannedFile
 from orthrus_gguf.model.shapes import SHAPES
@@ -25,12 +25,12 @@ MAX_THREADS = 1024
 #: What a synthetic model is made in unless asked otherwise.
 SYNTHETIC_TYPE = "q4_k_m"
 
-USAGE = f"""\
-{PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]
-       {PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf
-       {PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]
-       {PROGRAM} --synthetic NAME OUT.gguf [--type TYPE] [--seed N]
-"""
+EXAMPLES = (
+    f"{PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]",
+    f"{PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf",
+    f"{PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]",
+    f"{PROGRAM} --synthetic NAME OUT.gguf [--type TYPE] [--seed N]",
+)
 DESCRIPTION = f"""\
 Convert a model to GGUF: Qwen3, Qwen2 and Llama, with or without Orthrus heads.
 
@@ -44,13 +44,7 @@ Those from iq3_xs down need an imatrix, all but q2_k.
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=PROGRAM,
-        usage=USAGE,
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = base_parser(PROGRAM, EXAMPLES, DESCRIPTION)
     parser.add_argument("model", metavar="MODEL", nargs="?", help="folder, repository id or GGUF")
     parser.add_argument("output", metavar="OUT.gguf", type=Path, help="file to write")
     _add_type_flags(parser)
@@ -67,10 +61,6 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--dry-run", action="store_true", help="show the plan and exact sizes")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    parser.add_argument("--verbose", action="store_true", help="show tracebacks of errors")
-    parser.add_argument(
-        "--version", action="version", version=f"orthrus-gguf {version('orthrus-gguf')}"
-    )
     return parser
 
 
@@ -154,6 +144,20 @@ def _add_synthetic_flags(parser: Parser) -> None:
     group.add_argument(
         "--seed", metavar="N", type=_natural, help="of the random weights (default: 0)"
     )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, parsed. A bare word that is a type, as llama-quantize has it, is told its flag."""
+    parser = build_parser()
+    args: argparse.Namespace
+    args, extra = parser.parse_known_intermixed_args(argv)
+    words = [*extra, *filter(None, [args.model, str(args.output)])]
+    bare = next((word for word in words if word.lower() in {*FILE_TYPES, *ALIASES}), None)
+    if bare is not None and not Path(bare).exists():
+        parser.error(f"{bare}: a type goes with its flag: --type {bare.lower()}")
+    if extra:
+        parser.error(f"what is {' '.join(extra)}? One MODEL and one OUT.gguf are expected")
+    return args
 
 
 def synthetic_file(args: argparse.Namespace) -> PlannedFile:

@@ -87,9 +87,10 @@ def plan_types(
 ) -> TypePlan:
     """The types for `tensors` (by their names in the file) of a model of shape `config`.
 
-    Raises OrthrusError for an override that matches nothing.
+    Raises OrthrusError for a flag that matches nothing.
     """
     _check_overrides(tensors, choice)
+    _check_single(tensors, config, choice)
     mix = _mix(config, choice, has_imatrix=has_imatrix)
     types: dict[str, Kind] = {}
     fallbacks: dict[str, Fallback] = {}
@@ -163,6 +164,22 @@ def _default(
 
 def _own_type(source: SourceTensor) -> Kind:
     return gguf.GGMLQuantizationType[source.dtype]
+
+
+def _check_single(
+    tensors: Mapping[str, SourceTensor], config: ModelConfig, choice: TypeChoice
+) -> None:
+    """As in llama-quantize, a tied embedding is the output matrix too, if it has no own flag."""
+    embedding = TOKEN_EMBD in tensors
+    output = OUTPUT in tensors or (config.tied and embedding and choice.embedding is None)
+    for flag, kind, found, what in (
+        ("--output-tensor-type", choice.output, output, "an output matrix of its own"),
+        ("--token-embedding-type", choice.embedding, embedding, "a token embedding"),
+    ):
+        if kind is not None and not found:
+            raise OrthrusError(
+                f"{flag} {kind.name.lower()}: without {what}, it has no use; leave it out"
+            )
 
 
 def _check_overrides(tensors: Mapping[str, SourceTensor], choice: TypeChoice) -> None:

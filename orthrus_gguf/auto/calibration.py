@@ -278,8 +278,9 @@ def _open_threads(model: Model) -> bool:
 
 def cache_folder() -> Path:
     """Where programs of this user keep what can be made again."""
-    if "XDG_CACHE_HOME" in os.environ:
-        return Path(os.environ["XDG_CACHE_HOME"]) / "orthrus-gguf"
+    told = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(told):  # the XDG specification has others ignored
+        return Path(told) / "orthrus-gguf"
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "orthrus-gguf"
     return Path.home() / ".cache" / "orthrus-gguf"

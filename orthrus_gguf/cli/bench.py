@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from orthrus_gguf.entry import start
+
+    start("bench")
+
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from orthrus_gguf.bench.benchmark import (
@@ -25,24 +30,28 @@ from orthrus_gguf.cli import (
     bench_synthetic,
     options,
 )
+from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import say
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, json_text, report, run_command
+from orthrus_gguf.errors import OrthrusError, did_you_mean
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import load_model
 from orthrus_gguf.this_machine import machine
 
+EXAMPLES = ("orthrus-bench model.gguf", "orthrus-bench compare model.gguf")
 DESCRIPTION = """\
 Measure prompt speed (pp), generation speed (tg) and the time of passes of several rows, in the AR
 view ("ar 16") and as a diffusion block ("diffusion 16"). Medians over repetitions.
 
-  orthrus-bench model.gguf
   orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json
   orthrus-bench --synthetic qwen3-8b --type Q4_K_M      (a model of random weights, made first)
   orthrus-bench compare --help                          (strategies side by side, on prompts)
   orthrus-bench predict --help                          (times of other hardware, by arithmetic)
   orthrus-bench record --help                           (drafts of a model, for simulate)
   orthrus-bench simulate --help                         (strategies on other hardware)"""
+
+PROGRAM = "orthrus-bench"
 
 #: First words that are commands of their own, each with its own flags. (A model file of that name
 #: can be given as ./predict.)
@@ -59,13 +68,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else list(argv)
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
+    if words and words[0].isalpha() and not Path(words[0]).exists():
+        close = did_you_mean(words[0], COMMANDS)
+        if close:
+            return report(PROGRAM, OrthrusError(f"no file {words[0]}{close}"), verbose=False)
     if any(word.partition("=")[0] == "--prompts" for word in words):
         return bench_compare.main(words)  # "compare" may be left out where prompts are named
     return run_command(_parser(), _run, words)
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench", DESCRIPTION)
+    parser = base_parser(PROGRAM, EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
     group = parser.add_argument_group("tests")
 
@@ -81,7 +94,7 @@ def _parser() -> Parser:
     add("-r", "--repetitions", default=5, text="repetitions that count")
     group.add_argument(
         "--rows",
-        type=_rows,
+        type=options.listed(options.positive, "1,8,32"),
         default=(1, 2, 4, 8, 16, 32),
         metavar="N,N,…",
         help="row counts of the pass-time tests; empty leaves them out (default: 1,2,4,8,16,32)",
@@ -90,11 +103,8 @@ def _parser() -> Parser:
         "-o", "--output", choices=list(WRITERS), default="md", help="format (default: md)"
     )
     bench_synthetic.add_options(parser)
+    parser.foreign = foreign(parser)
     return parser
-
-
-def _rows(text: str) -> tuple[int, ...]:
-    return tuple(options.positive(part) for part in text.split(",") if part)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -183,7 +193,7 @@ def _markdown(head: dict[str, Any], results: Sequence[Measurement]) -> str:
 
 
 def _json(head: dict[str, Any], results: Sequence[Measurement]) -> str:
-    return json.dumps({**head, "tests": _records(results)}, ensure_ascii=False) + "\n"
+    return json_text({**head, "tests": _records(results)}) + "\n"
 
 
 def _csv(head: dict[str, Any], results: Sequence[Measurement]) -> str:
@@ -196,7 +206,3 @@ def _csv(head: dict[str, Any], results: Sequence[Measurement]) -> str:
 
 
 WRITERS = {"md": _markdown, "json": _json, "csv": _csv}
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -18,8 +17,9 @@ from orthrus_gguf.bench.comparison import plots, prompts, tables
 from orthrus_gguf.bench.comparison.entries import DEFAULT, default, entries, spread
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
+from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import identity, say
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, json_text, run_command
 from orthrus_gguf.drafting.plan import SPELLING, Plan, parse_all
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
@@ -32,13 +32,16 @@ from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import load_tokenizer
 from orthrus_gguf.this_machine import machine
 
+EXAMPLES = (
+    "orthrus-bench compare model.gguf",
+    "orthrus-bench compare model.gguf --prompts mine.json",
+)
 DESCRIPTION = (
     """\
 Compare strategies and widths on the same prompts, in turns: every prompt is done by all of them
 before the next one is. Their texts must be the same; if one differs, the comparison ends with an
 error. Plain decoding (ar) always takes part.
 
-  orthrus-bench compare model.gguf
   orthrus-bench compare model.gguf --strategies two-pass,fused,auto --widths 3,7,15 --plots plots
   orthrus-bench model.gguf --prompts mine.json --temp 0.8 -r 3 -o both     (compare may be left out)
 
@@ -58,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench compare", DESCRIPTION)
+    parser = base_parser("orthrus-bench compare", EXAMPLES, DESCRIPTION)
     # Sampling flags that this command lacks: unset, as if they had not been given.
     parser.set_defaults(**{field: None for _, field, _, _ in options.SAMPLING_FLAGS})
     options.add_model_options(parser)
@@ -73,6 +76,7 @@ def _parser() -> Parser:
         default=MARKDOWN,
         help="tables, one JSON line with everything, or that line after the tables (default: md)",
     )
+    parser.foreign = foreign(parser)
     return parser
 
 
@@ -94,7 +98,7 @@ def _add_choice(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--widths",
-        type=_widths,
+        type=options.listed(options.positive, "3,7,15"),
         default=(),
         metavar="N,…",
         help="widths of every two-pass and fused that names none (default: block size - 1)",
@@ -121,7 +125,7 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--temp",
         dest="temperature",
-        type=float,
+        type=options.number,
         default=0.0,
         metavar="T",
         help="temperature (default: 0, greedy); filters are the file's, else orthrus-run's",
@@ -229,7 +233,7 @@ def _print(head: dict[str, Any], turns: Sequence[Turn], output: str) -> None:
         print(_heading(head, turns))
         print(tables.markdown(turns), end="")
     if output != MARKDOWN:
-        line = json.dumps({**head, **tables.as_json(turns)}, ensure_ascii=False)
+        line = json_text({**head, **tables.as_json(turns)})
         print(f"\n{line}" if output == BOTH else line)
 
 
@@ -253,16 +257,9 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
-def _widths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(options.positive(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 3,7,15") from None
-
-
 def _at_least_two(text: str) -> int:
     """argparse type. The first token comes with the prompt's pass, so one alone has no speed."""
-    value = int(text)
+    value = options.integer(text)
     if value < 2:
         raise argparse.ArgumentTypeError(f"{value}: expected at least 2")
     return value

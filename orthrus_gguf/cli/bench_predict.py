@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Collection, Sequence
 
 from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES, Shares
@@ -11,15 +10,16 @@ from orthrus_gguf.bench.prediction.passes import Activations
 from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
 from orthrus_gguf.bench.prediction.table import Selection, as_json, markdown
 from orthrus_gguf.cli import options
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.model.shapes import BLOCK_SIZE, SHAPES
 
+EXAMPLES = (
+    "orthrus-bench predict",
+    "orthrus-bench predict --cards rtx-3090 --models qwen3-8b --types q4_k_m",
+)
 DESCRIPTION = """\
 Predict the time of passes and steps from what they read, multiply and launch. Arithmetic, nothing
-is measured: the assumptions are printed beneath.
-
-  orthrus-bench predict
-  orthrus-bench predict --cards rtx-3090 --models qwen3-8b --types q4_k_m --activations fp16"""
+is measured: the assumptions are printed beneath."""
 
 MODELS = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
 CONTEXTS = (512, 4096, 32_768)
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench predict", DESCRIPTION)
+    parser = base_parser("orthrus-bench predict", EXAMPLES, DESCRIPTION)
 
     def add(flag: str, known: Collection[str], default: Sequence[str]) -> None:
         parser.add_argument(
@@ -47,7 +47,7 @@ def _parser() -> Parser:
     add("--types", FILE_TYPES, [*FILE_TYPES])
     parser.add_argument(
         "--contexts",
-        type=_contexts,
+        type=options.listed(options.natural, "512,4096"),
         default=CONTEXTS,
         metavar="N,…",
         help=f"tokens in the cache (default: {','.join(map(str, CONTEXTS))})",
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
         shares=Shares(args.memory_share, args.compute_share),
     )
     if args.json:
-        print(json.dumps(as_json(selection), ensure_ascii=False))
+        print_json(as_json(selection))
     else:
         print(markdown(selection), end="")
     return 0
@@ -105,13 +105,6 @@ def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:
         return names
 
     return parse
-
-
-def _contexts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(options.natural(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like 512,4096") from None
 
 
 def _share(text: str) -> float:

@@ -25,12 +25,13 @@ from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
+EXAMPLES = (
+    "orthrus-bench record model.gguf -o model.npz",
+    "orthrus-bench simulate model.npz --costs rtx-3090",
+)
 DESCRIPTION = """\
 Continue prompts greedily, and record what blocks at every position of the texts draft. With a
-recording, orthrus-bench simulate replays strategies on other hardware.
-
-  orthrus-bench record model.gguf -o model.npz
-  orthrus-bench simulate model.npz --costs rtx-3090"""
+recording, orthrus-bench simulate replays strategies on other hardware."""
 
 GREEDY = SamplingSettings(temperature=0)
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench record", DESCRIPTION)
+    parser = base_parser("orthrus-bench record", EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
     group = parser.add_argument_group("what to record")
     group.add_argument(
@@ -70,7 +71,7 @@ def _parser() -> Parser:
     )
     group.add_argument(
         "--rows",
-        type=lambda text: tuple(options.positive(part) for part in text.split(",")),
+        type=options.listed(options.positive, "8,16"),
         metavar="N,…",
         help="rows of the blocks, beside the full size (default: a half and a quarter of it);"
         " others are replayed as parts of larger ones",

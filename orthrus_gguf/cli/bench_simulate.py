@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategi
 from orthrus_gguf.bench.simulation.tables import Simulation, as_json, markdown
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.loaded import identity, say
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.drafting.plan import SPELLING, parse_all
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
@@ -33,13 +32,15 @@ from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.load import RuntimeSettings, load_model
 from orthrus_gguf.this_machine import machine
 
+EXAMPLES = (
+    "orthrus-bench simulate --acceptance qwen3-8b --costs rtx-3090,rtx-4090,h200",
+    "orthrus-bench simulate model.npz --costs flat            (rows are free)",
+)
 DESCRIPTION = """\
 Replay recorded drafts, or drafts made up to have a published acceptance, against a cost curve, with
 the real decode loop and the real controller. Nothing is measured: assumptions are printed beneath.
 
-  orthrus-bench simulate --acceptance qwen3-8b --costs rtx-3090,rtx-4090,h200
   orthrus-bench simulate model.npz --costs model.gguf      (its passes are timed here)
-  orthrus-bench simulate model.npz --costs flat            (rows are free)
 
 Beside the controller (auto), its control is shown: a naive bandit over eight fixed strategies.
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-bench simulate", DESCRIPTION + SPELLING)
+    parser = base_parser("orthrus-bench simulate", EXAMPLES, DESCRIPTION + SPELLING)
     group = parser.add_argument_group("drafts")
     group.add_argument(
         "recording", nargs="?", type=Path, metavar="REC.npz", help="made by orthrus-bench record"
@@ -131,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
             told = [*sentences, *item.assumptions]
             done.append(Simulation(item.name, _describe(recording), outcomes, told))
     if args.output == "json":
-        print(json.dumps(as_json(done), ensure_ascii=False))
+        print_json(as_json(done))
     else:
         print(markdown(done), end="")
     return 0

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 from orthrus_gguf.cli import options
+from orthrus_gguf.entry import INTERRUPTED
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.signals import SIGNALLED, Terminated, ending_cleanly
 
 DEFAULT_TYPE = "Q4_K_M"
 
@@ -67,10 +69,22 @@ def make(args: argparse.Namespace) -> Path:
         )
     command = [sys.executable, "-m", "orthrus_converters", "--synthetic", args.synthetic]
     flags = ["--type", type_name.lower(), "--seed", str(args.seed or 0)]
-    run = subprocess.run([*command, *flags, "--", str(path)], stdout=subprocess.DEVNULL)
-    if run.returncode:
-        raise SystemExit(run.returncode)
+    code = _ended([*command, *flags, "--", str(path)])
+    if code:
+        raise SystemExit(code)
     return path
+
+
+def _ended(command: list[str]) -> int:
+    """Run a command to its end; returns its exit code. It ends, and cleans up, if this process is
+    told to end."""
+    with ending_cleanly(), subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt as signal:
+            process.terminate()  # a Ctrl-C may have reached it already, which is all the same
+            process.wait()
+            return SIGNALLED + signal.number if isinstance(signal, Terminated) else INTERRUPTED
 
 
 def _path(args: argparse.Namespace, type_name: str) -> Path:

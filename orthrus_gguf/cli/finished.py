@@ -32,42 +32,71 @@ def explain(plan: Plan, policy: Policy) -> str:
         return f"nothing was decided while decoding: {describe_plan(plan)}, as the flags say"
     lines = ["what was decided, expected and achieved (tokens per second):"]
     lines += [
-        f"  {phase.tokens:6d} tokens in {phase.cycles:5d} cycles: expected"
-        f" {phase.prospect.rate:8.1f}, achieved {phase.tokens / phase.seconds:8.1f}"
-        f"  ({describe_plan(phase.prospect.plan)})"
-        for phase in policy.phases
-        if phase.seconds > 0
+        f"  {phase['tokens']:6d} tokens in {phase['cycles']:5d} cycles: expected"
+        f" {phase['expected_tokens_per_second']:8.1f}, achieved"
+        f" {phase['tokens_per_second']:8.1f}  ({phase['plan']})"
+        for phase in explanation_json(policy)
     ]
     return "\n".join(lines)
+
+
+def explanation_json(policy: Policy) -> list[dict[str, Any]]:
+    """The phases of `explain`; none of a policy that decides nothing."""
+    phases = policy.phases if isinstance(policy, Controller) else ()
+    return [
+        {
+            "plan": describe_plan(phase.prospect.plan),
+            "tokens": phase.tokens,
+            "cycles": phase.cycles,
+            "expected_tokens_per_second": phase.prospect.rate,
+            "tokens_per_second": phase.tokens / phase.seconds,
+        }
+        for phase in phases
+        if phase.seconds > 0
+    ]
 
 
 def statistics_block(
     plan: Plan, request: Request, result: Result, load_seconds: float | None = None
 ) -> str:
-    """The block that ends a run, a line each for load, prompt, output and drafts."""
+    """The block that ends a run, a line each for load, prompt, output, passes and drafts."""
     stats, timings, sampling = result.statistics, result.timings, request.sampling
     mode = "greedy" if sampling.greedy else f"seed {sampling.seed}"
-    lines = [] if load_seconds is None else [f"load    {load_seconds * 1e3:10.1f} ms"]
-    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    lines = [] if load_seconds is None else [f"load:    {_time(load_seconds)}"]
+    cached = f", {stats.cached_tokens} of them cached" if stats.cached_tokens else ""
+    unread = len(request.prompt) - stats.prompt_tokens
+    missing = f" ({unread} more were not processed)" if unread else ""
     lines += [
-        f"prompt  {timings.prompt * 1e3:10.1f} ms  {stats.prompt_tokens:6d} tokens{cached}"
-        f"  {_rate(timings.prompt_per_second)}",
-        f"output  {timings.generation * 1e3:10.1f} ms  {stats.output_tokens:6d} tokens"
-        f"  {_rate(timings.generated_per_second)}  ({describe_plan(plan)}, {mode})",
+        f"prompt:  {_count(stats.prompt_tokens, 'token')}{cached}"
+        f"{_speed(timings.prompt, timings.prompt_per_second)}{missing}",
+        f"output:  {_count(stats.output_tokens, 'token')}"
+        f"{_speed(timings.generation, timings.generated_per_second)},"
+        f" {describe_plan(plan)}, {mode}",
     ]
     if stats.offered:
         shares = " ".join(f"{100 * share:.0f}" for share in stats.acceptance_by_position)
         lines += [
-            f"cycles  {stats.cycles:10d}     {stats.tokens_per_cycle:6.2f} tokens per cycle,"
-            f" {stats.tokens_per_forward:.2f} per forward",
-            f"drafts  {sum(stats.offered):10d}     {sum(stats.confirmed):6d} accepted"
-            f" ({100 * (stats.acceptance or 0):.0f} %); by position {shares} %",
+            f"passes:  {_count(stats.forwards, 'forward pass', 'es')},"
+            f" {stats.tokens_per_forward:.2f} tokens per forward pass;"
+            f" {_count(stats.cycles, 'cycle')}, {stats.tokens_per_cycle:.2f} tokens per cycle",
+            f"drafts:  {_count(sum(stats.offered), 'token')} drafted,"
+            f" {sum(stats.confirmed)} accepted ({100 * (stats.acceptance or 0):.0f} %);"
+            f" by position in the draft {shares} %",
         ]
     return "\n".join(lines)
 
 
-def _rate(per_second: float | None) -> str:
-    return "    –" if per_second is None else f"{per_second:9.1f} tok/s"
+def _count(number: int, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else ending}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def _speed(seconds: float, per_second: float | None) -> str:
+    """Time and rate; nothing where there is none: a first token comes out of the prompt's pass."""
+    return "" if per_second is None else f" in {_time(seconds)} ({per_second:.1f} tok/s)"
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from orthrus_gguf.entry import start
+
+    start("inspect")
+
 import argparse
 import io
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -13,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from orthrus_gguf.cli import options
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import GGUFFile
 from orthrus_gguf.inspection import text
@@ -21,6 +25,7 @@ from orthrus_gguf.inspection.diff import Comparison, diff_metadata, diff_tensors
 from orthrus_gguf.inspection.report import Report, inspect, report_json
 from orthrus_gguf.inspection.verify import TensorCheck, overall, verify
 
+EXAMPLES = ("orthrus-inspect model.gguf", "orthrus-inspect --verify model.gguf")
 DESCRIPTION = """\
 Show what is in a GGUF file: metadata, tensors by type and layer, bits per weight, and the memory
 that the model needs. Files of other architectures, heads and imatrix files work too, as far as they
@@ -42,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-inspect", DESCRIPTION)
+    parser = base_parser("orthrus-inspect", EXAMPLES, DESCRIPTION)
     parser.add_argument("file", nargs="?", metavar="FILE.gguf", help="the file")
     parser.add_argument("--heads", metavar="HEADS.gguf", help="diffusion heads of a split model")
     parser.add_argument(
@@ -90,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.verify:
         return _verify(report, as_json=args.json)
     if args.json:
-        _print_json(report_json(report))
+        print_json(report_json(report))
     else:
         print(text.report_text(report, _width(), all_tensors=args.tensors), end="")
     return 0
@@ -100,10 +105,6 @@ def _width() -> int:
     return shutil.get_terminal_size((FALLBACK_WIDTH, 24)).columns
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, allow_nan=False))
-
-
 def _verify(report: Report, *, as_json: bool) -> int:
     n_bytes = report.summary.total.n_bytes
     with tqdm(total=n_bytes, unit="B", unit_scale=True, leave=False, disable=None) as bar:
@@ -111,7 +112,7 @@ def _verify(report: Report, *, as_json: bool) -> int:
     digests = dict(overall(checks))
     damaged = [check for check in checks if check.damage is not None]
     if as_json:
-        _print_json({"tensors": [_check_json(check) for check in checks], **digests})
+        print_json({"tensors": [_check_json(check) for check in checks], **digests})
     else:
         print(text.verify_text(checks, digests, n_bytes), end="")
     for check in damaged:
@@ -136,7 +137,7 @@ def _diff(first: str, second: str, *, as_json: bool) -> int:
     equal = metadata.equal and tensors.equal
     if as_json:
         parts = {"metadata": _comparison_json(metadata), "tensors": _comparison_json(tensors)}
-        _print_json({"equal": equal, **parts})
+        print_json({"equal": equal, **parts})
     else:
         print(text.diff_text(metadata, tensors, _width()), end="")
     return 0 if equal else 1
@@ -149,7 +150,3 @@ def _comparison_json(comparison: Comparison) -> dict[str, Any]:
         "only_first": list(comparison.only_first),
         "only_second": list(comparison.only_second),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

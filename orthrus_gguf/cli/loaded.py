@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -30,6 +31,13 @@ from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 
 #: Flags that shape drafts, beside --draft-width.
 DRAFT_FLAGS = ("--draft-blocks", "--draft-cut", "--draft-tail", "--draft-tree")
+
+
+#: Seconds after which progress is shown.
+PATIENCE = 1.0
+
+#: Seconds between two looks at it.
+REFRESH = 0.25
 
 
 @dataclass(frozen=True)
@@ -75,18 +83,9 @@ class Loaded:
         )
 
     def start(self, request: Request) -> Generation:
-        """Begin a generation, with a progress bar while a long prompt is processed."""
-        total = len(request.prompt)
-        if total <= self.session.prompt_batch:
-            return self.session.generate(request)
-        bar = tqdm(total=total, desc="prompt", unit=" tokens", leave=False, disable=None)
-
-        def on_progress(done: int) -> None:
-            bar.update(done - bar.n)
-            if done == total:
-                bar.close()
-
-        return self.session.generate(request, on_progress=on_progress)
+        """Begin a generation, with a progress bar while its prompt takes long."""
+        bar = PromptBar(len(request.prompt))
+        return self.session.generate(request, on_progress=bar.update, during_prompt=bar)
 
 
 def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
@@ -107,6 +106,11 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     costs = MachineCosts(model, identity(file), say)
     costs.recall()  # the number of threads that was measured serves every strategy
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
+    if n_ctx > file.config.n_ctx_train:
+        say(
+            f"-c {n_ctx}: {file.config.name} was trained for {file.config.n_ctx_train} tokens of"
+            " context; the text may lose its sense beyond them"
+        )
     return Loaded(
         file=file,
         tokenizer=tokenizer,
@@ -123,10 +127,46 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     )
 
 
+class PromptBar:
+    """Progress of a prompt on a terminal, shown when it takes longer than PATIENCE.
+
+    By time, not by passes, one of which may take minutes: a thread shows the bar, and lets its
+    clock run. `with` it, while the prompt is processed.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def __enter__(self) -> None:
+        if sys.stderr.isatty():
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def update(self, done: int) -> None:
+        """done: tokens of the prompt that are processed."""
+        self._done = done
+
+    def _show(self) -> None:
+        if self._over.wait(PATIENCE):
+            return
+        with tqdm(total=self._total, desc="prompt", unit=" tokens", leave=False) as bar:
+            while not self._over.wait(REFRESH):
+                bar.n = self._done
+                bar.refresh()
+
+
 @contextmanager
 def loading_bar() -> Iterator[Callable[[int, int], None]]:
     """A progress bar for runtimes that copy weights, if that takes more than a second."""
-    with tqdm(desc="weights", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar:
+    with tqdm(
+        desc="weights", unit="B", unit_scale=True, delay=PATIENCE, leave=False, disable=None
+    ) as bar:
 
         def on_progress(done: int, total: int) -> None:
             bar.total = total

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +17,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings
 from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
+from orthrus_gguf.this_machine import machine
 
 #: Key in the file → field of SamplingSettings (which is also the flag's `dest`).
 FILE_DEFAULTS = {
@@ -26,16 +29,93 @@ FILE_DEFAULTS = {
     "general.sampling.penalty_last_n": "repeat_last_n",
 }
 
-#: Flag → field of SamplingSettings, type, help.
+
+def integer(text: str) -> int:
+    """argparse type: an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
+def number(text: str) -> float:
+    """argparse type: a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def positive(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    value = integer(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    value = integer(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value}: expected at least 0")
+    return value
+
+
+def threads(text: str) -> int | None:
+    """argparse type: an integer of at least 1; -1, as in llama.cpp, is the default."""
+    return None if text == "-1" else positive(text)
+
+
+def seed(text: str) -> int:
+    """argparse type: -1 (random) or a 64-bit seed."""
+    value = integer(text)
+    if not -1 <= value <= MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{value}: expected -1 or 0 .. 2^64-1")
+    return value
+
+
+def listed(kind: Callable[[str], int], example: str) -> Callable[[str], tuple[int, ...]]:
+    """argparse type: integers with commas between, each of this kind; none of them is fine."""
+
+    def parse(text: str) -> tuple[int, ...]:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not all(part.removeprefix("-").isdecimal() for part in parts):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected numbers like {example}")
+        return tuple(map(kind, parts))
+
+    return parse
+
+
+def words(text: str) -> str:
+    """argparse type: text. Python hands on bytes that the locale does not know; they are UTF-8."""
+    try:
+        return os.fsencode(text).decode("utf-8") if _has_bytes(text) else text
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not UTF-8 text (at byte {error.start})") from None
+
+
+def _has_bytes(text: str) -> bool:
+    return any("\udc80" <= char <= "\udcff" for char in text)
+
+
+def switch(text: str) -> bool | None:
+    """argparse type: on or off; None for auto."""
+    if text not in ("on", "off", "auto"):
+        raise argparse.ArgumentTypeError(f"expected on, off or auto, found {text!r}")
+    return None if text == "auto" else text == "on"
+
+
+#: Spellings of a flag → field of SamplingSettings, type, help.
 SAMPLING_FLAGS = (
-    ("--temp", "temperature", float, "temperature; 0 is greedy"),
-    ("--top-k", "top_k", int, "keep the k likeliest tokens; 0 keeps all"),
-    ("--top-p", "top_p", float, "keep the likeliest tokens up to this mass; 1 keeps all"),
-    ("--min-p", "min_p", float, "drop tokens below this share of the likeliest; 0 keeps all"),
-    ("--repeat-penalty", "repeat_penalty", float, "penalty of seen tokens; 1 is off"),
-    ("--repeat-last-n", "repeat_last_n", int, "window of the penalties; 0 off, -1 all"),
-    ("--presence-penalty", "presence_penalty", float, "penalty of any seen token"),
-    ("--frequency-penalty", "frequency_penalty", float, "penalty for each time it was seen"),
+    ("--temp --temperature", "temperature", number, "temperature; 0 is greedy"),
+    ("--top-k", "top_k", integer, "keep the k likeliest tokens; 0 keeps all"),
+    ("--top-p", "top_p", number, "keep the likeliest tokens up to this mass; 1 keeps all"),
+    ("--min-p", "min_p", number, "drop tokens below this share of the likeliest; 0 keeps all"),
+    ("--repeat-penalty", "repeat_penalty", number, "penalty of seen tokens; 1 is off"),
+    ("--repeat-last-n", "repeat_last_n", integer, "window of the penalties; 0 off, -1 all"),
+    ("--presence-penalty", "presence_penalty", number, "penalty of any seen token"),
+    ("--frequency-penalty", "frequency_penalty", number, "penalty for each time it was seen"),
 )
 
 
@@ -53,12 +133,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         " reference (torch, float32, slow) (default: auto, a GPU if there is one)",
     )
     group.add_argument(
-        "--device", metavar="cuda:N", help="which GPU the cuda runtime takes (default: cuda:0)"
+        "-dev",
+        "--device",
+        metavar="DEV",
+        help="cuda:N, one of the GPUs, or cpu (default: cuda:0 if there is one)",
     )
+    group.add_argument("--list-devices", action=ListDevices, help="list them and leave")
     group.add_argument(
         "-t",
         "--threads",
-        type=positive,
+        type=threads,
         metavar="N",
         help="CPU threads (default: as measured, up to the physical cores)",
     )
@@ -104,7 +188,7 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--draft-cut",
-        type=float,
+        type=number,
         default=0.0,
         metavar="P",
         help="end a draft where its confidence falls below P (default: 0, never; auto weighs it)",
@@ -136,9 +220,9 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         "-s", "--seed", type=seed, default=-1, metavar="N", help="seed (default: -1, random)"
     )
     standard = SamplingSettings()
-    for flag, field, kind, text in SAMPLING_FLAGS:
+    for names, field, kind, text in SAMPLING_FLAGS:
         group.add_argument(
-            flag,
+            *names.split(),
             dest=field,
             type=kind,
             metavar="N",
@@ -156,12 +240,23 @@ def model_path(args: argparse.Namespace) -> str:
 
 
 def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:
+    """Raises OrthrusError for a device that the runtime is not for."""
+    name, device = RuntimeName(args.runtime), args.device
+    if device is not None and (device.lower() == "cpu" or device.lower() == "none"):
+        if name is RuntimeName.CUDA:
+            raise OrthrusError(
+                f"--device {device}: --runtime cuda needs a GPU; leave one of them out"
+            )
+        name = RuntimeName.CPU if name is RuntimeName.AUTO else name
+        device = None
+    elif device is not None:
+        device = re.sub(r"^CUDA(?=\d)", "cuda:", device)  # as llama.cpp calls them
     return RuntimeSettings(
-        name=RuntimeName(args.runtime),
+        name=name,
         threads=args.threads,
         cache_type_k=args.cache_type_k,
         cache_type_v=args.cache_type_v,
-        device=args.device,
+        device=device,
     )
 
 
@@ -190,25 +285,15 @@ def sampling_settings(
     return replace(base, **chosen)
 
 
-def positive(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
-    return value
+class ListDevices(argparse.Action):
+    """`--list-devices`: print what `--device` takes here, and leave."""
 
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, **settings)
 
-def natural(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{value}: expected at least 0")
-    return value
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from orthrus_gguf.runtime.cuda.presence import describe_devices
 
-
-def seed(text: str) -> int:
-    """argparse type: -1 (random) or a 64-bit seed."""
-    value = int(text)
-    if not -1 <= value <= MAX_SEED:
-        raise argparse.ArgumentTypeError(f"{value}: expected -1 or 0 .. 2^64-1")
-    return value
+        print("\n".join(["Available devices:", *(f"  {line}" for line in describe_devices())]))
+        print(f"  cpu: {machine()['cpu']}")
+        parser.exit()

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before what takes time to import
+    from orthrus_gguf.entry import start
+
+    start("run")
+
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -12,44 +16,59 @@ from pathlib import Path
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
-from orthrus_gguf.cli.finished import explain, result_json, statistics_block
+from orthrus_gguf.cli.finished import explain, explanation_json, result_json, statistics_block
+from orthrus_gguf.cli.llama_flags import HelpLlama, foreign
 from orthrus_gguf.cli.loaded import Loaded, load, say
-from orthrus_gguf.command import Parser, base_parser, run_command
+from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.chat import Message
 
+EXAMPLES = (
+    'orthrus-run model.gguf -p "Why is the sky blue?"',
+    "orthrus-run model.gguf          (chat: Ctrl-C stops an answer, Ctrl-D leaves)",
+)
 DESCRIPTION = """\
-Generate text with an Orthrus (or plain Qwen3) GGUF model.
+Generate text with a GGUF model: Qwen3, Qwen2 or Llama, faster with Orthrus heads. The text goes to
+stdout, everything else to stderr. Flags are llama.cpp's: --help-llama tells what each does here.
 
-  orthrus-run model.gguf -p "Why is the sky blue?"
-  orthrus-run base.gguf --heads base-heads.gguf -f prompt.txt -n 200 --temp 0
-  orthrus-run model.gguf                          (chat: Ctrl-C stops an answer, Ctrl-D leaves)
-
-The text goes to stdout, everything else to stderr."""
+  orthrus-run base.gguf --heads base-heads.gguf -f prompt.txt -n 200 --temp 0"""
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the `orthrus-run` command; returns the exit code."""
+    """The `orthrus-run` command; returns the exit code."""
     return run_command(_parser(), _run, argv)
 
 
 def _parser() -> Parser:
-    parser = base_parser("orthrus-run", DESCRIPTION)
+    parser = base_parser("orthrus-run", EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
     add_prompt_options(parser)
     options.add_decoding_options(parser)
     options.add_sampling_options(parser)
+    parser.add_argument(
+        "--log-verbose", dest="verbose", action="store_true", help=argparse.SUPPRESS
+    )
+    parser.add_argument(
+        "--help-llama", action=HelpLlama, help="what each flag of llama.cpp does here"
+    )
+    parser.hint = " A prompt goes with -p"
+    parser.foreign = foreign(parser)
     return parser
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """What to continue, how far, and how to show it."""
     group = parser.add_argument_group("prompt and output")
-    group.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument("-p", "--prompt", type=options.words, metavar="TEXT", help="the prompt")
     group.add_argument("-f", "--file", metavar="FILE", help="read it from FILE (- is stdin)")
-    group.add_argument("-sys", "--system-prompt", metavar="TEXT", help="system message")
+    group.add_argument(
+        "-sys", "--system-prompt", type=options.words, metavar="TEXT", help="system message"
+    )
+    group.add_argument(
+        "-sysf", "--system-prompt-file", metavar="FILE", help="read the system message from FILE"
+    )
     group.add_argument(
         "-c",
         "--ctx-size",
@@ -61,19 +80,41 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-n",
         "--predict",
-        type=int,
+        "--n-predict",
+        type=options.integer,
         default=-1,
         metavar="N",
         help="most tokens to generate (default: -1, until the text or the context ends)",
     )
     group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
+        "--stop",
+        "-r",
+        "--reverse-prompt",
+        type=options.words,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before TEXT; repeatable",
     )
-    group.add_argument("--raw", action="store_true", help="no chat template: continue the prompt")
+    group.add_argument(
+        "--raw",
+        "-no-cnv",
+        "--no-conversation",
+        action="store_true",
+        help="no chat template: continue the prompt",
+    )
     group.add_argument(
         "--think",
         action=argparse.BooleanOptionalAction,
         help="let the model think before it answers, where its template has that switch",
+    )
+    group.add_argument(
+        "-rea",
+        "--reasoning",
+        dest="think",
+        type=options.switch,
+        metavar="on|off|auto",
+        help="the same, as llama.cpp spells it",
     )
     group.add_argument(
         "-e",
@@ -91,7 +132,17 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="colour the text by how it came about (drafted, corrected, plain), and sum it up",
     )
-    group.add_argument("--no-perf", action="store_true", help="no statistics at the end")
+    group.add_argument(
+        "--no-perf", "--no-show-timings", action="store_true", help="no statistics at the end"
+    )
+    group.add_argument(
+        "--perf",
+        "--show-timings",
+        dest="no_perf",
+        action="store_false",
+        default=False,
+        help="statistics at the end (default)",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -104,13 +155,20 @@ def _run(args: argparse.Namespace) -> int:
     if args.json and args.show_drafts:
         raise OrthrusError("--show-drafts: --json prints no text to colour; leave one of them out")
     prompt = _prompt(args)
+    if args.system_prompt_file is not None:
+        if args.system_prompt is not None:
+            raise OrthrusError("give the system message with -sys or with -sysf, not with both")
+        args.system_prompt = read_text("-sysf", args.system_prompt_file)
     with ExitStack() as resources:
         loaded = load(path, args, resources)
         system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
         if prompt is None:
-            return chat_loop(
+            code = chat_loop(
                 loaded, system, statistics=not args.no_perf, show_drafts=args.show_drafts
             )
+            if args.explain:
+                say(explain(loaded.plan, loaded.policy))
+            return code
         return _answer(loaded, [*system, Message("user", prompt)], args)
 
 
@@ -119,21 +177,22 @@ def _prompt(args: argparse.Namespace) -> str | None:
     if args.prompt is not None and args.file is not None:
         raise OrthrusError("give the prompt with -p or with -f, not with both")
     if args.file is not None:
-        return _read_prompt(args.file)
+        return read_text("-f", args.file)
     if args.prompt is None and (args.json or not sys.stdin.isatty()):
         raise OrthrusError("no prompt: give -p TEXT, -f FILE, or -f - to read it from stdin")
     return None if args.prompt is None else str(args.prompt)
 
 
-def _read_prompt(name: str) -> str:
-    """A prompt file's text; like llama.cpp, without the newline that editors add at the end."""
+def read_text(flag: str, name: str) -> str:
+    """The text of the file that `flag` names (- is stdin); like llama.cpp, without the newline
+    that editors add at the end."""
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise OrthrusError(f"-f {name}: not UTF-8 text (at byte {error.start})") from error
+        raise OrthrusError(f"{flag} {name}: not UTF-8 text (at byte {error.start})") from error
     except OSError as error:
-        raise OrthrusError(f"-f {name}: cannot be read: {error.strerror}") from error
+        raise OrthrusError(f"{flag} {name}: cannot be read: {error.strerror}") from error
     return text[:-1] if text.endswith("\n") else text
 
 
@@ -165,7 +224,9 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
             "runtime": loaded.model.description,
             "n_ctx": loaded.session.n_ctx,
         }
-        print(json.dumps(answer, ensure_ascii=False))
+        if args.explain:
+            answer["explanation"] = explanation_json(loaded.policy)
+        print_json(answer)
         return 0
     try:
         write(painted(generation, sys.stdout) if args.show_drafts else generation)
@@ -185,7 +246,3 @@ def write(pieces: Iterable[str]) -> None:
     """Show text as it comes."""
     for piece in pieces:
         print(piece, end="", flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,7 +16,7 @@ from orthrus_gguf.drafting.draft import NO_DRAFT, Draft
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.tail import TAIL
 from orthrus_gguf.drafting.tree import NO_TREE, Tree, best_first
-from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.errors import OrthrusError, did_you_mean
 from orthrus_gguf.model.config import ModelConfig
 
 #: Blocks that a fused pass carries unless the caller says otherwise.
@@ -151,7 +151,7 @@ def parse(text: str) -> Plan:
     if found is None or name not in NAMES or found["at"] == "@":
         raise OrthrusError(
             f"strategy {text!r}: expected NAME[@WIDTH[xBLOCKS]][+OPTION…], the name one of"
-            f" {', '.join(NAMES)}"
+            f" {', '.join(NAMES)}{did_you_mean(name, NAMES) if name not in NAMES else ''}"
         )
     strategy = None if name == AUTO else Strategy(name)
     if found["at"] and strategy in (None, Strategy.AR):

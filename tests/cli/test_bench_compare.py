@@ -145,7 +145,7 @@ def test_texts_that_differ_are_one_line_and_exit_code_1(
         (["--widths", "3,x"], "argument --widths: '3,x': expected numbers like 3,7,15"),
         (["--widths", "0"], "argument --widths: 0: expected at least 1"),
         (["-o", "csv"], "argument -o/--output: invalid choice: 'csv'"),
-        (["--rows", "3"], "unrecognized arguments: --rows 3"),
+        (["--rows", "3"], "unknown option --rows"),
         (["--strategies", "tree"], "strategy 'tree': expected NAME[@WIDTH[xBLOCKS]][+OPTION…]"),
         (["--strategies", "fused@99"], "strategy 'fused@99': the width must lie in 1..16"),
         (["--strategies", "auto", "--widths", "3"], "--widths: every strategy named has its width"),

@@ -56,7 +56,7 @@ def test_figures_are_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
         (["--contexts", "-1"], "argument --contexts: -1: expected at least 0"),
         (["--memory-share", "0"], "argument --memory-share: '0': expected a number above 0"),
         (["--compute-share", "x"], "argument --compute-share: 'x': expected a number above 0"),
-        (["model.gguf"], "unrecognized arguments: model.gguf"),
+        (["model.gguf"], "what is 'model.gguf'?"),
     ],
 )
 def test_errors_are_one_line(
@@ -71,5 +71,9 @@ def test_errors_are_one_line(
 
 
 def test_a_file_called_predict_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predit"]) == 1
+    assert (
+        capsys.readouterr().err == "orthrus-bench: error: no file predit, did you mean predict?\n"
+    )
     assert main(["./predict"]) == 1
     assert capsys.readouterr().err.endswith("error: predict: no such file; check the path\n")

@@ -187,7 +187,7 @@ def test_a_terminal_shows_colours(model: str, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     shown = in_terminal(model, *TWO_PASS, *FLAGS)
     assert text in ESCAPES.sub("", shown), "nothing lost, nothing added"
-    answer, _, report = shown.partition("\nload ")
+    answer, _, report = shown.partition("\nload: ")
     assert "\x1b[32m" in answer
     assert "\x1b[33m" in answer
     assert answer.count("\x1b[0m") == answer.count("\x1b[32m") + answer.count("\x1b[33m")

@@ -105,7 +105,7 @@ def test_text_goes_to_stdout_and_the_rest_to_stderr(run: Any, model: str, runtim
     code, out, err = run(model, *flags, "--strategy", "two-pass")
     assert code == 0
     assert out.startswith(" os\nimport os")
-    for word in ("load", "prompt", "output", "20 tokens", "tokens per cycle", "accepted"):
+    for word in ("load", "prompt: ", "output:  20 tokens in ", "tokens per cycle", "accepted"):
         assert word in err
     assert f"Tiny Orthrus Stdlib on {runtime} (" in err
     _, plain, plain_err = run(model, *flags, "--strategy", "ar", "--no-perf")
@@ -203,6 +203,45 @@ def test_sampling_values_of_the_wrong_kind() -> None:
         )
 
 
+def test_a_context_beyond_the_training_warns(run: Any, model: str) -> None:
+    flags = (model, "-p", "x", "-n", "1", "--strategy", "ar", "-c")
+    line = "-c 2049: Tiny Orthrus Stdlib was trained for 2048 tokens of context; "
+    assert line in run(*flags, "2049")[2]
+    assert "trained" not in run(*flags, "2048")[2]
+
+
+def test_no_rate_without_time(run: Any, model: str) -> None:
+    code, out, err = run(model, "-p", "import os", "-n", "0")
+    assert (code, out) == (0, "\n")
+    assert "prompt:  0 tokens (2 more were not processed)\n" in err
+    assert "output:  0 tokens, " in err
+    assert "tok/s" not in err
+    _, _, err = run(model, "-p", "import os", "-n", "1")
+    assert "output:  1 token, " in err
+    timings = json.loads(run(model, "-p", "import os", "-n", "0", "--json")[1])["timings"]
+    assert timings["prompt_tokens_per_second"] is timings["generation_tokens_per_second"] is None
+
+
+def test_json_explains(run: Any, model: str) -> None:
+    flags = (model, "-p", "import os", "-n", "20", "--json", "--explain")
+    phases = json.loads(run(*flags)[1])["explanation"]
+    assert sum(phase["tokens"] for phase in phases) >= 19
+    assert set(phases[0]) == {
+        *("plan", "tokens", "cycles", "expected_tokens_per_second", "tokens_per_second"),
+    }
+    assert json.loads(run(*flags, "--strategy", "ar")[1])["explanation"] == []
+
+
+def test_system_messages_from_files(run: Any, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "system.txt"
+    file.write_text("be brief\n")
+    code, _, err = run(model, "-p", "x", "-sysf", str(file))
+    assert code == 1
+    assert "-sys: " in err  # it has arrived: the demo model has no template to put it into
+    assert "not with both" in run(model, "-p", "x", "-sys", "y", "-sysf", str(file))[2]
+    assert f"-sysf {tmp_path}: cannot be read" in run(model, "-p", "x", "-sysf", str(tmp_path))[2]
+
+
 def test_ignore_eos_bans_end_tokens(run: Any, model: str) -> None:
     report = json.loads(run(model, "-p", "x", "-n", "1", "--ignore-eos", "--json")[1])
     assert report["settings"]["ignore_eos"] is True
@@ -230,7 +269,7 @@ BAD = {
     "strategy": (["MODEL", "-p", "x", "--strategy", "magic"], "invalid choice"),
     "temperature": (["MODEL", "-p", "x", "--temp", "nan"], "--temp"),
     "seed": (["MODEL", "-p", "x", "--seed", "-2"], "--seed"),
-    "number": (["MODEL", "-p", "x", "-n", "many"], "invalid int"),
+    "number": (["MODEL", "-p", "x", "-n", "many"], "expected a whole number, found 'many'"),
     "empty stop string": (["MODEL", "-p", "x", "--stop", ""], "stop string"),
     "unknown flag": (["MODEL", "-p", "x", "--fast"], "--fast"),
     "cache type": (
@@ -322,6 +361,7 @@ def test_chat_in_a_terminal(model: str) -> None:
         "0",
         "-n",
         "40",
+        "--explain",
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -359,5 +399,6 @@ def test_chat_in_a_terminal(model: str) -> None:
         pytest.fail("Ctrl-C at the prompt gives no hint")
     read_until("> ")
     os.write(ours, b"\x04")
+    read_until("what was decided")
     assert process.wait(timeout=20) == 0
     os.close(ours)

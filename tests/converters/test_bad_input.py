@@ -358,7 +358,7 @@ def test_a_shard_that_shrinks_while_it_is_read(
     ("flags", "expected"),
     [
         (["--type", "q9_k"], "invalid choice"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense"], "unknown option --nonsense"),
     ],
 )
 def test_wrong_flags(

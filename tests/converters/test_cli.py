@@ -294,3 +294,21 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, out: Path) -> None:
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
     assert code == 0
     assert grown * unit < 64e6
+
+
+def test_a_bare_type_is_told_its_flag(tiny: Path, out: Path, convert: Callable[..., Any]) -> None:
+    """As llama-quantize takes it."""
+    run = convert(tiny, "q4_k_m")
+    assert (run.code, run.files) == (1, [])
+    assert "q4_k_m: a type goes with its flag: --type q4_k_m" in run.stderr
+    assert "did you mean q4_k_m?" in convert(tiny, "--type", "q4_km").stderr
+    assert "what is more? One MODEL and one OUT.gguf" in convert(tiny, "more").stderr
+
+
+def test_type_flags_need_a_tensor(checkpoint: Path, convert: Callable[..., Any]) -> None:
+    """The demo's embedding is tied: it is the output matrix too, unless it has its own flag."""
+    assert convert(checkpoint, "--output-tensor-type", "q8_0", "--dry-run").code == 0
+    flags = ("--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0")
+    run = convert(checkpoint, *flags)
+    assert (run.code, run.files) == (1, [])
+    assert "--output-tensor-type q8_0: without an output matrix of its own" in run.stderr

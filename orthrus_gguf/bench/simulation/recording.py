@@ -97,6 +97,10 @@ class Recording:
             np.savez_compressed(file, **arrays)
 
 
+class _OtherVersionError(Exception):
+    """A sound file of another format or version."""
+
+
 def load(path: Path) -> Recording:
     """Raises OrthrusError for a file that is not a sound recording."""
     try:
@@ -104,17 +108,20 @@ def load(path: Path) -> Recording:
             return _parse(arrays)
     except FileNotFoundError:
         raise OrthrusError(f"{path}: no such file; make one with orthrus-bench record") from None
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise OrthrusError(
-            f"{path}: not a recording that this version reads ({error}); make it anew with"
-            " orthrus-bench record"
-        ) from error
+    except _OtherVersionError as error:
+        reason = f"a recording that this version does not read ({error})"
+        raise OrthrusError(f"{path}: {reason}; make it anew with orthrus-bench record") from error
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        reason = "not a recording, or a damaged one"  # what NumPy says of it means nothing to users
+        raise OrthrusError(f"{path}: {reason}; make one with orthrus-bench record") from error
 
 
 def _parse(arrays: Mapping[str, NDArray[Any]]) -> Recording:
     header = json.loads(str(arrays["header"]))
     if header["format"] != FORMAT or header["version"] != VERSION:
-        raise ValueError(f"{header['format']} version {header['version']}, expected {VERSION}")
+        raise _OtherVersionError(
+            f"{header['format']} version {header['version']}, expected {VERSION}"
+        )
     block_size = int(header["block_size"])
     texts = tuple(
         _text(arrays, number, str(entry["domain"]), [int(rows) for rows in entry["rows"]])

@@ -62,6 +62,23 @@ def why_unusable(device: str | None = None) -> str | None:
     return None
 
 
+def describe_devices() -> list[str]:
+    """A line for each GPU: `cuda:N: its name (memory)`, or one that says why there is none."""
+    reason = why_unusable()
+    if reason is not None:
+        return [f"no GPU: {reason}"]
+    import torch
+
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        unusable = why_unusable(f"cuda:{index}")
+        memory = f"{total / 2**20:.0f} MiB, {free / 2**20:.0f} MiB free"
+        lines.append(f"cuda:{index}: {name} ({unusable or memory})")
+    return lines
+
+
 def device_index(device: str | None) -> int:
     """N of `cuda:N`; 0 for `cuda` and None. Raises OrthrusError for anything else."""
     name, _, number = (device or "cuda").partition(":")

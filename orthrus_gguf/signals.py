@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a conversion as Ctrl-C does: cleanly, with nothing left behind."""
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: once, cleanly, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+SIGNALLED = 128  # a shell reports this plus the number of the signal that ended a program
+
+#: Windows has no SIGHUP.
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class Terminated(KeyboardInterrupt):
@@ -21,15 +26,16 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def ending_cleanly() -> Iterator[None]:
-    """Within this context, those signals raise Terminated, once. Only in the main thread."""
+    """Within this context, the first of these signals raises KeyboardInterrupt or Terminated, and
+    the others are ignored: what is cleaned up must be. Only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for other in _SIGNALS:  # the clean-up must not be interrupted in turn
+        for other in _SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        raise Terminated(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
     # A signal that is ignored, as under nohup, stays ignored.
     before = {number: signal.getsignal(number) for number in _SIGNALS}
