@@ -65,6 +65,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
         #: What is known of another program's command line: to be set when all flags are there.
         self.foreign = Foreign()
+        #: Whether several words that are no flags may stand apart, which argparse does not like.
+        #: Only for parsers whose flags take one value at most.
+        self.scattered = False
         #: Said of words that have no place.
         self.hint = ""
         self._from_environment: dict[str, str] = {}
@@ -81,7 +84,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        return super().parse_known_args(self._prepared(args), namespace)
+        words = self._prepared(args)
+        return super().parse_known_args(_gathered(words) if self.scattered else words, namespace)
 
     def parse_known_intermixed_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -125,7 +129,7 @@ class Parser(argparse.ArgumentParser):
                 yield word
                 yield from rest
                 return
-            if not word.startswith("-") or word == "-" or _NUMBER.match(word):
+            if not _is_option(word):
                 yield word
                 continue
             name, equals, value = word.partition("=")
@@ -195,6 +199,18 @@ def _switch(flag: str, value: str) -> str:
     """The flag, or its `--no-` twin, as `value` says; "" if it says neither."""
     wanted = _SWITCHES.get(value.lower())
     return "" if wanted is None else flag if wanted else flag.replace("--", "--no-", 1)
+
+
+def _gathered(words: Sequence[str]) -> list[str]:
+    """Prepared words, first the options, then the others."""
+    end = words.index("--") if "--" in words else len(words)
+    options = [word for word in words[:end] if _is_option(word)]
+    others = [word for word in words[:end] if not _is_option(word)]
+    return [*options, "--", *others, *words[end + 1 :]]
+
+
+def _is_option(word: str) -> bool:
+    return word.startswith("-") and word != "-" and not _NUMBER.match(word)
 
 
 def base_parser(prog: str, examples: Sequence[str], description: str) -> Parser:

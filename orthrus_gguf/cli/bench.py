@@ -24,6 +24,7 @@ from orthrus_gguf.bench.benchmark import (
 )
 from orthrus_gguf.cli import (
     bench_compare,
+    bench_perplexity,
     bench_predict,
     bench_record,
     bench_simulate,
@@ -47,6 +48,7 @@ view ("ar 16") and as a diffusion block ("diffusion 16"). Medians over repetitio
   orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json
   orthrus-bench --synthetic qwen3-8b --type Q4_K_M      (a model of random weights, made first)
   orthrus-bench compare --help                          (strategies side by side, on prompts)
+  orthrus-bench perplexity --help                       (of a text; and two files compared on it)
   orthrus-bench predict --help                          (times of other hardware, by arithmetic)
   orthrus-bench record --help                           (drafts of a model, for simulate)
   orthrus-bench simulate --help                         (strategies on other hardware)"""
@@ -57,6 +59,7 @@ PROGRAM = "orthrus-bench"
 #: can be given as ./predict.)
 COMMANDS = {
     "compare": bench_compare.main,
+    "perplexity": bench_perplexity.main,
     "predict": bench_predict.main,
     "record": bench_record.main,
     "simulate": bench_simulate.main,

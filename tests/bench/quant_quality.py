@@ -4,9 +4,10 @@
     python tests/bench/quant_quality.py TEXT_FILE... --imatrix IMATRIX.gguf
 
 For every type: perplexity and mean KL divergence to F32 on TEXT_FILEs (text that the model was not
-trained on), how much greedy text stays the same, and tokens per cycle. Then the heads alone, over a
-base in F16, where only acceptance can change. Prints two markdown tables. With an importance matrix
-(`imatrix.py` measures one): one table, of the types that need it and some that gain by it.
+trained on; of its windows of 256 tokens all but the first are scored), how much greedy text stays
+the same, and tokens per cycle. Then the heads alone, over a base in F16, where only acceptance can
+change. Prints two markdown tables. With an importance matrix (`imatrix.py` measures one): one
+table, of the types that need it and some that gain by it.
 """
 
 from __future__ import annotations
@@ -20,17 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from orthrus_converters.cli import main as convert
 
+from orthrus_gguf.bench.perplexity import Text, cut, window_logits
 from orthrus_gguf.decode import decode, drive, prefill
 from orthrus_gguf.drafting.plan import FixedPolicy, Plan, parse
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.tensors import is_diffusion_tensor
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
-from orthrus_gguf.runtime.protocol import Model, ar_segment
+from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
@@ -50,7 +50,6 @@ IMATRIX_TYPES = (
 HEADS_TYPES = ("f16", "q8_0", "q6_k", "q5_k", "q4_k", "q4_0", "iq4_nl", "q3_k", "q2_k")
 WINDOW = 256  # the context that the model was trained with
 N_NEW = 96
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,6 @@ class Score:
     kl: float
     same_text: float
     tokens_per_cycle: float
-
-
-def log_probabilities(model: Model, windows: list[list[int]]) -> list[Array]:
-    """Per window [tokens, vocab]: log-softmax of the AR view."""
-    found = []
-    cache = model.new_cache(WINDOW)
-    for window in windows:  # nothing is committed: the next window takes the place of this one
-        (logits,) = model.logits([ar_segment(cache, window, 0)])
-        values = logits.astype(np.float64)
-        values -= values.max(-1, keepdims=True)
-        found.append(values - np.log(np.exp(values).sum(-1, keepdims=True)))
-    return found
 
 
 def generate(model: Model, prompt: list[int], plan: Plan) -> tuple[list[int], int]:
@@ -99,12 +86,11 @@ class Judge:
         with ModelFile.open(self.file("f32")) as file:
             tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=4096)
             ids = [i for path in texts for i in tokenizer.encode(path.read_text("utf-8"))]
-            starts = range(0, len(ids) - WINDOW + 1, WINDOW)
-            self._windows = [ids[s : s + WINDOW] for s in starts]
+            self._windows = cut(ids, WINDOW)
             model = load_model(file, RuntimeSettings(RuntimeName.REFERENCE, threads=1))
-            self._truth = log_probabilities(model, self._windows)
+            self._truth = list(window_logits(model, self._windows, 0, batch=WINDOW))
             model.close()
-        self.n_tokens = sum(len(window) - 1 for window in self._windows)
+        self.n_tokens = len(self._windows) * (WINDOW - 1)
         self.n_prompts = len(cases)
 
     def file(self, type_name: str, heads_type: str | None = None) -> Path:
@@ -127,13 +113,10 @@ class Judge:
                 for name, info in file.tensors.items()
                 if heads_type is None or is_diffusion_tensor(name)
             )
-            loss = kl = same = 0.0
-            for window, truth, ours in zip(
-                self._windows, self._truth, log_probabilities(model, self._windows), strict=True
-            ):
-                loss -= ours[np.arange(len(window) - 1), window[1:]].sum()
-                kl += (np.exp(truth) * (truth - ours)).sum(-1)[:-1].sum()
-            n_cycles = 0
+            text, same, n_cycles = Text(self._windows, 0), 0.0, 0
+            ours = window_logits(model, self._windows, 0, batch=WINDOW)
+            for logits, truth in zip(ours, self._truth, strict=True):
+                text.add(logits, truth)
             for case in self._cases:
                 output, cycles = generate(model, case["prompt_ids"], parse("two-pass@15"))
                 n_cycles += cycles
@@ -143,8 +126,8 @@ class Judge:
         return Score(
             heads_type or type_name,
             size,
-            float(np.exp(loss / self.n_tokens)),
-            kl / self.n_tokens,
+            text.perplexity.value,
+            text.comparison().mean_kl.value,
             same / len(self._cases),
             (N_NEW - 1) * len(self._cases) / n_cycles,
         )
