@@ -1,7 +1,4 @@
-"""Checkpoints from the Hugging Face Hub, through its own client: cached, resumable, with progress.
-
-The client reads the token from the environment (`HF_TOKEN`) or from `hf auth login`.
-"""
+"""Checkpoints from the Hugging Face Hub, through its own client: cached, with progress."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from pathlib import Path
 from orthrus_converters.checkpoint import INDEX
 from orthrus_converters.json_file import JsonFile
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.hub import explained
 
 #: What a conversion reads besides weights. Nothing else is downloaded: no pickles, no code.
 _SMALL = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
@@ -35,39 +33,14 @@ def download(repo: str, revision: str | None) -> Path:
 
 def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Download what matches, unless it is in the cache. Raises OrthrusError."""
-    # Imported only when needed: it takes a while, and conversions of folders do without.
-    import huggingface_hub
-    from huggingface_hub import errors
-
     where = repo if revision is None else f"{repo} (revision {revision})"
-    try:
+    with explained(
+        where, also="no such folder here, and ", offline="give a folder that holds the checkpoint"
+    ):
+        import huggingface_hub  # only when needed: it takes a while, and folders do without
+
         return Path(
             huggingface_hub.snapshot_download(
                 repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*/*"]
             )
         )
-    except errors.GatedRepoError:
-        advice = "accept its terms on its page and set HF_TOKEN to your access token"
-        raise OrthrusError(f"{where}: access is restricted; {advice}") from None
-    except errors.RevisionNotFoundError:
-        raise OrthrusError(f"{where}: the repository has no such revision; check it") from None
-    except errors.RepositoryNotFoundError:
-        raise OrthrusError(
-            f"{where}: no such folder here, and no such repository on the Hugging Face Hub; check "
-            "the name, and set HF_TOKEN if it is private"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise OrthrusError(
-            f"{where}: no such folder here, and the Hugging Face Hub cannot be reached; go online, "
-            "or give a folder that holds the checkpoint"
-        ) from None
-    except errors.HFValidationError:
-        raise OrthrusError(f"{where}: no such folder, and no valid repository id") from None
-    except Exception as error:  # the client's network libraries raise all sorts
-        if isinstance(error, MemoryError | ImportError):
-            raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise OrthrusError(
-            f"{where}: cannot be downloaded: {reason}; run the same command again, finished parts "
-            "are kept"
-        ) from error

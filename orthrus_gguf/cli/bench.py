@@ -31,12 +31,12 @@ from orthrus_gguf.cli import (
     bench_synthetic,
     options,
 )
+from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, json_text, report, run_command
 from orthrus_gguf.errors import OrthrusError, did_you_mean
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import load_model
 from orthrus_gguf.this_machine import machine
 
@@ -132,7 +132,7 @@ def _bench(path: str, args: argparse.Namespace) -> int:
         batch=args.batch_size,
     )
     with (
-        ModelFile.open(path, args.heads) as file,
+        open_model(path, args, say) as file,
         closing(load_model(file, options.runtime_settings(args))) as model,
     ):
         results = []

@@ -17,6 +17,7 @@ from orthrus_gguf.bench.comparison import plots, prompts, tables
 from orthrus_gguf.bench.comparison.entries import DEFAULT, default, entries, spread
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
+from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, json_text, run_command
@@ -142,7 +143,7 @@ def _run(args: argparse.Namespace) -> int:
     named = None if args.strategies is None else parse_all(args.strategies)
     if args.plots is not None:
         _prepare_folder(args.plots)
-    with ModelFile.open(path, args.heads) as file:
+    with open_model(path, args, say) as file:
         file.prefetch(heads=True)
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from orthrus_gguf.bench.perplexity import Comparison, Difference, Estimate, Text, cut, window_logits
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, json_text, run_command
@@ -85,8 +86,8 @@ def _parser() -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     texts = [*args.texts, *args.file]
-    if args.model_flag is not None and args.model is not None:
-        texts.insert(0, args.model)  # with -m, the first word is a text too
+    if args.model is not None and (args.model_flag or args.hf_repo):
+        texts.insert(0, args.model)  # with -m or -hf, the first word is a text too
         args.model = None
     path = options.model_path(args)
     if not texts:
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.ctx_size < SMALLEST:
         raise OrthrusError(f"-c {args.ctx_size}: a window has at least {SMALLEST} tokens")
     with ExitStack() as resources:
-        file = resources.enter_context(ModelFile.open(path, args.heads))
+        file = resources.enter_context(open_model(path, args, say))
         tokenizer = _tokenizer(file)
         content = "".join(map(_read, texts))
         tokens = tokenizer.encode(content)

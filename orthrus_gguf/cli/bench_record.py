@@ -13,13 +13,13 @@ from orthrus_gguf.bench.comparison.prompts import BUILTIN, Prompt, encode, read_
 from orthrus_gguf.bench.simulation.record import default_sizes, record_text
 from orthrus_gguf.bench.simulation.recording import Origin, Recording, Text
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
 from orthrus_gguf.engine import Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import check_target
-from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import load_model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     path = options.model_path(args)
     texts = read_texts(args.prompts, args.domains)
     check_target(args.output, overwrite=args.overwrite)
-    with ModelFile.open(path, args.heads) as file:
+    with open_model(path, args, say) as file:
         block_size = file.config.block_size
         if not file.config.has_heads or block_size is None:
             raise OrthrusError(

@@ -74,7 +74,7 @@ def foreign(parser: Parser) -> Foreign:
         for flag in FLAGS
         if flag.variable and own.issuperset(flag.names)
     }
-    return Foreign(flags, environment, exclusive=("-m",))
+    return Foreign(flags, environment, exclusive=("-m", "-hf"))
 
 
 def _spellings(values: Sequence[str]) -> Iterator[str]:

@@ -25,7 +25,8 @@ GROUPS: tuple[tuple[Status, str, str], ...] = (
         "",
         """
         -h --help --usage; --version; -v --verbose --log-verbose; --list-devices;
-        -m --model FNAME $LLAMA_ARG_MODEL; -dev --device DEV $LLAMA_ARG_DEVICE;
+        -m --model FNAME $LLAMA_ARG_MODEL; -hf -hfr --hf-repo REPO $LLAMA_ARG_HF_REPO;
+        -dev --device DEV $LLAMA_ARG_DEVICE;
         -t --threads N $LLAMA_ARG_THREADS; -b --batch-size N $LLAMA_ARG_BATCH;
         -ctk --cache-type-k TYPE $LLAMA_ARG_CACHE_TYPE_K;
         -ctv --cache-type-v TYPE $LLAMA_ARG_CACHE_TYPE_V; -c --ctx-size N $LLAMA_ARG_CTX_SIZE;
@@ -145,7 +146,7 @@ GROUPS: tuple[tuple[Status, str, str], ...] = (
         Status.REFUSED,
         "download the file and name it with -m; orthrus-convert takes Hugging Face repositories",
         """
-        -hf -hfr --hf-repo REPO; -hff --hf-file FILE; -hft --hf-token TOKEN; -mu --model-url URL;
+        -hff --hf-file FILE; -hft --hf-token TOKEN; -mu --model-url URL;
         -dr --docker-repo REPO; -cl --cache-list; --gpt-oss-20b-default; --gpt-oss-120b-default;
         --vision-gemma-4b-default; --vision-gemma-12b-default; --embd-gemma-default;
         --fim-qwen-1.5b-default; --fim-qwen-3b-default; --fim-qwen-7b-default; --fim-qwen-7b-spec;

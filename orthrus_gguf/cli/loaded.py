@@ -16,6 +16,7 @@ from tqdm import tqdm
 from orthrus_gguf.auto.calibration import MachineCosts
 from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.registry import optional_names
@@ -91,7 +92,7 @@ class Loaded:
 def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     """Open `path` and load the model as `args` say; `resources` closes everything again."""
     started = time.perf_counter()
-    file = resources.enter_context(ModelFile.open(path, args.heads))
+    file = resources.enter_context(open_model(path, args, say))
     file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
     tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from orthrus_gguf.cli.download import resolve
 from orthrus_gguf.decode import PROMPT_BATCH
 from orthrus_gguf.drafting.plan import FUSED_BLOCKS, NAMES
 from orthrus_gguf.drafting.registry import KINDS, optional_names
@@ -124,7 +125,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("model", nargs="?", metavar="FILE.gguf", help="the model")
     group.add_argument("-m", "--model", dest="model_flag", metavar="FILE.gguf", help="same")
-    group.add_argument("--heads", metavar="HEADS.gguf", help="diffusion heads of a split model")
+    group.add_argument(
+        "-hf",
+        "-hfr",
+        "--hf-repo",
+        metavar="OWNER/NAME[:QUANT]",
+        help="a GGUF file of a Hugging Face repository, downloaded once (default QUANT: Q4_K_M)",
+    )
+    group.add_argument(
+        "--heads",
+        metavar="HEADS.gguf",
+        help="diffusion heads of a split model (default: BASE-heads.gguf beside BASE.gguf)",
+    )
+    group.add_argument(
+        "--no-heads", action="store_true", help="leave out the heads that lie beside the model"
+    )
     group.add_argument(
         "--runtime",
         choices=[name.value for name in RuntimeName],
@@ -232,11 +247,16 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def model_path(args: argparse.Namespace) -> str:
-    """The model file, given bare or with -m. Raises OrthrusError unless exactly one is."""
-    given = [path for path in (args.model, args.model_flag) if path is not None]
+    """The model file, given bare, with -m, or with -hf and then downloaded if need be.
+
+    Raises OrthrusError unless exactly one is given.
+    """
+    given = [path for path in (args.model, args.model_flag, args.hf_repo) if path is not None]
     if len(given) != 1:
-        raise OrthrusError("name one model file: FILE.gguf, or -m FILE.gguf")
-    return str(given[0])
+        raise OrthrusError("name one model file: FILE.gguf, -m FILE.gguf, or -hf OWNER/NAME")
+    if args.heads is not None and args.no_heads:
+        raise OrthrusError("--heads and --no-heads exclude each other; leave one of them out")
+    return str(given[0] if args.hf_repo is None else resolve(args.hf_repo))
 
 
 def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:

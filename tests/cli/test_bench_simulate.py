@@ -108,7 +108,7 @@ def test_record_errors(
     new = str(tmp_path / "new.npz")
     for words, message in (
         ([model, "-o", str(recorded)], "exists already"),
-        ([base, "-o", new], "no diffusion heads"),
+        ([base, "--no-heads", "-o", new], "no diffusion heads"),
         ([model, "-o", new, "--rows", "17"], "a block has 2 to 16 rows here"),
     ):
         assert main(["record", *words]) == 1

@@ -121,9 +121,12 @@ def test_split_files_give_the_same_text(run: Any, model: str, demo_file: DemoFil
     pair = json.loads(run("-m", str(base), "--heads", heads, *flags)[1])
     assert pair["output_ids"] == single["output_ids"]
     assert pair["accepted"] == single["accepted"]
-    alone = json.loads(run(str(base), *flags, "--strategy", "ar")[1])
+    code, out, err = run(str(base), *flags)  # they are found where they lie
+    assert json.loads(out)["accepted"] == single["accepted"]
+    assert f"with the diffusion heads beside it, {base.stem}-heads.gguf (--no-heads" in err
+    alone = json.loads(run(str(base), *flags, "--strategy", "ar", "--no-heads")[1])
     assert alone["output_ids"] == single["output_ids"]
-    code, _, err = run(str(base), *flags)
+    code, _, err = run(str(base), *flags, "--no-heads")
     assert code == 1
     assert "has no diffusion heads; use --strategy ar, or name a heads file with --heads" in err
 
