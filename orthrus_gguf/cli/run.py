@@ -15,11 +15,14 @@ from pathlib import Path
 
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
+from orthrus_gguf.cli.chat_commands import Statistics
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.finished import explain, explanation_json, result_json, statistics_block
 from orthrus_gguf.cli.llama_flags import HelpLlama, foreign
 from orthrus_gguf.cli.loaded import Loaded, load, say
+from orthrus_gguf.cli.piped import piped_text
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
+from orthrus_gguf.engine import Generation, Request
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.chat import Message
 
@@ -31,7 +34,10 @@ DESCRIPTION = """\
 Generate text with a GGUF model: Qwen3, Qwen2 or Llama, faster with Orthrus heads. The text goes to
 stdout, everything else to stderr. Flags are llama.cpp's: --help-llama tells what each does here.
 
-  orthrus-run base.gguf --heads base-heads.gguf -f prompt.txt -n 200 --temp 0"""
+  orthrus-run base.gguf --heads heads.gguf -f prompt.txt -n 200 --temp 0
+  orthrus-run -hf Qwen/Qwen3-1.7B-GGUF:Q8_0       (a model from the Hugging Face Hub)
+  cat notes.txt | orthrus-run model.gguf -p "Sum this up:"
+  orthrus-run model.gguf                          (a chat; /help there tells more)"""
 
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'"}
 
@@ -61,8 +67,16 @@ def _parser() -> Parser:
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     """What to continue, how far, and how to show it."""
     group = parser.add_argument_group("prompt and output")
-    group.add_argument("-p", "--prompt", type=options.words, metavar="TEXT", help="the prompt")
-    group.add_argument("-f", "--file", metavar="FILE", help="read it from FILE (- is stdin)")
+    group.add_argument(
+        "-p",
+        "--prompt",
+        type=options.words,
+        metavar="TEXT",
+        help="the prompt; text that is piped in follows it, after a blank line",
+    )
+    group.add_argument(
+        "-f", "--file", metavar="FILE", help="read it from FILE (- is stdin), and nothing else"
+    )
     group.add_argument(
         "-sys", "--system-prompt", type=options.words, metavar="TEXT", help="system message"
     )
@@ -125,6 +139,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--json", action="store_true", help="print one JSON object, not the text")
     group.add_argument(
+        "--json-stream",
+        action="store_true",
+        help='print {"piece": …, "origin": …} a line as text comes, and what --json prints last',
+    )
+    group.add_argument(
         "--explain", action="store_true", help="tell at the end what --strategy auto decided"
     )
     group.add_argument(
@@ -133,7 +152,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help="colour the text by how it came about (drafted, corrected, plain), and sum it up",
     )
     group.add_argument(
-        "--no-perf", "--no-show-timings", action="store_true", help="no statistics at the end"
+        "--no-perf",
+        "--no-show-timings",
+        action="store_true",
+        help="no statistics at the end (in a chat, --verbose: all of them)",
     )
     group.add_argument(
         "--perf",
@@ -152,7 +174,9 @@ def _run(args: argparse.Namespace) -> int:
             if getattr(args, name) is not None:
                 setattr(args, name, unescape(getattr(args, name)))
         args.stop = [unescape(text) for text in args.stop]
-    if args.json and args.show_drafts:
+    if args.json and args.json_stream:
+        raise OrthrusError("--json and --json-stream: both print to stdout; leave one of them out")
+    if (args.json or args.json_stream) and args.show_drafts:
         raise OrthrusError("--show-drafts: --json prints no text to colour; leave one of them out")
     prompt = _prompt(args)
     if args.system_prompt_file is not None:
@@ -164,12 +188,23 @@ def _run(args: argparse.Namespace) -> int:
         system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
         if prompt is None:
             code = chat_loop(
-                loaded, system, statistics=not args.no_perf, show_drafts=args.show_drafts
+                loaded,
+                system,
+                seed=None if args.seed < 0 else args.seed,
+                statistics=_statistics(args),
+                show_drafts=args.show_drafts,
             )
             if args.explain:
                 say(explain(loaded.plan, loaded.policy))
             return code
         return _answer(loaded, [*system, Message("user", prompt)], args)
+
+
+def _statistics(args: argparse.Namespace) -> Statistics:
+    """What the chat tells of each answer."""
+    if args.no_perf:
+        return Statistics.OFF
+    return Statistics.ALL if args.verbose else Statistics.LINE
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
@@ -178,9 +213,17 @@ def _prompt(args: argparse.Namespace) -> str | None:
         raise OrthrusError("give the prompt with -p or with -f, not with both")
     if args.file is not None:
         return read_text("-f", args.file)
-    if args.prompt is None and (args.json or not sys.stdin.isatty()):
-        raise OrthrusError("no prompt: give -p TEXT, -f FILE, or -f - to read it from stdin")
-    return None if args.prompt is None else str(args.prompt)
+    piped = piped_text()
+    if args.prompt is not None:
+        return f"{args.prompt}\n\n{piped}" if piped else str(args.prompt)
+    if not piped and (args.json or args.json_stream or not _in_terminal()):
+        raise OrthrusError("no prompt: give -p TEXT, -f FILE, or pipe it in")
+    return piped or None
+
+
+def _in_terminal() -> bool:
+    """Whether somebody can chat. Python has no stdin where it is closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def read_text(flag: str, name: str) -> str:
@@ -213,21 +256,8 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
     """One prompt, one answer."""
     request = loaded.request(loaded.render(messages))
     generation = loaded.start(request)
-    if args.json:
-        for _ in generation:
-            pass
-        answer = result_json(loaded.plan, request, generation.result)
-        answer["timings"]["load_ms"] = loaded.seconds * 1e3
-        answer["model"] = {
-            "name": loaded.file.config.name,
-            "files": [str(path) for path in loaded.file.paths],
-            "runtime": loaded.model.description,
-            "n_ctx": loaded.session.n_ctx,
-        }
-        if args.explain:
-            answer["explanation"] = explanation_json(loaded.policy)
-        print_json(answer)
-        return 0
+    if args.json or args.json_stream:
+        return _answer_json(loaded, request, generation, args)
     try:
         write(painted(generation, sys.stdout) if args.show_drafts else generation)
     finally:
@@ -239,6 +269,36 @@ def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -
             say(summary(generation.result, colours=has_colours(sys.stdout, sys.stderr)))
         if args.explain:
             say(explain(loaded.plan, loaded.policy))
+    return 0
+
+
+def _answer_json(
+    loaded: Loaded, request: Request, generation: Generation, args: argparse.Namespace
+) -> int:
+    """One prompt, one answer, for programs. What came before a Ctrl-C is printed all the same."""
+    interrupted = False
+    try:
+        for piece in generation:
+            if args.json_stream:
+                print_json({"piece": piece, "origin": generation.origin.value})
+    except KeyboardInterrupt:
+        generation.cancel()
+        interrupted = True
+    answer = result_json(loaded.plan, request, generation.result)
+    answer["timings"]["load_ms"] = loaded.seconds * 1e3
+    answer["model"] = {
+        "name": loaded.file.config.name,
+        "files": [str(path) for path in loaded.file.paths],
+        "runtime": loaded.model.description,
+        "n_ctx": loaded.session.n_ctx,
+    }
+    if args.explain:
+        answer["explanation"] = explanation_json(loaded.policy)
+    if interrupted:
+        answer["stopped"] = "interrupted"
+    print_json(answer)
+    if interrupted:
+        raise KeyboardInterrupt
     return 0
 
 

@@ -128,7 +128,7 @@ def _run_worker(job: dict[str, Any], limits: Limits) -> str:
         raise _error(f"did not finish within {limits.wall_seconds} s") from None
     except OSError as error:
         raise _error(f"cannot start {sys.executable}: {error.strerror}") from error
-    if done.returncode == -signal.SIGXCPU:
+    if done.returncode == -getattr(signal, "SIGXCPU", 0) != 0:  # Windows has no such signal
         raise _error(f"did not finish within {limits.cpu_seconds} s of processor time")
     if done.returncode != 0:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -260,6 +257,10 @@ BAD = {
     "heads twice": (["MODEL", "--heads", "MODEL", "-p", "x"], "already holds diffusion heads"),
     "no prompt": (["MODEL"], "no prompt"),
     "no prompt for JSON": (["MODEL", "--json"], "no prompt"),
+    "two kinds of JSON": (["MODEL", "-p", "x", "--json", "--json-stream"], "leave one of them"),
+    "heads and none": (["MODEL", "--heads", "x", "--no-heads", "-p", "x"], "exclude each other"),
+    "a repository and a file": (["MODEL", "-hf", "a/b", "-p", "x"], "name one model file"),
+    "no repository": (["-hf", "a", "-p", "x"], "expected OWNER/NAME or OWNER/NAME:QUANT"),
     "two prompts": (["MODEL", "-p", "x", "-f", "TEXT"], "not with both"),
     "empty prompt": (["MODEL", "-p", ""], "prompt is empty"),
     "no prompt file": (["MODEL", "-f", "missing.txt"], "missing.txt"),
@@ -353,55 +354,75 @@ def test_a_reader_that_leaves_is_no_error(model: str) -> None:
     assert b"Exception ignored" not in err
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
-def test_chat_in_a_terminal(model: str) -> None:
-    import pty
-
-    ours, theirs = pty.openpty()
+def test_ctrl_c_keeps_the_json(model: str) -> None:
     process = start_process(
-        model,
-        "--temp",
-        "0",
-        "-n",
-        "40",
-        "--explain",
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
+        *(model, "-p", "import ", "--ignore-eos", "--json-stream"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
-    os.close(theirs)
+    assert process.stdout is not None
+    first = [process.stdout.readline() for _ in range(3)]
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == b"orthrus-run: interrupted"
+    *pieces, last = [json.loads(line) for line in [*first, *rest.splitlines()]]
+    assert last["stopped"] == "interrupted"
+    assert last["finish_reason"] == "cancelled"
+    assert last["text"] == "".join(piece["piece"] for piece in pieces)
+    assert len(last["output_ids"]) >= 3
 
-    unread = ""
 
-    def poll(text: str, seconds: float) -> str | None:
-        nonlocal unread
-        end = time.monotonic() + seconds
-        while text not in unread:
-            if time.monotonic() > end:
-                return None
-            if select.select([ours], [], [], 0.1)[0]:
-                unread += os.read(ours, 4096).decode()
-        seen, _, unread = unread.partition(text)
-        return seen
+def test_json_streams_what_json_says(run: Any, model: str) -> None:
+    flags = ("-p", "import os\\nimport", "-n", "30", "--temp", "0", "--strategy", "two-pass")
+    whole = json.loads(run(model, *flags, "--json")[1])
+    code, out, _ = run(model, *flags, "--json-stream")
+    *pieces, last = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert "".join(piece["piece"] for piece in pieces) == whole["text"] == last["text"]
+    assert {piece["origin"] for piece in pieces} >= {"drafted", "plain"}
+    assert last["output_ids"] == whole["output_ids"]
+    assert "stopped" not in last
+    assert set(last) == set(whole)
 
-    def read_until(text: str) -> str:
-        seen = poll(text, 30)
-        assert seen is not None, f"no {text!r} in {unread!r}"
-        return seen
 
-    assert "continued as it is" in read_until("> ")
-    os.write(ours, b"import os\n")
-    assert "import os\r\nimport os" in read_until("tok/s")
-    read_until("> ")
-    for _ in range(10):  # readline misses a signal that comes just before it waits
-        process.send_signal(signal.SIGINT)
-        if poll("Ctrl-D leaves", 2) is not None:
-            break
-    else:
-        pytest.fail("Ctrl-C at the prompt gives no hint")
-    read_until("> ")
-    os.write(ours, b"\x04")
-    read_until("what was decided")
-    assert process.wait(timeout=20) == 0
-    os.close(ours)
+PIPED = {
+    "alone": ((), b"import os\n", "import os"),
+    "after -p": (("-p", "import re"), b"import os\n\n", "import re\n\nimport os\n"),
+    "nothing": (("-p", "import re"), b"", "import re"),
+    "-f is all": (("-f", "FILE"), b"import os", "import sys"),
+    "-f - too": (("-f", "-"), b"import os\n", "import os"),
+}
+
+
+@pytest.mark.parametrize("name", PIPED)
+def test_text_that_is_piped_in(model: str, run: Any, tmp_path: Path, name: str) -> None:
+    flags, text, expected = PIPED[name]
+    file = tmp_path / "prompt.txt"
+    file.write_text("import sys")
+    argv = [str(file) if flag == "FILE" else flag for flag in flags]
+    process = start_process(
+        *(model, *argv, "-n", "1", "--json"), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    out, _ = process.communicate(text, timeout=20)
+    wanted = run(model, "-p", expected, "--no-escape", "-n", "1", "--json")[1]
+    assert json.loads(out)["prompt_ids"] == json.loads(wanted)["prompt_ids"]
+
+
+def test_piped_text_that_is_none(model: str) -> None:
+    for text, message in ((b"", b"no prompt"), (b"\xff", b"stdin: not UTF-8 text (at byte 0)")):
+        process = start_process(model, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+        _, err = process.communicate(text, timeout=20)
+        assert (process.returncode, err.count(b"\n")) == (1, 1)
+        assert message in err
+
+
+def test_who_waits_for_a_prompt_says_so(model: str) -> None:
+    process = start_process(
+        model, "-p", "x", "-n", "1", stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stderr is not None
+    assert b"reading the prompt from stdin" in process.stderr.readline()
+    process.communicate(b"", timeout=20)
+    assert process.returncode == 0
