@@ -50,6 +50,12 @@ class Measurement:
     def per_second(self) -> float:
         return self.rows / self.median
 
+    @property
+    def average(self) -> tuple[float, float]:
+        """Mean and sample standard deviation of tokens per second, as llama-bench has them."""
+        speeds = [self.rows / seconds for seconds in self.seconds]
+        return statistics.mean(speeds), statistics.stdev(speeds) if len(speeds) > 1 else 0.0
+
 
 @dataclass(frozen=True)
 class BenchmarkSettings:

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before what takes time to import
 import argparse
 import csv
 import io
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -37,13 +38,15 @@ from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, json_text, report, run_command
 from orthrus_gguf.errors import OrthrusError, did_you_mean
 from orthrus_gguf.gguf import keys
-from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.limits import usable_threads
+from orthrus_gguf.runtime.load import RuntimeName, load_model
 from orthrus_gguf.this_machine import machine
 
 EXAMPLES = ("orthrus-bench model.gguf", "orthrus-bench compare model.gguf")
 DESCRIPTION = """\
-Measure prompt speed (pp), generation speed (tg) and the time of passes of several rows, in the AR
-view ("ar 16") and as a diffusion block ("diffusion 16"). Medians over repetitions.
+Measure prompt speed (pp), generation speed (tg), with the columns of llama-bench (t/s: mean and
+standard deviation), and the time of passes of several rows, in the AR view ("ar 16") and as a
+diffusion block ("diffusion 16"): medians over repetitions.
 
   orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json
   orthrus-bench --synthetic qwen3-8b --type Q4_K_M      (a model of random weights, made first)
@@ -140,10 +143,14 @@ def _bench(path: str, args: argparse.Namespace) -> int:
             results.append(measurement)
             if sys.stderr.isatty():
                 say(f"{measurement.test}: {measurement.median * 1e3:.2f} ms")
+        backend = model.description.partition(" ")[0]
         head = {
             "model": file.config.name,
+            "parameters": sum(math.prod(info.shape) for info in file.tensors.values()),
             "file_bytes": sum(info.n_bytes for info in file.tensors.values()),
             "runtime": model.description,
+            "backend": backend,
+            "threads": _threads(backend, args),
             "depth": args.n_depth,
             "repetitions": args.repetitions,
             "peak_memory_bytes": peak_memory(),
@@ -152,6 +159,12 @@ def _bench(path: str, args: argparse.Namespace) -> int:
         }
     print(WRITERS[args.output](head, results), end="")
     return 0
+
+
+def _threads(backend: str, args: argparse.Namespace) -> int | None:
+    """Threads that a CPU runtime took; None for others."""
+    on_cpu = backend in (RuntimeName.CPU.value, RuntimeName.GGML.value)
+    return usable_threads(args.threads, lambda text: None) if on_cpu else None
 
 
 def _records(results: Sequence[Measurement]) -> list[dict[str, Any]]:
@@ -167,6 +180,8 @@ def _records(results: Sequence[Measurement]) -> list[dict[str, Any]]:
                 "ms": m.median * 1e3,
                 "spread": m.spread,
                 "tokens_per_second": m.per_second,
+                "avg_ts": m.average[0],
+                "stddev_ts": m.average[1],
                 "ratio": m.median / first.setdefault(kind, m.median) if is_pass else None,
             }
         )
@@ -183,16 +198,46 @@ def _markdown(head: dict[str, Any], results: Sequence[Measurement]) -> str:
         + ("" if peak is None else f", peak memory {peak / 1e6:.0f} MB"),
         *([f"**{bench_synthetic.LABEL}**"] if head["synthetic"] else []),
         "",
-        "| test | ms | ± | tokens/s | × fewest rows |",
-        "|---|--:|--:|--:|--:|",
     ]
-    for r in _records(results):
-        ratio = "" if r["ratio"] is None else f"{r['ratio']:.2f}"
-        lines.append(
-            f"| {r['test']} | {r['ms']:.2f} | {100 * r['spread']:.0f} % |"
-            f" {r['tokens_per_second']:.1f} | {ratio} |"
-        )
+    speeds = [m for m in results if " " not in m.test]
+    passes = [record for record in _records(results) if record["ratio"] is not None]
+    if speeds:
+        lines += [*_llama_bench(head, speeds), *([""] if passes else [])]
+    if passes:
+        lines += ["| pass of rows | ms | ± | tokens/s | × fewest rows |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {r['test']} | {r['ms']:.2f} | {100 * r['spread']:.0f} % |"
+        f" {r['tokens_per_second']:.1f} | {r['ratio']:.2f} |"
+        for r in passes
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _llama_bench(head: dict[str, Any], results: Sequence[Measurement]) -> list[str]:
+    """The columns of llama-bench's table, for laying one beside the other."""
+    depth = f" @ d{head['depth']}" if head["depth"] else ""
+    model = (
+        f"{head['model']} | {_size(head['file_bytes'])} | {_count(head['parameters'])} |"
+        f" {head['backend']} | {'' if head['threads'] is None else head['threads']}"
+    )
+    return [
+        "| model | size | params | backend | threads | test | t/s |",
+        "|---|--:|--:|---|--:|--:|--:|",
+        *(
+            f"| {model} | {m.test}{depth} | {m.average[0]:.2f} ± {m.average[1]:.2f} |"
+            for m in results
+        ),
+    ]
+
+
+def _size(n_bytes: int) -> str:
+    gib = n_bytes / 2**30
+    return f"{gib:.2f} GiB" if gib >= 1 else f"{n_bytes / 2**20:.2f} MiB"
+
+
+def _count(parameters: int) -> str:
+    billions = parameters >= 1e9
+    return f"{parameters / (1e9 if billions else 1e6):.2f} {'B' if billions else 'M'}"
 
 
 def _json(head: dict[str, Any], results: Sequence[Measurement]) -> str:

@@ -33,7 +33,7 @@ Keys = gguf.Keys.Tokenizer
 class Limits:
     """What rendering may cost: seconds of processor time and of waiting, bytes, characters.
 
-    macOS does not enforce limits on memory; there only time and output are bounded.
+    macOS and Windows do not enforce limits on memory; there only time and output are bounded.
     """
 
     cpu_seconds: int = 5

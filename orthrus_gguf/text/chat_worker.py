@@ -7,11 +7,15 @@ nothing of this package, and Jinja only after it knows where to look for it.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn
+
+try:
+    import resource
+except ImportError:  # Windows limits neither memory nor files; the parent limits time
+    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -65,22 +69,23 @@ def make_environment() -> Environment:
 def restrict(limits: dict[str, int]) -> None:
     """Have the kernel bound the rest of this process, which takes effect inside C code too."""
     seconds, memory = limits["cpu_seconds"], limits["memory"]
-    lower(resource.RLIMIT_CORE, 0, 0)
-    lower(resource.RLIMIT_CPU, seconds, seconds + 1)  # SIGXCPU first, which tells the parent
-    lower(resource.RLIMIT_AS, memory, memory)
+    lower("RLIMIT_CORE", 0, 0)
+    lower("RLIMIT_CPU", seconds, seconds + 1)  # SIGXCPU first, which tells the parent
+    lower("RLIMIT_AS", memory, memory)
 
 
 def close_doors() -> None:
     """Let nothing more be opened: should the sandbox have a hole, there are no files, sockets or
     programs behind it."""
     datetime.now().astimezone()  # reads the time zone while it can
-    lower(resource.RLIMIT_NOFILE, 0, 0)
+    lower("RLIMIT_NOFILE", 0, 0)
 
 
-def lower(kind: int, soft: int, hard: int) -> None:
+def lower(name: str, soft: int, hard: int) -> None:
     """Set a limit, unless a tighter one holds already or (RLIMIT_AS on macOS) none can be had."""
-    with suppress(OSError, ValueError):
-        resource.setrlimit(kind, (soft, hard))
+    if resource is not None:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(getattr(resource, name), (soft, hard))
 
 
 def render(
