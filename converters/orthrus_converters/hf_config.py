@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orthrus_converters.hf_rope import read_rope
+from orthrus_converters.hf_rope import read_rope, unread_settings
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3, Architecture
 from orthrus_gguf.model.config import (
@@ -100,6 +100,7 @@ _READ = {
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
+    "original_max_position_embeddings",
     "rms_norm_eps",
     "rope_parameters",
     "rope_scaling",
@@ -190,7 +191,7 @@ def _rope(config: JsonFile, family: _Family, head_dim: int) -> Rope:
 
 def unknown_fields(config: JsonFile) -> list[str]:
     """The fields that read_config() neither uses, nor checks, nor knows to be without effect."""
-    return sorted(set(config.values) - _READ - _DEAD - set(_ONLY))
+    return sorted(set(config.values) - _READ - _DEAD - set(_ONLY)) + unread_settings(config)
 
 
 def _family(config: JsonFile) -> _Family:

@@ -117,8 +117,7 @@ def add_model(writer: gguf.GGUFWriter, config: ModelConfig, file_type: FileType)
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
-    """The base, and the scaling, whose finer settings are left out at their defaults. (Frequency
-    factors are a tensor.)"""
+    """The base, and the scaling. (Frequency factors are a tensor.)"""
     if rope.ext_factor:
         _add_yarn(writer, rope)
     elif rope.factor != 1.0:
@@ -128,18 +127,12 @@ def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
 
 
 def _add_yarn(writer: gguf.GGUFWriter, rope: Rope) -> None:
-    plain = Rope(rope.freq_base)
+    """The magnitude stands under the key that llama.cpp reads for these architectures."""
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope.factor)
     writer.add_rope_scaling_orig_ctx_len(rope.original_context)
-    if rope.ext_factor != 1.0:
-        writer.add_rope_scaling_yarn_ext_factor(rope.ext_factor)
-    if rope.attn_factor != plain.attn_factor:
-        writer.add_rope_scaling_yarn_attn_factor(rope.attn_factor)
-    if rope.beta_fast != plain.beta_fast:
-        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
-    if rope.beta_slow != plain.beta_slow:
-        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+    if rope.attn_factor != 1.0:
+        writer.add_rope_scaling_attn_factors(rope.attn_factor)
 
 
 def add_heads(writer: gguf.GGUFWriter, config: ModelConfig) -> None:

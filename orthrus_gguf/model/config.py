@@ -42,6 +42,16 @@ NEUTRAL = {
     gguf.Keys.LLM.EXPERT_COUNT: (0,),
 }
 
+#: What llama.cpp's converter writes about YaRN and llama.cpp reads for a few architectures only,
+#: none of them ours. It means Hugging Face's settings, which ggml's are not: `yarn_attn_factor` is
+#: the final magnitude, say, that ggml computes by itself.
+YARN_UNREAD = (
+    gguf.Keys.Rope.SCALING_YARN_EXT_FACTOR,
+    gguf.Keys.Rope.SCALING_YARN_ATTN_FACTOR,
+    gguf.Keys.Rope.SCALING_YARN_BETA_FAST,
+    gguf.Keys.Rope.SCALING_YARN_BETA_SLOW,
+)
+
 #: An older name of `rope.scaling.factor`, for linear scaling only.
 SCALE_LINEAR = "{arch}.rope.scale_linear"
 
@@ -51,11 +61,10 @@ class Rope:
     """Rotary embedding; the architecture says which elements are a pair (`Pairing`).
 
     `factor` divides all frequencies where the context is scaled linearly, some of them with YaRN;
-    without scaling it is 1. The YaRN fields have the meaning and defaults of llama.cpp's `yarn_*`
-    settings, resolved: `ext_factor` is 0 without YaRN and 1 with it (unless the file says
-    otherwise), and `attn_factor` comes before YaRN's own magnitude correction, like
-    `ggml_rope_ext`'s argument. `freq_factors` divide the frequency of each pair, as llama3 scaling
-    has it (`rope_freqs.weight`).
+    without scaling it is 1. `ext_factor` is 0 without YaRN and 1 with it; this, the betas and
+    `attn_factor`, which comes before YaRN's own magnitude correction, are `ggml_rope_ext`'s
+    arguments. `freq_factors` divide the frequency of each pair, as llama3 scaling has it
+    (`rope_freqs.weight`).
     """
 
     freq_base: float
@@ -234,26 +243,19 @@ def _rope(fields: Fields, arch: str, record: Architecture, n_ctx_train: int) -> 
     if scaling != "none" and factor < 1.0:
         raise fields.error(factor_key, f"expected at least 1, found {factor}")
     if scaling != "yarn":
-        if attn_factor != 1.0:
-            raise fields.error(
-                key(rope.SCALING_ATTN_FACTOR), f"{attn_factor} without YaRN is not supported"
-            )
-        return Rope(freq_base, factor=factor if scaling == "linear" else 1.0)
+        factor = factor if scaling == "linear" else 1.0
+        return Rope(freq_base, factor=factor, attn_factor=attn_factor)
     if freq_base <= 1.0:
         raise fields.error(
             key(rope.FREQ_BASE), f"expected a number above 1 with YaRN, found {freq_base}"
         )
-    ext_factor = fields.number(key(rope.SCALING_YARN_EXT_FACTOR), -1.0)
+    original_context = fields.integer(key(rope.SCALING_ORIG_CTX_LEN), 1, MAX_CONTEXT, n_ctx_train)
     return Rope(
         freq_base,
         factor=factor,
-        original_context=fields.integer(
-            key(rope.SCALING_ORIG_CTX_LEN), 1, MAX_CONTEXT, n_ctx_train
-        ),
-        ext_factor=1.0 if ext_factor < 0 else ext_factor,
-        attn_factor=attn_factor * fields.positive(key(rope.SCALING_YARN_ATTN_FACTOR), 1.0),
-        beta_fast=fields.positive(key(rope.SCALING_YARN_BETA_FAST), 32.0),
-        beta_slow=fields.positive(key(rope.SCALING_YARN_BETA_SLOW), 1.0),
+        original_context=original_context,
+        ext_factor=1.0,
+        attn_factor=attn_factor,
     )
 
 

@@ -137,10 +137,6 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("rope_parameters: has Llama 3's scaling", "GGUF files of qwen3 models have no place"),
     ),
     "llama3 without bounds": (llama3(low_freq_factor=...), ("low_freq_factor: is missing",)),
-    "llama3 without original": (
-        llama3(original_max_position_embeddings=...),
-        ("rope_parameters.original_max_position_embeddings: is missing",),
-    ),
     "llama3 of equal bounds": (
         llama3(low_freq_factor=4.0),
         ("high_freq_factor: expected more than low_freq_factor, 4, found 4",),
@@ -154,14 +150,20 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("rope_parameters.mrope_section",),
     ),
     "partial rope": (yarn(partial_rotary_factor=0.5), ("partial_rotary_factor: is not 1",)),
-    "yarn without factor": (yarn(factor=...), ("rope_parameters.factor: is missing",)),
-    "yarn shrinks": (yarn(factor=0.5), ("factor: expected at least 1",)),
-    "yarn without original": (
-        yarn(original_max_position_embeddings=...),
-        ("rope_parameters.original_max_position_embeddings: is missing",),
+    "yarn without factor": (
+        yarn(factor=...),
+        ("rope_parameters.factor: is missing, though rope_type is yarn", 'such as "factor": 4.0'),
     ),
-    "yarn mscale": (yarn(mscale=0.7), ("rope_parameters.mscale",)),
-    "yarn untruncated": (yarn(truncate=False), ("rope_parameters.truncate",)),
+    "yarn shrinks": (yarn(factor=0.5), ("factor: expected at least 1",)),
+    "yarn of a fraction": (
+        yarn(original_max_position_embeddings=64.5),
+        ("rope_parameters.original_max_position_embeddings: expected an integer, found 64.5",),
+    ),
+    "yarn of other bounds": (
+        yarn(beta_fast=16),
+        ("rope_parameters.beta_fast: found 16", "llama.cpp takes 32"),
+    ),
+    "yarn untruncated": (yarn(truncate=False), ("rope_parameters.truncate: found false",)),
     # Weights
     "no weights": (remove("model.safetensors"), ("no weights: expected model.safetensors",)),
     "no heads": (

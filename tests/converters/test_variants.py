@@ -137,6 +137,8 @@ def test_tied_head_that_is_stored_is_dropped(
     assert "output.weight" not in values_of(out / "model.gguf")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+
 ROPES: dict[str, tuple[dict[str, Any], Rope]] = {
     "old": ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
     "both": ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}}, Rope(5e5)),
@@ -158,12 +160,43 @@ ROPES: dict[str, tuple[dict[str, Any], Rope]] = {
                 "rope_theta": 1e6,
                 "factor": 2,
                 "original_max_position_embeddings": 32,
-                "beta_fast": 16.0,
-                "beta_slow": 2,
+                "beta_fast": 32.0,
+                "beta_slow": 1,
                 "truncate": True,
             }
         },
-        Rope(1e6, 2.0, 32, ext_factor=1.0, beta_fast=16.0, beta_slow=2.0),
+        Rope(1e6, 2.0, 32, ext_factor=1.0),
+    ),
+    "original context as a float": (
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 64.0}},
+        Rope(1e6, 4.0, 64, ext_factor=1.0),
+    ),
+    "no original context: the model's": (
+        {"rope_parameters": YARN},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
+    ),
+    "original context outside, which counts": (
+        {
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings": 32,
+        },
+        Rope(1e6, 4.0, 32, ext_factor=1.0),
+    ),
+    "the factor that the contexts tell": (
+        {"rope_parameters": {**YARN, "factor": None, "original_max_position_embeddings": 32}},
+        Rope(1e6, 4.0, 32, ext_factor=1.0),
+    ),
+    "settings that nobody reads": (
+        {"rope_parameters": {**YARN, "attn_factor": 3, "extrapolation_factor": 2, "finetuned": 1}},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
+    ),
+    "one mscale alone": (
+        {"rope_parameters": {**YARN, "mscale": 0.7}},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
+    ),
+    "magnitude at its default": (
+        {"rope_parameters": {**YARN, "attention_factor": 1.1386294}},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
     ),
 }
 
@@ -201,6 +234,22 @@ def test_yarn_attention_factor(
     )
     rope = model_of(folder, convert, out).rope
     assert rope.attn_factor * (1 + 0.1 * math.log(rope.factor)) == pytest.approx(attention_factor)
+
+
+def test_yarn_mscale(tmp_path: Path, convert: Callable[..., Any], out: Path) -> None:
+    """In transformers, a ratio of two magnitudes."""
+    yarn = {**YARN, "mscale": 0.5, "mscale_all_dim": 2.0}
+    folder = write_checkpoint(tmp_path / "m", changed(rope_parameters=yarn))
+    rope = model_of(folder, convert, out).rope
+    expected = (1 + 0.05 * math.log(4)) / (1 + 0.2 * math.log(4))
+    assert rope.attn_factor * (1 + 0.1 * math.log(4)) == pytest.approx(expected)
+
+
+def test_unread_yarn_settings_are_named(tmp_path: Path, convert: Callable[..., Any]) -> None:
+    yarn = {**YARN, "attn_factor": 1.2}
+    run = convert(write_checkpoint(tmp_path / "m", changed(rope_parameters=yarn)))
+    assert run.code == 0
+    assert "ignored unknown fields: rope_parameters.attn_factor" in run.stderr
 
 
 def test_fields_without_effect_are_silent_and_unknown_ones_are_named(
