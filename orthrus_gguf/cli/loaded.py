@@ -95,6 +95,8 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     file = resources.enter_context(ModelFile.open(path, args.heads))
     file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
     tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
+    for note in (*file.notes, *tokenizer.notes):
+        say(note)
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)

@@ -25,16 +25,6 @@ MAX_VOCAB = 1 << 24
 MAX_CONTEXT = 1 << 30
 BLOCK_SIZES = (2, 1024)
 
-#: Special tokens that the runtime may use: each must be inside the vocabulary.
-TOKEN_ID_KEYS = (
-    gguf.Keys.Tokenizer.BOS_ID,
-    gguf.Keys.Tokenizer.EOS_ID,
-    gguf.Keys.Tokenizer.EOT_ID,
-    gguf.Keys.Tokenizer.EOM_ID,
-    gguf.Keys.Tokenizer.PAD_ID,
-    keys.MASK_TOKEN_ID,
-)
-
 #: Keys of features that are not supported, and the values that leave them unused.
 NEUTRAL = {
     gguf.Keys.Attention.SLIDING_WINDOW: (0,),
@@ -160,6 +150,13 @@ class ModelConfig:
         )
 
 
+def ignored_keys(metadata: Mapping[str, Value], path: Path) -> list[str]:
+    """A line about keys of the file that look as if they changed the model, if there are any."""
+    arch = str(metadata.get(gguf.Keys.General.ARCHITECTURE))
+    names = [key for t in YARN_UNREAD if (key := keys.model_key(t, arch)) in metadata]
+    return [f"{path}: ignored, as llama.cpp does: {', '.join(names)}"] if names else []
+
+
 def architecture(fields: Fields) -> tuple[str, Architecture]:
     """The prefix of the file's keys, and what its layers have.
 
@@ -260,7 +257,7 @@ def _rope(fields: Fields, arch: str, record: Architecture, n_ctx_train: int) -> 
 
 
 def _check_vocabulary(fields: Fields, n_vocab: int) -> None:
-    """The tokenizer's arrays (where there is a tokenizer) and ids must fit the embedding."""
+    """The tokenizer's arrays (where there is a tokenizer) must fit the embedding."""
     if not 1 <= n_vocab <= MAX_VOCAB:
         raise OrthrusError(
             f"{fields.path}: expected a vocabulary of 1 to {MAX_VOCAB} tokens, found {n_vocab} "
@@ -294,6 +291,3 @@ def _check_vocabulary(fields: Fields, n_vocab: int) -> None:
             raise fields.error(key, f"expected an array of {word}, found {describe(array)}")
         if array.size != n_vocab:
             raise fields.error(key, f"expected {n_vocab} elements, found {array.size}")
-    for key in TOKEN_ID_KEYS:
-        if key in fields.metadata:
-            fields.integer(key, 0, n_vocab - 1)

@@ -18,7 +18,7 @@ from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import MAX_NUMBER, Fields, describe
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.model.belong import differences
-from orthrus_gguf.model.config import ModelConfig, architecture
+from orthrus_gguf.model.config import ModelConfig, architecture, ignored_keys
 from orthrus_gguf.model.tensors import (
     FLOAT_TYPES,
     OUTPUT,
@@ -40,6 +40,7 @@ class ModelFile:
     metadata: of the base file, with the diffusion keys of the heads file where there is one.
     tensors: of all files, in file order. Offsets are within the tensor's own file: use data().
     paths: the base file and, where there is one, the heads file.
+    notes: lines about what is in the files and has no effect.
     """
 
     def __init__(self, base: GGUFFile, heads: GGUFFile | None) -> None:
@@ -52,6 +53,7 @@ class ModelFile:
             self.config = _pair_config(base, heads)
             metadata |= {key: heads.metadata[key] for key in (keys.BLOCK_SIZE, keys.MASK_TOKEN_ID)}
         self.metadata: Mapping[str, Value] = MappingProxyType(metadata)
+        self.notes = tuple(ignored_keys(base.metadata, base.path))
         self._owner = {name: file for file in self._files for name in file.tensors}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: file.tensors[name] for name, file in self._owner.items()}

@@ -24,7 +24,8 @@ class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`; safe to share between threads.
 
     n_vocab: number of tokens. bos, eos: their ids, if any. add_bos, add_eos: whether prompts begin
-    with bos and end with eos unless told otherwise. eog: every id that ends a generation.
+    with bos and end with eos unless told otherwise. eog: every id that ends a generation. notes:
+    lines about what had to be mended in the file's vocabulary.
     """
 
     def __init__(self, vocabulary: Vocabulary, codec: Codec) -> None:
@@ -34,6 +35,7 @@ class Tokenizer:
         self.add_bos = vocabulary.add_bos
         self.add_eos = vocabulary.add_eos
         self.eog = vocabulary.eog
+        self.notes = vocabulary.notes
         self.space_prefix = codec.space_prefix
         self._vocabulary = vocabulary
         self._codec = codec
