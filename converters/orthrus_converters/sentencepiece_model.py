@@ -12,12 +12,12 @@ from pathlib import Path
 import gguf
 import sentencepiece
 
+from orthrus_converters.chat_templates import read_templates
 from orthrus_converters.json_file import JsonFile, read_bytes
 from orthrus_converters.vocabulary import (
     Token,
     Vocabulary,
     added_tokens,
-    chat_templates,
     fill_gaps,
     prompt_flags,
     special_ids,
@@ -60,6 +60,7 @@ def read_sentencepiece(
     _check_settings(path, data)
     tokens = _tokens(folder, settings, processor, data, n_vocab)
     special = special_ids(settings, config, tokens)
+    templates, notes = read_templates(folder, settings)
     return Vocabulary(
         model="llama",
         pre="default",
@@ -71,7 +72,8 @@ def read_sentencepiece(
             **prompt_flags(settings, {"add_bos_token": "bos" in special}),
             "add_space_prefix": bool(_setting(data, _NORMALIZER, _DUMMY_PREFIX, 1)),
         },
-        templates=chat_templates(folder, settings),
+        templates=templates,
+        notes=notes,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from orthrus_converters.json_file import JsonFile, describe, read_bytes
+from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.errors import OrthrusError
 
 _Type = gguf.TokenType
@@ -38,6 +38,7 @@ class Vocabulary:
     tokens: one per row of the embedding. merges: empty unless BPE.
     special: name from SPECIALS -> id. flags: name such as `add_bos_token` -> value.
     templates: name -> chat template; DEFAULT_TEMPLATE is the one to use unless asked otherwise.
+    notes: lines about what of the checkpoint's files was left out.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Vocabulary:
     special: Mapping[str, int]
     flags: Mapping[str, bool]
     templates: Mapping[str, str]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -201,30 +203,6 @@ def prompt_flags(settings: JsonFile, defaults: Mapping[str, bool]) -> dict[str, 
         if settings.values.get(name) is not None:
             flags[name] = settings.boolean(name, default=False)
     return flags
-
-
-def chat_templates(folder: Path, settings: JsonFile) -> dict[str, str]:
-    """Chat templates by name: from tokenizer_config.json, else from chat_template.jinja."""
-    value = settings.values.get("chat_template")
-    jinja = folder / "chat_template.jinja"
-    if value is None and jinja.exists():
-        try:
-            value = read_bytes(jinja).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise OrthrusError(f"{jinja}: is not UTF-8 ({error}); download it again") from error
-    if isinstance(value, str):
-        return {DEFAULT_TEMPLATE: value}
-    if value is not None and not isinstance(value, list):
-        raise settings.error("chat_template", f"found {describe(value)}", "correct it")
-    templates: dict[str, str] = {}
-    for entry in value or []:
-        name, template = (
-            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        )
-        if not isinstance(name, str) or not isinstance(template, str):
-            raise settings.error("chat_template", f"found {describe(entry)}", "correct it")
-        templates[name] = template
-    return templates
 
 
 def _broken(path: Path, problem: str) -> OrthrusError:

@@ -126,6 +126,8 @@ def test_chat_templates(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> N
     (tiny / "chat_template.jinja").write_text("from jinja ü", encoding="utf-8")
     assert keys(tiny)["chat_template"] == "from jinja ü"
     write_json(tiny / "tokenizer_config.json", {"chat_template": "from config"})
+    assert keys(tiny)["chat_template"] == "from jinja ü"
+    (tiny / "chat_template.jinja").unlink()
     assert keys(tiny)["chat_template"] == "from config"
     several = [{"name": name, "template": f"T {name}"} for name in ("tool use", "default", "rag")]
     write_json(tiny / "tokenizer_config.json", {"chat_template": several})
@@ -133,6 +135,37 @@ def test_chat_templates(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> N
     assert found["chat_template"] == "T default"
     assert found["chat_template.tool_use"] == "T tool use"
     assert found["chat_templates"] == ["rag", "tool_use"]
+
+
+def test_templates_in_several_files(
+    tiny: Path, keys: Callable[[Path], dict[str, Any]], convert: Callable[..., Any]
+) -> None:
+    """A file of its own counts, as in transformers; what it displaces is said, unless it agrees."""
+    named = [{"name": name, "template": f"C {name}"} for name in ("default", "rag", "tools")]
+    write_json(tiny / "tokenizer_config.json", {"chat_template": named})
+    write_json(tiny / "chat_template.json", {"chat_template": "J"})
+    (tiny / "additional_chat_templates").mkdir()
+    (tiny / "additional_chat_templates" / "rag.jinja").write_text("A rag")
+    (tiny / "chat_template.jinja").write_text("A")
+    found = keys(tiny)
+    assert found["chat_template"] == "A"
+    assert found["chat_template.rag"] == "A rag"
+    assert found["chat_template.tools"] == "C tools"
+    run = convert(tiny, "--overwrite")
+    lines = [line for line in run.stderr.splitlines() if "is left out" in line]
+    assert len(lines) == 3
+    assert "tokenizer_config.json: its chat template 'default' is left out" in lines[0]
+    assert "that of chat_template.jinja counts" in lines[0]
+    assert "'rag' is left out: that of rag.jinja counts" in lines[1]
+    assert "chat_template.json: its chat template 'default'" in lines[2]
+    (tiny / "chat_template.jinja").write_text("C default")
+    write_json(tiny / "chat_template.json", {"chat_template": "C default"})
+    assert convert(tiny, "--overwrite").stderr.count("is left out") == 1
+
+
+def test_the_template_of_a_processor(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
+    write_json(tiny / "chat_template.json", {"chat_template": "J"})
+    assert keys(tiny)["chat_template"] == "J"
 
 
 def test_several_eos_tokens(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
