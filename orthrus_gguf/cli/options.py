@@ -80,6 +80,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def add_special_option(group: argparse._ArgumentGroup) -> None:
+    """Whether prompts may speak for the system."""
+    group.add_argument(
+        "--special-in-prompt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="control tokens that a prompt spells out are those tokens; with --no-..., plain text"
+        " that opens and closes no turn (default: on, as in llama.cpp)",
+    )
+
+
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     """How tokens are found. None of these changes the text."""
     group = parser.add_argument_group("decoding (never changes the text)")

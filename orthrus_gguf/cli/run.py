@@ -70,6 +70,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         "--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable"
     )
     group.add_argument("--raw", action="store_true", help="no chat template: continue the prompt")
+    options.add_special_option(group)
     group.add_argument(
         "--think",
         action=argparse.BooleanOptionalAction,
