@@ -6,6 +6,7 @@ import argparse
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from orthrus_gguf.decode import PROMPT_BATCH
@@ -14,7 +15,7 @@ from orthrus_gguf.drafting.registry import KINDS, optional_names
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings
-from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
+from orthrus_gguf.sampling import MAX_SEED, SamplingSettings, out_of_range
 
 #: Key in the file → field of SamplingSettings (which is also the flag's `dest`).
 FILE_DEFAULTS = {
@@ -30,7 +31,7 @@ FILE_DEFAULTS = {
 SAMPLING_FLAGS = (
     ("--temp", "temperature", float, "temperature; 0 is greedy"),
     ("--top-k", "top_k", int, "keep the k likeliest tokens; 0 keeps all"),
-    ("--top-p", "top_p", float, "keep the likeliest tokens up to this mass; 1 keeps all"),
+    ("--top-p", "top_p", float, "keep the likeliest tokens up to this mass; 1 keeps all, 0 one"),
     ("--min-p", "min_p", float, "drop tokens below this share of the likeliest; 0 keeps all"),
     ("--repeat-penalty", "repeat_penalty", float, "penalty of seen tokens; 1 is off"),
     ("--repeat-last-n", "repeat_last_n", int, "window of the penalties; 0 off, -1 all"),
@@ -187,18 +188,37 @@ def sampling_settings(
         seed=secrets.randbits(32) if args.seed < 0 else args.seed,
         banned=tuple(sorted(eog)) if args.ignore_eos else (),
     )
+    flags = {field: flag for flag, field, _, _ in SAMPLING_FLAGS}
     chosen: dict[str, Any] = {}
-    for key, field in FILE_DEFAULTS.items():
-        value = metadata.get(key)
+    for field, flag in flags.items():
+        value = getattr(args, field)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise OrthrusError(f"the file's {key} is {value!r}: expected a number")
-        chosen[field] = type(getattr(base, field))(value)
-    for _, field, _, _ in SAMPLING_FLAGS:
-        if getattr(args, field) is not None:
-            chosen[field] = getattr(args, field)
+        if problem := out_of_range(field, value):
+            raise OrthrusError(f"{flag}: {problem}")
+        chosen[field] = value
+    for key, field in FILE_DEFAULTS.items():
+        value = metadata.get(key)
+        if value is not None and field not in chosen:
+            number = _number(key, flags[field], value)
+            if problem := out_of_range(field, number):
+                raise _of_file(key, flags[field], problem)
+            chosen[field] = type(getattr(base, field))(number)
     return replace(base, **chosen)
+
+
+def _number(key: str, flag: str, value: Value) -> float:
+    """A setting of the file; whether it is a float or not, that is how files differ."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not fine:
+        raise _of_file(key, flag, f"expected a number, found {value!r:.60}")
+    assert isinstance(value, int | float)
+    return value
+
+
+def _of_file(key: str, flag: str, problem: str) -> OrthrusError:
+    """An error about a setting that the file brings."""
+    return OrthrusError(f"the file's {key}: {problem}; set it with {flag}")
 
 
 def positive(text: str) -> int:

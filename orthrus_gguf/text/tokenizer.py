@@ -135,6 +135,11 @@ class Tokenizer:
         """Whether `id` is a control token (or the unknown token) rather than a piece of text."""
         return id in self._vocabulary.special
 
+    def special_id(self, text: str) -> int | None:
+        """The control token that is spelt `text`, if there is one."""
+        id = self._vocabulary.index.get(text)
+        return id if id in self._vocabulary.special else None
+
 
 class StreamDecoder:
     """Decodes ids one by one, releasing text as soon as its UTF-8 sequences are complete.

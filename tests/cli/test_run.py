@@ -21,6 +21,7 @@ from gguf import GGUFReader, GGUFWriter
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.run import main, unescape
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.reader import Value
 
 DemoFile = Callable[..., Path]
 
@@ -194,13 +195,25 @@ def test_the_file_sets_sampling_defaults(run: Any, model: str, tmp_path: Path) -
     assert [chosen[name] for name in defaults] == [0.5, 7, 0.75, 0.05, 1.5, 64]
 
 
-def test_sampling_values_of_the_wrong_kind() -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("temp", "hot", "expected a number, found 'hot'; set it with --temp"),
+        ("top_k", float("nan"), "expected a number, found nan; set it with --top-k"),
+        ("penalty_last_n", -7, "expected -1 or more, found -7; set it with --repeat-last-n"),
+        ("penalty_repeat", 0.0, "expected 1e-06 to 1e+06, found 0.0; set it with --repeat-penalty"),
+    ],
+)
+def test_bad_sampling_values_of_a_file(key: str, value: Value, problem: str) -> None:
+    """Named as what they are; a flag replaces them."""
     parser = argparse.ArgumentParser()
     options.add_sampling_options(parser)
-    with pytest.raises(OrthrusError, match=r"general\.sampling\.temp is 'hot': expected a number"):
-        options.sampling_settings(
-            parser.parse_args([]), {"general.sampling.temp": "hot"}, frozenset()
-        )
+    metadata = {f"general.sampling.{key}": value}
+    with pytest.raises(OrthrusError) as caught:
+        options.sampling_settings(parser.parse_args([]), metadata, frozenset())
+    assert str(caught.value) == f"the file's general.sampling.{key}: {problem}"
+    flag = problem.rpartition(" ")[2]
+    options.sampling_settings(parser.parse_args([flag, "1"]), metadata, frozenset())
 
 
 def test_ignore_eos_bans_end_tokens(run: Any, model: str) -> None:
