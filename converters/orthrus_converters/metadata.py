@@ -47,14 +47,25 @@ def read_card(folder: Path, name: str, n_parameters: int) -> gguf.Metadata:
         ) from error
     for field in dataclasses.fields(card):
         value = getattr(card, field.name)
-        # YAML reads `version: 1.0` or `1977-05-25` as something else than text.
-        if "str]" in str(field.type) and isinstance(value, int | float | datetime.date):
-            setattr(card, field.name, str(value))
+        if "Optional[str]" in str(field.type):
+            setattr(card, field.name, _as_text(value))
+        elif "list[str]" in str(field.type) and isinstance(value, list):
+            texts = [_as_text(item) for item in value if item is not None]
+            setattr(card, field.name, texts or None)
+        elif "list[dict]" in str(field.type) and value is not None:
+            setattr(card, field.name, [item for item in value if item] or None)
     if isinstance(card.license, list):
-        card.license = ",".join(map(str, card.license))
+        card.license = ",".join(_as_text(item) for item in card.license if item is not None)
     card.name = card.name or name or "model"
     card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
     return card
+
+
+def _as_text(value: Any) -> Any:
+    """What YAML reads as something else: `version: 1.0`, `- 2025-01-01`, `- on`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float | datetime.date) else value
 
 
 def _load_card(folder: Path, name: str, n_parameters: int) -> gguf.Metadata:
