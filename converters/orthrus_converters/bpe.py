@@ -15,6 +15,7 @@ from orthrus_converters.vocabulary import (
     place_tokens,
     prompt_flags,
     special_ids,
+    unkept_marks,
 )
 from orthrus_gguf.errors import OrthrusError
 
@@ -43,16 +44,17 @@ def read_bpe(folder: Path, config: JsonFile, settings: JsonFile, n_vocab: int) -
     _check_texts(path, texts)
     _check_merges(path, texts, pairs)
     tokens = place_tokens(path, texts, added_tokens(folder, settings, listed, texts), n_vocab)
-    templates, notes = read_templates(folder, settings)
+    special, notes = special_ids(settings, config, tokens)
+    templates, template_notes = read_templates(folder, settings)
     return Vocabulary(
         model="gpt2",
         pre=pre,
         tokens=tokens,
         merges=[" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs],
-        special=special_ids(settings, config, tokens),
+        special=special,
         flags=prompt_flags(settings, {"add_bos_token": False} | around),
         templates=templates,
-        notes=notes,
+        notes=[*notes, *unkept_marks(settings, listed), *template_notes],
     )
 
 

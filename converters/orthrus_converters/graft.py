@@ -49,7 +49,7 @@ class _Heads:
     """Heads and what is known about the model that they were trained on.
 
     reference: its AR weights, or as many of them as there are. entries: about the heads.
-    is_gguf: they have types that were chosen already.
+    is_gguf: they have types that were chosen already. notes: what was left out.
     """
 
     name: str
@@ -59,6 +59,7 @@ class _Heads:
     entries: Entries
     inputs: Sequence[Path]
     is_gguf: bool
+    notes: Sequence[str] = ()
 
 
 def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix | None) -> Plan:
@@ -85,7 +86,7 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
     jobs = {job.name: job for job in verbatim(base.tensors)} | twins
     file = NewFile(request.output, new_writer(entries), [jobs[name] for name in order])
 
-    notes = [*base.notes, *job_notes]
+    notes = [*base.notes, *found.notes, *job_notes]
     if agreement is None:
         notes.append(f"{found.name}: has no AR weights; only shapes and constants were compared")
     else:
@@ -195,6 +196,7 @@ def _from_folder(source: FolderSource) -> _Heads:
         entries,
         [*inputs_of(folder), *checkpoint.files],
         is_gguf=False,
+        notes=checkpoint.notes,
     )
 
 

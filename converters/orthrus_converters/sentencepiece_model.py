@@ -18,9 +18,11 @@ from orthrus_converters.vocabulary import (
     Token,
     Vocabulary,
     added_tokens,
+    check_distinct,
     fill_gaps,
     prompt_flags,
     special_ids,
+    unkept_marks,
 )
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.vocab.protobuf import fields
@@ -59,8 +61,8 @@ def read_sentencepiece(
         raise OrthrusError(f"{path}: is no SentencePiece model; download it again") from error
     _check_settings(path, data)
     tokens = _tokens(folder, settings, processor, data, n_vocab)
-    special = special_ids(settings, config, tokens)
-    templates, notes = read_templates(folder, settings)
+    special, notes = special_ids(settings, config, tokens)
+    templates, template_notes = read_templates(folder, settings)
     return Vocabulary(
         model="llama",
         pre="default",
@@ -73,7 +75,7 @@ def read_sentencepiece(
             "add_space_prefix": bool(_setting(data, _NORMALIZER, _DUMMY_PREFIX, 1)),
         },
         templates=templates,
-        notes=notes,
+        notes=[*notes, *unkept_marks(settings, []), *template_notes],
     )
 
 
@@ -102,7 +104,9 @@ def _tokens(
             f"{folder / 'tokenizer.model'}: has the token id {max(slots)}, but the model has only "
             f"{n_vocab} (vocab_size in config.json); the tokenizer belongs to another model"
         )
-    return fill_gaps(slots, n_vocab)
+    tokens = fill_gaps(slots, n_vocab)
+    check_distinct(folder / "tokenizer.model", tokens)
+    return tokens
 
 
 def _piece(processor: sentencepiece.SentencePieceProcessor, index: int) -> Token:

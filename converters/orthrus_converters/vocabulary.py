@@ -20,6 +20,13 @@ SPECIALS = ("bos", "eos", "unk", "sep", "pad")
 
 DEFAULT_TEMPLATE = "default"
 
+#: How added tokens may be looked for, and what that does.
+_MARKS = {
+    "lstrip": "drops the blanks before them",
+    "rstrip": "drops the blanks behind them",
+    "single_word": "finds them as whole words only",
+}
+
 
 @dataclass(frozen=True)
 class Token:
@@ -104,6 +111,29 @@ def _added_entries(
         yield _added_entry(folder / "tokenizer.json", _object(folder / "tokenizer.json", entry))
 
 
+def unkept_marks(settings: JsonFile, listed: Sequence[Any]) -> list[str]:
+    """A line for each way in which added tokens are looked for that GGUF files cannot say.
+
+    Arguments as added_tokens().
+    """
+    entries = [*settings.mapping("added_tokens_decoder").values(), *listed]
+    notes = []
+    for mark, effect in _MARKS.items():
+        texts = {
+            str(entry.get("content")): None
+            for entry in entries
+            if isinstance(entry, dict) and entry.get(mark) is True
+        }
+        if texts:
+            first, *others = texts
+            more = f" and {len(others)} more" if others else ""
+            notes.append(
+                f"{settings.path.parent}: {mark} of {first}{more} is left out, there is no place "
+                f"for it in GGUF files: transformers {effect}, readers of the file do not"
+            )
+    return notes
+
+
 def _added_entry(path: Path, entry: Mapping[str, Any]) -> tuple[str, tuple[int, bool]]:
     text = entry.get("content")
     if not isinstance(text, str) or not text:
@@ -159,11 +189,17 @@ def place_tokens(
 
 
 def fill_gaps(slots: Mapping[int, Token], n_vocab: int) -> list[Token]:
-    """Tokens 0 … n_vocab - 1; embedding rows without one get the filler of llama.cpp."""
-    filler = -10000.0  # the score there, read by SentencePiece vocabularies only
-    return [
-        slots.get(index) or Token(f"[PAD{index}]", _Type.UNUSED, filler) for index in range(n_vocab)
-    ]
+    """Tokens 0 … n_vocab - 1; embedding rows without one get the filler of llama.cpp, or one that
+    no other token is called like."""
+    taken = {token.text for token in slots.values()}
+    score = -10000.0  # llama.cpp's, read by SentencePiece vocabularies only
+    tokens = []
+    for index in range(n_vocab):
+        text = f"[PAD{index}]"
+        while index not in slots and text in taken:
+            text += "_"
+        tokens.append(slots.get(index) or Token(text, _Type.UNUSED, score))
+    return tokens
 
 
 def _place(path: Path, slots: dict[int, Token], id_: int, token: Token, n_vocab: int) -> None:
@@ -177,8 +213,13 @@ def _place(path: Path, slots: dict[int, Token], id_: int, token: Token, n_vocab:
     slots[id_] = token
 
 
-def special_ids(settings: JsonFile, config: JsonFile, tokens: Sequence[Token]) -> dict[str, int]:
-    """Ids of the SPECIALS: from tokenizer_config.json by text, else from config.json by number."""
+def special_ids(
+    settings: JsonFile, config: JsonFile, tokens: Sequence[Token]
+) -> tuple[dict[str, int], list[str]]:
+    """Ids of the SPECIALS: from tokenizer_config.json by text, else from config.json by number;
+    and a line for each that is outside the vocabulary, which is left out, as by llama.cpp's
+    converter."""
+    notes: list[str] = []
     ids = {token.text: index for index, token in enumerate(tokens)}
     found: dict[str, int] = {}
     for name in SPECIALS:
@@ -191,9 +232,16 @@ def special_ids(settings: JsonFile, config: JsonFile, tokens: Sequence[Token]) -
         number = config.values.get(key)
         if isinstance(number, list) and number:  # several EOS tokens: the first is the main one
             number = number[0]
-        if number is not None:
-            found[name] = JsonFile(config.path, {key: number}).integer(key, 0, len(tokens) - 1)
-    return found
+        if number is None:
+            continue
+        id_ = JsonFile(config.path, {key: number}).integer(key, -(1 << 63), 1 << 64)
+        if 0 <= id_ < len(tokens):
+            found[name] = id_
+        else:
+            notes.append(
+                f"{config.path}: {key} is {id_}, outside the vocabulary of {len(tokens)}: left out"
+            )
+    return found, notes
 
 
 def prompt_flags(settings: JsonFile, defaults: Mapping[str, bool]) -> dict[str, bool]:
@@ -203,6 +251,14 @@ def prompt_flags(settings: JsonFile, defaults: Mapping[str, bool]) -> dict[str, 
         if settings.values.get(name) is not None:
             flags[name] = settings.boolean(name, default=False)
     return flags
+
+
+def check_distinct(path: Path, tokens: Sequence[Token]) -> None:
+    """Raise OrthrusError if two tokens have one text: readers could not tell them apart."""
+    ids: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if ids.setdefault(token.text, index) != index:
+            raise _broken(path, f"token {token.text!r} has the ids {ids[token.text]}, {index}")
 
 
 def _broken(path: Path, problem: str) -> OrthrusError:

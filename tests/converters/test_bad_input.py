@@ -106,7 +106,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "block of one": (config(block_size=1), ("block_size: expected 2 to",)),
     "no mask": (config(mask_token_id=None), ("mask_token_id: is missing",)),
     "mask outside": (config(mask_token_id=270), ("mask_token_id: expected 0 to 269",)),
-    "bos outside": (config(bos_token_id=270), ("bos_token_id: expected 0 to 269",)),
+    "bos is text": (config(bos_token_id="a"), ('bos_token_id: expected an integer, found "a"',)),
     # RoPE
     "no theta": (config(rope_parameters=None), ("rope_theta: is missing",)),
     "theta beyond float32": (config(rope_parameters={"rope_theta": 1e300}), ("up to 1e+30",)),
@@ -189,6 +189,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "wrong shape": (
         weights(lambda values: values.update({Q: values[Q].T.copy()})),
         (f"weight {Q}: expected shape (128, 64), found (64, 128)",),
+    ),
+    "left empty by ZeRO-3": (
+        weights(lambda values: values.update({Q: np.ones((0,), np.float32)})),
+        (f"weight {Q} is empty: training with DeepSpeed's ZeRO-3", "zero_to_fp32.py"),
     ),
     "wrong head_dim": (config(head_dim=16), ("expected shape (64, 64), found (128, 64)",)),
     "float64": (weights(lambda values: None, "F64"), ("expected F32, F16, BF16, found F64",)),

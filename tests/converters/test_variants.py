@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hf_checkpoint import CONFIG, Weights, random_weights, write_checkpoint, write_json
+from hf_checkpoint import (
+    CONFIG,
+    Weights,
+    random_weights,
+    write_checkpoint,
+    write_json,
+    write_raw_safetensors,
+    write_safetensors,
+)
 
 from orthrus_gguf.model.config import ModelConfig, Rope
 from orthrus_gguf.model.file import ModelFile
@@ -284,6 +293,48 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(
     weights = random_weights(CONFIG)
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(16, np.float32)
     assert convert(write_checkpoint(tmp_path / "m", weights=weights)).code == 0
+
+
+def test_headers_in_any_order_with_empty_tensors(
+    tmp_path: Path, convert: Callable[..., Any], out: Path
+) -> None:
+    """What the safetensors library opens: names in any order, nothing between two tensors."""
+    weights = random_weights(CONFIG)
+    folder = write_checkpoint(tmp_path / "m", weights=weights)
+    assert convert(folder).code == 0
+    expected = (out / "model.gguf").read_bytes()
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entries = dict(reversed(header.items()))
+    starts = sorted({entry["data_offsets"][0] for key, entry in header.items() if key[0] != "_"})
+    for number, place in enumerate([*starts[:3], len(data) - 8 - size]):
+        empty = {"dtype": "F32", "shape": [0, 4], "data_offsets": [place, place]}
+        entries = {f"empty.{number}": empty, **entries, f"empty.{number}.b": empty}
+    write_raw_safetensors(file, entries, data[8 + size :])
+    assert convert(folder, "--overwrite").code == 0
+    assert (out / "model.gguf").read_bytes() == expected
+
+
+def test_a_single_file_beside_shards(
+    tmp_path: Path, convert: Callable[..., Any], out: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "m", n_shards=3)
+    assert convert(folder).code == 0
+    expected = (out / "model.gguf").read_bytes()
+    single = folder / "model.safetensors"
+    for leftover in ({}, {name: np.ones(0, np.float32) for name in random_weights(CONFIG)}):
+        write_safetensors(single, leftover, "BF16")
+        run = convert(folder, "--overwrite")
+        assert run.code == 0
+        assert f"{single}: left out: it lacks " in run.stderr
+        assert (out / "model.gguf").read_bytes() == expected
+    other = {name: -values for name, values in random_weights(CONFIG).items()}
+    write_safetensors(single, other, "BF16")
+    run = convert(folder, "--overwrite")
+    assert "read model.safetensors, as transformers does, and not the shards" in run.stderr
+    check_values(values_of(out / "model.gguf"), other)
 
 
 def test_tensors_larger_than_a_chunk(

@@ -80,6 +80,56 @@ def test_spaces_inside_merges_are_encoded(
     assert keys(tiny)["merges"][3:] == ["Ġ a", "a Ġb"]
 
 
+def test_normalizers_that_come_to_nfc(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
+    expected = keys(tiny)
+    value = {**tokenizer(), "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}
+    for entry in value["added_tokens"]:
+        entry["normalized"] = True  # no matter: their texts are in NFC
+    write_json(tiny / "tokenizer.json", value)
+    assert keys(tiny) == expected
+
+
+def test_marks_of_added_tokens_are_noted(tiny: Path, convert: Callable[..., Any]) -> None:
+    """GGUF files have no place for them."""
+    value = tokenizer()
+    value["added_tokens"][0]["rstrip"] = True
+    value["added_tokens"][1]["single_word"] = True
+    write_json(tiny / "tokenizer.json", value)
+    decoder = {"261": {"content": "<|mask|>", "rstrip": True, "special": True}}
+    settings = {"eos_token": "<|end|>", "added_tokens_decoder": decoder}
+    write_json(tiny / "tokenizer_config.json", settings)
+    run = convert(tiny)
+    assert run.code == 0
+    assert "rstrip of <|mask|> and 1 more is left out" in run.stderr
+    assert "single_word of <think> is left out" in run.stderr
+    assert "lstrip" not in run.stderr
+
+
+def test_fillers_that_are_taken(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
+    """A checkpoint that calls a token as llama.cpp calls the rows without one."""
+    value = tokenizer()
+    value["added_tokens"][1]["content"] = "[PAD265]"
+    value["added_tokens"][2]["content"] = "[PAD265]_"
+    write_json(tiny / "tokenizer.json", value)
+    tokens = keys(tiny)["tokens"]
+    assert tokens[260:266] == [
+        *("[PAD265]", "[PAD265]_", "[PAD262]", "[PAD263]", "[PAD264]", "[PAD265]__")
+    ]
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_ids_outside_the_vocabulary_are_left_out(
+    tiny: Path, keys: Callable[[Path], dict[str, Any]], convert: Callable[..., Any]
+) -> None:
+    for value in (270, -1, 2**32 - 1):
+        write_json(tiny / "config.json", {**CONFIG, "bos_token_id": value, "pad_token_id": 0})
+        found = keys(tiny)
+        assert "bos_token_id" not in found
+        assert found["padding_token_id"] == 0
+        run = convert(tiny, "--overwrite")
+        assert f"bos_token_id is {value}, outside the vocabulary of 270: left out" in run.stderr
+
+
 def test_post_processors_that_add_nothing(
     tiny: Path, keys: Callable[[Path], dict[str, Any]]
 ) -> None:
