@@ -66,6 +66,7 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
     """Check that both belong together; plan the file. Raises OrthrusError."""
     check_outputs(request, [base_path])
     base = _open_base(base_path)
+    check_outputs(request, base.paths)
     assert base.config is not None
     source = resolve(heads, request.revision)
     found = (
@@ -161,7 +162,8 @@ def _from_file(base: GGUFSource, path: Path) -> _Heads:
             name: tensor for name, tensor in source.tensors.items() if not is_diffusion_tensor(name)
         }
     twins = {name: t for name, t in source.tensors.items() if is_diffusion_tensor(name)}
-    return _Heads(str(path), config, twins, reference, source.entries, [path], is_gguf=True)
+    inputs = source.paths
+    return _Heads(str(path), config, twins, reference, source.entries, inputs, is_gguf=True)
 
 
 def _from_folder(source: FolderSource) -> _Heads:

@@ -89,7 +89,8 @@ class TensorInfo:
 class GGUFFile:
     """An open GGUF file (version 2 or 3, little-endian). Use as a context manager, or close it.
 
-    types: of the metadata's values; of an array, also that of its items.
+    types: of the metadata's values; of an array, also that of its items. paths: of all files, were
+    it split into several (see `parts.py`); `path` is the first.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class GGUFFile:
         tensors: Mapping[str, TensorInfo],
     ) -> None:
         self.path = path
+        self.paths: tuple[Path, ...] = (path,)
         self.n_bytes = len(buffer)  # of the whole file
         self.version = version
         self.alignment = alignment
@@ -133,6 +135,11 @@ class GGUFFile:
             MappingProxyType(types),
             MappingProxyType(tensors),
         )
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds tensor `name`, in which its offset counts. Raises KeyError."""
+        self.tensors[name]
+        return self.path
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of tensor `name`, shape (n_bytes,): a read-only view of the mapped file.
