@@ -54,6 +54,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
+#: What to do about some of them.
+_ADVICE = {
+    "quantization_config": "the weights are quantized already: convert the original checkpoint, "
+    "and choose a --type",
+}
+
+
 @dataclass(frozen=True)
 class _Family:
     """What a `model_type` computes.
@@ -218,7 +225,7 @@ def _check_arithmetic(config: JsonFile, family: _Family) -> None:
             raise config.error(
                 key,
                 f"expected {expected}, found {describe(value)}",
-                f"only the arithmetic of plain {family.architecture.name} models is supported",
+                _ADVICE.get(key, f"only plain {family.architecture.name} models are supported"),
             )
     layers = config.values.get("layer_types")
     if layers is not None and not (

@@ -89,7 +89,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         config(layer_types=["full_attention", "sliding_attention"]),
         ("layer_types", "sliding-window layers are not supported"),
     ),
-    "quantized": (config(quantization_config={"quant_method": "fp8"}), ("quantization_config",)),
+    "quantized": (
+        config(quantization_config={"quant_method": "fp8"}),
+        ("quantization_config: expected nothing", "convert the original checkpoint"),
+    ),
     "experts": (config(num_experts=8), ("num_experts",)),
     "partial rotary": (config(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
     "no hidden size": (config(hidden_size=...), ("config.json: hidden_size: is missing",)),

@@ -66,6 +66,18 @@ def test_single_file(tmp_path: Path) -> None:
         assert model.metadata["tokenizer.ggml.tokens"] == [f"token{i}" for i in range(N_VOCAB)]
 
 
+def test_keys_without_effect_are_noted(tmp_path: Path) -> None:
+    yarn = {"orthrus.rope.scaling.yarn_attn_factor": np.float32(1.25)}
+    path = write_model(tmp_path / "tiny.gguf", metadata=yarn)
+    with ModelFile.open(path) as model:
+        assert model.config.rope.attn_factor == 1.0
+        assert model.notes == (
+            f"{path}: ignored, as llama.cpp does: orthrus.rope.scaling.yarn_attn_factor",
+        )
+    with ModelFile.open(write_model(tmp_path / "plain.gguf")) as model:
+        assert model.notes == ()
+
+
 def test_path_as_string_and_untied(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.gguf", tied=False)
     with ModelFile.open(str(path)) as model:
