@@ -26,6 +26,8 @@ class Request:
     """What to generate: a prompt and every setting that the text depends on, and the policy.
 
     max_tokens: limit on output tokens; negative means until the context is full.
+    stop: texts that end the answer, which is cut before them; one that spells a control token ends
+        it where that token is drawn.
     top: log-probabilities to report per token, of this many likeliest ones; 0: none at all.
     constraint: what may be drawn where (see `sequence.Constraint`).
     """
@@ -62,7 +64,8 @@ def origins(cycle: Cycle) -> list[Origin]:
 class Result:
     """A finished generation.
 
-    output: generated ids, the end-of-text id included when there was one.
+    output: generated ids, the end-of-text id included when there was one (or that of the control
+        token that a stop string spells).
     finish_reason: "stop" (end-of-text id or stop string), "length" (token limit or end of the
         context) or "cancelled".
     logprobs: per output token, where they were asked for.
@@ -162,6 +165,9 @@ class Generation:
         self._during_prompt = during_prompt
         self._decoder = StreamDecoder(session.tokenizer, skip_special=True, continuation=True)
         self._stop = StopStrings(request.stop)
+        # Control tokens have no text in the answer: as stop strings they are looked for by id.
+        named = map(session.tokenizer.special_id, request.stop)
+        self._ends = session.tokenizer.eog | {id for id in named if id is not None}
         self._text: list[str] = []
         self._output: list[int] = []
         self._cycles: list[Cycle] = []
@@ -273,7 +279,7 @@ class Generation:
             self._output.append(item.token)
             if item.logprobs is not None:
                 self._logprobs.append(item.logprobs)
-            if item.token in self.session.tokenizer.eog:
+            if item.token in self._ends:
                 self._finish_reason = "stop"
                 return
             yield from self._show(self._decoder.push(item.token))

@@ -11,7 +11,7 @@ Filters run in llama.cpp's default order: penalties, top-k, top-p, min-p, temper
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,43 @@ from orthrus_gguf.errors import OrthrusError
 
 MAX_SEED = 2**64 - 1
 
+#: Below it, noise outweighs no difference of two logits that single precision can tell apart.
+COLDEST = 1e-10
+#: The strongest penalty: what it does to the largest logits still is a number.
+STRONGEST = 1e6
+
+#: Field of SamplingSettings → what is right for it, in words and as a test.
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("a number", math.isfinite),
+    "top_p": ("a number", math.isfinite),
+    "min_p": ("a number", math.isfinite),
+    "repeat_penalty": (
+        f"{1 / STRONGEST:g} to {STRONGEST:g}",
+        lambda value: 1 / STRONGEST <= value <= STRONGEST,
+    ),
+    "repeat_last_n": ("-1 or more", lambda value: value >= -1),
+    "presence_penalty": (f"-{STRONGEST:g} to {STRONGEST:g}", lambda value: abs(value) <= STRONGEST),
+    "frequency_penalty": (
+        f"-{STRONGEST:g} to {STRONGEST:g}",
+        lambda value: abs(value) <= STRONGEST,
+    ),
+    "seed": ("0 to 2^64 - 1", lambda value: 0 <= value <= MAX_SEED),
+}
+
+
+def out_of_range(field: str, value: float) -> str:
+    """What is wrong with a field's value ("expected …, found …"); empty if nothing is."""
+    words, test = RANGES.get(field, ("", lambda value: True))
+    return "" if test(value) else f"expected {words}, found {value}"
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """Names, meaning and defaults of llama.cpp's sampling flags.
 
-    temperature: <= 0 is greedy. top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off.
+    temperature: <= 0 is greedy. top_k <= 0, top_p >= 1 and min_p <= 0 switch a filter off. What
+    is beyond sense is kept as what it comes to, whatever computes: a temperature next to 0 as 0,
+    top_p <= 0, which leaves the likeliest token alone, as top_k 1, min_p > 1 as 1.
     repeat_last_n: window of the penalties in tokens; 0 switches them off, -1 is the whole context.
     banned: token ids that are never chosen (for `--ignore-eos`).
     """
@@ -44,19 +75,18 @@ class SamplingSettings:
     banned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        in_range = {
-            "temp": np.isfinite(self.temperature),
-            "top-p": self.top_p > 0,
-            "min-p": self.min_p <= 1,
-            "repeat-penalty": 0 < self.repeat_penalty < np.inf,
-            "repeat-last-n": self.repeat_last_n >= -1,
-            "presence-penalty": np.isfinite(self.presence_penalty),
-            "frequency-penalty": np.isfinite(self.frequency_penalty),
-            "seed": 0 <= self.seed <= MAX_SEED,
-        }
-        wrong = [f"--{flag}" for flag, fine in in_range.items() if not fine]
-        if wrong:
-            raise OrthrusError(f"{', '.join(wrong)}: out of range; see --help")
+        for field in RANGES:
+            if problem := out_of_range(field, getattr(self, field)):
+                raise OrthrusError(f"{field}: {problem}; choose another value")
+        plain: dict[str, float] = {}
+        if self.temperature < COLDEST:
+            plain["temperature"] = 0.0
+        if self.top_p <= 0:
+            plain |= {"top_k": 1, "top_p": 1.0}
+        if self.min_p > 1:
+            plain["min_p"] = 1.0
+        for field, value in plain.items():
+            object.__setattr__(self, field, value)
 
     @property
     def greedy(self) -> bool:

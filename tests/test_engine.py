@@ -141,6 +141,13 @@ class TestEveryPlan:
         assert result.text == "cd"
         assert result.output == tuple(ids("c#d."))
 
+    @pytest.mark.parametrize("length", [0, 1, 3, 8])
+    def test_a_control_token_as_a_stop_string(self, plan: str, length: int) -> None:
+        result = generate("ab" + "c" * length + "#ddddd", plan, stop=("zz", "<control>")).result
+        assert result.text == "c" * length
+        assert result.output == (*ids("c" * length), CONTROL)
+        assert result.finish_reason == "stop"
+
     def test_the_cache_keeps_what_the_next_prompt_shares(self, plan: str) -> None:
         model = scripted(ids("abcdefghijklmnop."))
         run = session(model)

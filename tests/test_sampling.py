@@ -280,17 +280,63 @@ def test_nothing_is_drawn_from_logits_that_are_not_finite(
     ("field", "value"),
     [
         ("temperature", float("inf")),
-        ("top_p", 0.0),
-        ("min_p", 1.5),
+        ("top_p", float("nan")),
+        ("min_p", float("nan")),
         ("repeat_penalty", 0.0),
+        ("repeat_penalty", 1e-30),
+        ("repeat_penalty", 1e30),
         ("repeat_last_n", -2),
         ("presence_penalty", float("inf")),
+        ("frequency_penalty", -1e39),
         ("seed", 2**64),
     ],
 )
 def test_settings_out_of_range(field: str, value: float) -> None:
-    with pytest.raises(OrthrusError, match="--" + field.replace("_", "-")[:4]):
+    with pytest.raises(OrthrusError, match=f"^{field}: expected .*, found "):
         SamplingSettings(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"top_p": 0.0}, {"top_k": 1, "top_p": 1.0}),
+        ({"top_p": -3.0, "top_k": 5}, {"top_k": 1, "top_p": 1.0}),
+        ({"min_p": 1.5}, {"min_p": 1.0}),
+        ({"temperature": 5e-324}, {"temperature": 0.0}),
+        ({"temperature": -1.0}, {"temperature": 0.0}),
+    ],
+    ids=str,
+)
+def test_what_extremes_come_to(given: dict[str, Any], meant: dict[str, Any]) -> None:
+    """Said here once, for all that computes: none of them divides by nothing or keeps nothing."""
+    assert SamplingSettings(**given) == SamplingSettings(**meant)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"top_p": 0.0},
+        {"top_p": 1e-300},
+        {"min_p": 2.0},
+        {"min_p": 1e-320, "top_p": 0.0},
+        {"temperature": 1e-10},
+        {"temperature": 1e-45},
+        {"repeat_penalty": 1e6, "repeat_last_n": -1},
+        {"repeat_penalty": 1e-6},
+        {"presence_penalty": 1e6, "frequency_penalty": 1e6},
+        {"presence_penalty": -1e6, "frequency_penalty": -1e6},
+        {"temperature": 1e300},
+    ],
+    ids=str,
+)
+def test_extremes_draw_a_token(flags: dict[str, Any]) -> None:
+    """With the largest logits that a model may be thought to have; the weights are never blamed."""
+    logits = np.array([-1e4, 3.0, 1e4, 2.0, 0.0], np.float32)
+    choice = Sampler(SamplingSettings(seed=5, **flags)).draw(logits, [2, 0, 2], detail=True)
+    assert choice is not None
+    assert 0 <= choice.probability <= 1
+    if not any("penalty" in name for name in flags) and flags.get("temperature", 0) < 1:
+        assert choice.token == 2
 
 
 # --- the mask and the log-probabilities ---

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from orthrus_converters.bpe_pipeline import added_around, pre_tokenizer_name
+from orthrus_converters.chat_templates import read_templates
 from orthrus_converters.json_file import JsonFile, describe, read_bytes
 from orthrus_converters.vocabulary import (
     Vocabulary,
     added_tokens,
-    chat_templates,
     place_tokens,
     prompt_flags,
     special_ids,
+    unkept_marks,
 )
 from orthrus_gguf.errors import OrthrusError
 
@@ -43,14 +44,17 @@ def read_bpe(folder: Path, config: JsonFile, settings: JsonFile, n_vocab: int) -
     _check_texts(path, texts)
     _check_merges(path, texts, pairs)
     tokens = place_tokens(path, texts, added_tokens(folder, settings, listed, texts), n_vocab)
+    special, notes = special_ids(settings, config, tokens)
+    templates, template_notes = read_templates(folder, settings)
     return Vocabulary(
         model="gpt2",
         pre=pre,
         tokens=tokens,
         merges=[" ".join(part.replace(" ", "Ġ") for part in pair) for pair in pairs],
-        special=special_ids(settings, config, tokens),
+        special=special,
         flags=prompt_flags(settings, {"add_bos_token": False} | around),
-        templates=chat_templates(folder, settings),
+        templates=templates,
+        notes=[*notes, *unkept_marks(settings, listed), *template_notes],
     )
 
 

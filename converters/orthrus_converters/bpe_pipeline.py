@@ -8,10 +8,14 @@ though llama.cpp may have another one for them that means the same.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
+from unicodedata import is_normalized
 
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.text.vocab.pre_tokenizers import GPT2, PRE_TOKENIZERS
+
+_is_nfc = partial(is_normalized, "NFC")
 
 _ADVICE = "no name in GGUF files stands for such a tokenizer"
 
@@ -42,11 +46,7 @@ def pre_tokenizer_name(tokenizer: JsonFile) -> str:
     for key, allowed in _MODEL_SETTINGS.items():
         if model.get(key) not in allowed:
             raise tokenizer.error(f"model.{key}", f"found {describe(model[key])}", _ADVICE)
-    normalizer = tokenizer.mapping("normalizer")
-    kind = normalizer.get("type", "none")
-    if kind not in ("none", "NFC") and normalizer != {"type": "Sequence", "normalizers": []}:
-        raise tokenizer.error("normalizer", f"found {describe(kind)}", _ADVICE)
-    wanted = (_patterns(tokenizer), kind == "NFC", model.get("ignore_merges") is True)
+    wanted = (_patterns(tokenizer), _uses_nfc(tokenizer), model.get("ignore_merges") is True)
     for name, pre in PRE_TOKENIZERS.items():
         if wanted == (pre.patterns, pre.nfc, pre.ignore_merges):
             return name
@@ -57,6 +57,29 @@ def pre_tokenizer_name(tokenizer: JsonFile) -> str:
         f"{'ignoring' if wanted[2] else 'minding'} merges",
         _ADVICE,
     )
+
+
+def _uses_nfc(tokenizer: JsonFile) -> bool:
+    """Whether text is brought into NFC before it is cut. Raises OrthrusError if more is done."""
+    normalizer = tokenizer.mapping("normalizer")
+    stages = normalizer.get("normalizers") if normalizer.get("type") == "Sequence" else [normalizer]
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise tokenizer.error("normalizer", f"found {describe(stages)}", _ADVICE)
+    kinds = [stage.get("type") for stage in stages if stage]
+    for kind in kinds:
+        if kind != "NFC":
+            raise tokenizer.error("normalizer", f"found {describe(kind)}", _ADVICE)
+    if kinds:
+        _check_normalized(tokenizer)
+    return bool(kinds)
+
+
+def _check_normalized(tokenizer: JsonFile) -> None:
+    """Raise OrthrusError for added tokens that are looked for as what NFC makes of them."""
+    for entry in tokenizer.array("added_tokens"):
+        text = entry.get("content") if isinstance(entry, dict) else None
+        if isinstance(text, str) and entry.get("normalized") is True and not _is_nfc(text):
+            raise tokenizer.error("added_tokens", f"{describe(text)} is not in NFC", _ADVICE)
 
 
 def _patterns(tokenizer: JsonFile) -> tuple[str, ...]:

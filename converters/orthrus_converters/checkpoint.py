@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orthrus_converters.json_file import JsonFile
@@ -19,11 +19,13 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: by their Hugging Face names. files: what they are read from."""
+    """tensors: by their Hugging Face names. files: what they are read from. notes: lines about
+    files that were left out."""
 
     folder: Path
     tensors: Mapping[str, SourceTensor]
     files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
 
 
 def check_folder(folder: Path) -> None:
@@ -39,14 +41,26 @@ def check_folder(folder: Path) -> None:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read all headers of the checkpoint in `folder`. Raises OrthrusError unless it is complete."""
-    single = folder / SINGLE
-    if single.exists():  # preferred to an index, as transformers does
-        return Checkpoint(folder, read_header(single), (single,))
-    index = folder / INDEX
+    """Read all headers of the checkpoint in `folder`. Raises OrthrusError unless it is complete.
+
+    Of a single file and shards, the single file counts, as in transformers, but for one that lacks
+    what is in the shards: training with ZeRO-3 leaves an empty one, for example.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    tensors = read_header(single) if single.exists() else None
     if not index.exists():
-        raise _no_weights(folder)
-    return _open_shards(folder, _weight_map(index), index)
+        if tensors is None:
+            raise _no_weights(folder)
+        return Checkpoint(folder, tensors, (single,))
+    weight_map = _weight_map(index)
+    if tensors is None:
+        return _open_shards(folder, weight_map, index)
+    lacking = [name for name in weight_map if name not in tensors or not tensors[name].n_elements]
+    if not lacking:
+        note = f"{folder}: read {SINGLE}, as transformers does, and not the shards of {INDEX}"
+        return Checkpoint(folder, tensors, (single,), (note,))
+    note = f"{single}: left out: it lacks {lacking[0]}{_more(lacking)}; read the shards of {INDEX}"
+    return replace(_open_shards(folder, weight_map, index), notes=(note,))
 
 
 def _weight_map(index: Path) -> dict[str, str]:

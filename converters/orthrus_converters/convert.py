@@ -77,7 +77,7 @@ def plan_checkpoint(request: Request, source: FolderSource, imatrix: Imatrix | N
     jobs, notes = plan_jobs(weights, config, choice, imatrix)
     model = _Model(source, config, vocabulary, jobs, choice, file_type, imatrix)
     files = _split_files(model, request.output) if request.split else [_single(model, request)]
-    return Plan(files, notes + _field_notes(config_file))
+    return Plan(files, [*checkpoint.notes, *notes, *_field_notes(config_file), *vocabulary.notes])
 
 
 def _check_heads(checkpoint: Checkpoint, config: JsonFile, request: Request) -> None:

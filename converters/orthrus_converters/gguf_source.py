@@ -13,6 +13,7 @@ import numpy as np
 from orthrus_converters.source_tensor import SourceTensor
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import DEFAULT_ALIGNMENT, GGUFFile, Value
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ADAPTER, ModelFile
@@ -30,10 +31,12 @@ _OF_FILES = (keys.SYNTHETIC, keys.SYNTHETIC_SEED)
 class GGUFSource:
     """A GGUF file that passed all checks of its kind.
 
-    config: None for a file of heads only. notes: what of the file cannot be kept.
+    path: as it was named. paths: of all parts, were it split into several. config: None for a file
+    of heads only. notes: what of the file cannot be kept.
     """
 
     path: Path
+    paths: Sequence[Path]
     entries: Entries
     tensors: Mapping[str, SourceTensor]
     config: ModelConfig | None
@@ -59,7 +62,7 @@ def is_gguf(path: Path) -> bool:
 
 def is_heads_only(path: Path) -> bool:
     """True for a GGUF that says that it is an adapter. Raises OrthrusError if it is damaged."""
-    with GGUFFile.open(path) as file:
+    with open_gguf(path) as file:
         return file.metadata.get(gguf.Keys.General.TYPE) == ADAPTER
 
 
@@ -98,11 +101,14 @@ def number(value: int) -> gguf.GGUFValue:
 
 
 def _source(path: Path, config: ModelConfig | None) -> GGUFSource:
-    with GGUFFile.open(path) as file:
+    with open_gguf(path) as file:
         tensors = {
-            name: SourceTensor(name, info.type.name, info.shape, path, info.offset, info.n_bytes)
+            name: SourceTensor(
+                name, info.type.name, info.shape, file.path_of(name), info.offset, info.n_bytes
+            )
             for name, info in file.tensors.items()
         }
+        paths = file.paths
         entries = _read_entries(file)
         empty = [
             key for key, item in entries.items() if item.type == _Type.ARRAY and not item.value
@@ -110,14 +116,14 @@ def _source(path: Path, config: ModelConfig | None) -> GGUFSource:
         for key in empty:  # GGUFWriter cannot write them
             del entries[key]
     notes = [f"{path}: left out empty arrays: {', '.join(empty)}"] if empty else []
-    return GGUFSource(path, entries, tensors, config, notes)
+    return GGUFSource(path, paths, entries, tensors, config, notes)
 
 
 def _read_entries(file: GGUFFile) -> Entries:
     """The metadata with its types."""
     entries: Entries = {}
     for key, value in file.metadata.items():
-        if key.startswith("split."):  # about a download in parts, which this file is not
+        if key.startswith("split."):  # about a download in one part
             continue
         kind, item = file.types[key]
         entries[key] = gguf.GGUFValue(_plain(value), kind, item)

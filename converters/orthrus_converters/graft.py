@@ -49,7 +49,7 @@ class _Heads:
     """Heads and what is known about the model that they were trained on.
 
     reference: its AR weights, or as many of them as there are. entries: about the heads.
-    is_gguf: they have types that were chosen already.
+    is_gguf: they have types that were chosen already. notes: what was left out.
     """
 
     name: str
@@ -59,12 +59,14 @@ class _Heads:
     entries: Entries
     inputs: Sequence[Path]
     is_gguf: bool
+    notes: Sequence[str] = ()
 
 
 def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix | None) -> Plan:
     """Check that both belong together; plan the file. Raises OrthrusError."""
     check_outputs(request, [base_path])
     base = _open_base(base_path)
+    check_outputs(request, base.paths)
     assert base.config is not None
     source = resolve(heads, request.revision)
     found = (
@@ -85,7 +87,7 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
     jobs = {job.name: job for job in verbatim(base.tensors)} | twins
     file = NewFile(request.output, new_writer(entries), [jobs[name] for name in order])
 
-    notes = [*base.notes, *job_notes]
+    notes = [*base.notes, *found.notes, *job_notes]
     if agreement is None:
         notes.append(f"{found.name}: has no AR weights; only shapes and constants were compared")
     else:
@@ -160,7 +162,8 @@ def _from_file(base: GGUFSource, path: Path) -> _Heads:
             name: tensor for name, tensor in source.tensors.items() if not is_diffusion_tensor(name)
         }
     twins = {name: t for name, t in source.tensors.items() if is_diffusion_tensor(name)}
-    return _Heads(str(path), config, twins, reference, source.entries, [path], is_gguf=True)
+    inputs = source.paths
+    return _Heads(str(path), config, twins, reference, source.entries, inputs, is_gguf=True)
 
 
 def _from_folder(source: FolderSource) -> _Heads:
@@ -195,6 +198,7 @@ def _from_folder(source: FolderSource) -> _Heads:
         entries,
         [*inputs_of(folder), *checkpoint.files],
         is_gguf=False,
+        notes=checkpoint.notes,
     )
 
 

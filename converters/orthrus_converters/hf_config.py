@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orthrus_converters.hf_rope import read_rope
+from orthrus_converters.hf_rope import read_rope, unread_settings
 from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3, Architecture
 from orthrus_gguf.model.config import (
@@ -51,6 +51,13 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
+}
+
+
+#: What to do about some of them.
+_ADVICE = {
+    "quantization_config": "the weights are quantized already: convert the original checkpoint, "
+    "and choose a --type",
 }
 
 
@@ -100,6 +107,7 @@ _READ = {
     "num_attention_heads",
     "num_hidden_layers",
     "num_key_value_heads",
+    "original_max_position_embeddings",
     "rms_norm_eps",
     "rope_parameters",
     "rope_scaling",
@@ -190,7 +198,7 @@ def _rope(config: JsonFile, family: _Family, head_dim: int) -> Rope:
 
 def unknown_fields(config: JsonFile) -> list[str]:
     """The fields that read_config() neither uses, nor checks, nor knows to be without effect."""
-    return sorted(set(config.values) - _READ - _DEAD - set(_ONLY))
+    return sorted(set(config.values) - _READ - _DEAD - set(_ONLY)) + unread_settings(config)
 
 
 def _family(config: JsonFile) -> _Family:
@@ -217,7 +225,7 @@ def _check_arithmetic(config: JsonFile, family: _Family) -> None:
             raise config.error(
                 key,
                 f"expected {expected}, found {describe(value)}",
-                f"only the arithmetic of plain {family.architecture.name} models is supported",
+                _ADVICE.get(key, f"only plain {family.architecture.name} models are supported"),
             )
     layers = config.values.get("layer_types")
     if layers is not None and not (

@@ -10,8 +10,10 @@ from orthrus_converters.json_file import JsonFile
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.hub import explained
 
+_TEMPLATES = "*.jinja"  # the only files of interest in folders of the repository
+
 #: What a conversion reads besides weights. Nothing else is downloaded: no pickles, no code.
-_SMALL = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "README.md")
+_SMALL = ("*.json", _TEMPLATES, "*.txt", "tokenizer.model", "README.md")
 _WEIGHTS = ("*.safetensors",)
 
 
@@ -41,6 +43,9 @@ def _snapshot(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
         return Path(
             huggingface_hub.snapshot_download(
-                repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=["*/*"]
+                repo,
+                revision=revision,
+                allow_patterns=[*patterns],
+                ignore_patterns=[f"*/{pattern}" for pattern in patterns if pattern != _TEMPLATES],
             )
         )

@@ -47,14 +47,25 @@ def read_card(folder: Path, name: str, n_parameters: int) -> gguf.Metadata:
         ) from error
     for field in dataclasses.fields(card):
         value = getattr(card, field.name)
-        # YAML reads `version: 1.0` or `1977-05-25` as something else than text.
-        if "str]" in str(field.type) and isinstance(value, int | float | datetime.date):
-            setattr(card, field.name, str(value))
+        if "Optional[str]" in str(field.type):
+            setattr(card, field.name, _as_text(value))
+        elif "list[str]" in str(field.type) and isinstance(value, list):
+            texts = [_as_text(item) for item in value if item is not None]
+            setattr(card, field.name, texts or None)
+        elif "list[dict]" in str(field.type) and value is not None:
+            setattr(card, field.name, [item for item in value if item] or None)
     if isinstance(card.license, list):
-        card.license = ",".join(map(str, card.license))
+        card.license = ",".join(_as_text(item) for item in card.license if item is not None)
     card.name = card.name or name or "model"
     card.size_label = card.size_label or gguf.size_label(n_parameters, n_parameters, 0, 0)
     return card
+
+
+def _as_text(value: Any) -> Any:
+    """What YAML reads as something else: `version: 1.0`, `- 2025-01-01`, `- on`."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float | datetime.date) else value
 
 
 def _load_card(folder: Path, name: str, n_parameters: int) -> gguf.Metadata:
@@ -117,8 +128,7 @@ def add_model(writer: gguf.GGUFWriter, config: ModelConfig, file_type: FileType)
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
-    """The base, and the scaling, whose finer settings are left out at their defaults. (Frequency
-    factors are a tensor.)"""
+    """The base, and the scaling. (Frequency factors are a tensor.)"""
     if rope.ext_factor:
         _add_yarn(writer, rope)
     elif rope.factor != 1.0:
@@ -128,18 +138,12 @@ def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:
 
 
 def _add_yarn(writer: gguf.GGUFWriter, rope: Rope) -> None:
-    plain = Rope(rope.freq_base)
+    """The magnitude stands under the key that llama.cpp reads for these architectures."""
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
     writer.add_rope_scaling_factor(rope.factor)
     writer.add_rope_scaling_orig_ctx_len(rope.original_context)
-    if rope.ext_factor != 1.0:
-        writer.add_rope_scaling_yarn_ext_factor(rope.ext_factor)
-    if rope.attn_factor != plain.attn_factor:
-        writer.add_rope_scaling_yarn_attn_factor(rope.attn_factor)
-    if rope.beta_fast != plain.beta_fast:
-        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
-    if rope.beta_slow != plain.beta_slow:
-        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+    if rope.attn_factor != 1.0:
+        writer.add_rope_scaling_attn_factors(rope.attn_factor)
 
 
 def add_heads(writer: gguf.GGUFWriter, config: ModelConfig) -> None:

@@ -50,6 +50,7 @@ def plan_gguf(request: Request, path: Path, imatrix: Imatrix | None) -> Plan:
             f"orthrus-convert --base MODEL.gguf --heads {path} OUT.gguf"
         )
     source = open_model(path)
+    check_outputs(request, source.paths)
     config = source.config
     assert config is not None
     if not config.has_heads:
@@ -86,6 +87,7 @@ def plan_merge(request: Request, base_path: Path, heads: Path) -> Plan:
     """Put a base and its heads into one file. Raises OrthrusError unless they fit."""
     check_outputs(request, [base_path, heads])
     base, adapter = open_pair(base_path, heads)
+    check_outputs(request, [*base.paths, *adapter.paths])
     entries = merged_entries(base.entries, adapter.entries)
     tensors = merged_tensors(base.tensors, adapter.tensors)
     return Plan([NewFile(request.output, new_writer(entries), verbatim(tensors))], base.notes)

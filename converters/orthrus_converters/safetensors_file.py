@@ -90,9 +90,11 @@ def _entry_error(path: Path, name: str, entry: Any) -> OrthrusError:
 
 
 def _check_layout(path: Path, tensors: list[SourceTensor], start: int, size: int) -> None:
-    """Raise OrthrusError unless the tensors fill the file, without gaps or overlaps."""
+    """Raise OrthrusError unless the tensors fill the file, without gaps or overlaps.
+
+    In whatever order the header names them; empty ones lie between others."""
     end = start
-    for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
         if tensor.offset != end:
             raise OrthrusError(
                 f"{path}: tensor {tensor.name}: expected at byte {end}, found at {tensor.offset}; "

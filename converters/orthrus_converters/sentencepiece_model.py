@@ -12,15 +12,17 @@ from pathlib import Path
 import gguf
 import sentencepiece
 
+from orthrus_converters.chat_templates import read_templates
 from orthrus_converters.json_file import JsonFile, read_bytes
 from orthrus_converters.vocabulary import (
     Token,
     Vocabulary,
     added_tokens,
-    chat_templates,
+    check_distinct,
     fill_gaps,
     prompt_flags,
     special_ids,
+    unkept_marks,
 )
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.vocab.protobuf import fields
@@ -59,7 +61,8 @@ def read_sentencepiece(
         raise OrthrusError(f"{path}: is no SentencePiece model; download it again") from error
     _check_settings(path, data)
     tokens = _tokens(folder, settings, processor, data, n_vocab)
-    special = special_ids(settings, config, tokens)
+    special, notes = special_ids(settings, config, tokens)
+    templates, template_notes = read_templates(folder, settings)
     return Vocabulary(
         model="llama",
         pre="default",
@@ -71,7 +74,8 @@ def read_sentencepiece(
             **prompt_flags(settings, {"add_bos_token": "bos" in special}),
             "add_space_prefix": bool(_setting(data, _NORMALIZER, _DUMMY_PREFIX, 1)),
         },
-        templates=chat_templates(folder, settings),
+        templates=templates,
+        notes=[*notes, *unkept_marks(settings, []), *template_notes],
     )
 
 
@@ -100,7 +104,9 @@ def _tokens(
             f"{folder / 'tokenizer.model'}: has the token id {max(slots)}, but the model has only "
             f"{n_vocab} (vocab_size in config.json); the tokenizer belongs to another model"
         )
-    return fill_gaps(slots, n_vocab)
+    tokens = fill_gaps(slots, n_vocab)
+    check_distinct(folder / "tokenizer.model", tokens)
+    return tokens
 
 
 def _piece(processor: sentencepiece.SentencePieceProcessor, index: int) -> Token:

@@ -129,7 +129,9 @@ def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -
         name
         for name in checkpoint.tensors
         # Computed from config.json; old versions of transformers stored it.
-        if name not in used and not name.endswith(".rotary_emb.inv_freq")
+        if name not in used
+        and not name.endswith(".rotary_emb.inv_freq")
+        and checkpoint.tensors[name].n_elements
     ]
     if config.tied and {_LM_HEAD, _GLOBAL[TOKEN_EMBD]} <= set(checkpoint.tensors):
         _check_tied(checkpoint.tensors)
@@ -155,6 +157,12 @@ def _check_tied(tensors: Mapping[str, SourceTensor]) -> None:
 
 
 def _check_weight(source: SourceTensor, shape: tuple[int, ...]) -> None:
+    if not source.n_elements:
+        raise OrthrusError(
+            f"{source.path}: weight {source.name} is empty: training with DeepSpeed's ZeRO-3 "
+            "leaves such files where the parts of the weights were not gathered; gather them with "
+            "its zero_to_fp32.py, or save with stage3_gather_16bit_weights_on_model_save"
+        )
     if source.shape != shape:
         raise OrthrusError(
             f"{source.path}: weight {source.name}: expected shape {shape}, found {source.shape}; "

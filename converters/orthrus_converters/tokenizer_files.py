@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orthrus_converters.bpe import is_byte_level, read_bpe
+from orthrus_converters.chat_templates import JINJA, OLD_JSON
 from orthrus_converters.json_file import JsonFile
 from orthrus_converters.sentencepiece_model import read_sentencepiece
 from orthrus_converters.vocabulary import Vocabulary
@@ -18,7 +19,8 @@ FILES = (
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
-    "chat_template.jinja",
+    JINJA,
+    OLD_JSON,
 )
 
 

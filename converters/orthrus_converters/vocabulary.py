@@ -9,7 +9,7 @@ from typing import Any
 
 import gguf
 
-from orthrus_converters.json_file import JsonFile, describe, read_bytes
+from orthrus_converters.json_file import JsonFile, describe
 from orthrus_gguf.errors import OrthrusError
 
 _Type = gguf.TokenType
@@ -19,6 +19,13 @@ _Type = gguf.TokenType
 SPECIALS = ("bos", "eos", "unk", "sep", "pad")
 
 DEFAULT_TEMPLATE = "default"
+
+#: How added tokens may be looked for, and what that does.
+_MARKS = {
+    "lstrip": "drops the blanks before them",
+    "rstrip": "drops the blanks behind them",
+    "single_word": "finds them as whole words only",
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Vocabulary:
     tokens: one per row of the embedding. merges: empty unless BPE.
     special: name from SPECIALS -> id. flags: name such as `add_bos_token` -> value.
     templates: name -> chat template; DEFAULT_TEMPLATE is the one to use unless asked otherwise.
+    notes: lines about what of the checkpoint's files was left out.
     """
 
     model: str
@@ -47,6 +55,7 @@ class Vocabulary:
     special: Mapping[str, int]
     flags: Mapping[str, bool]
     templates: Mapping[str, str]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,29 @@ def _added_entries(
         yield _added_entry(settings.path, {"id": id_, **_object(settings.path, entry)})
     for entry in listed:
         yield _added_entry(folder / "tokenizer.json", _object(folder / "tokenizer.json", entry))
+
+
+def unkept_marks(settings: JsonFile, listed: Sequence[Any]) -> list[str]:
+    """A line for each way in which added tokens are looked for that GGUF files cannot say.
+
+    Arguments as added_tokens().
+    """
+    entries = [*settings.mapping("added_tokens_decoder").values(), *listed]
+    notes = []
+    for mark, effect in _MARKS.items():
+        texts = {
+            str(entry.get("content")): None
+            for entry in entries
+            if isinstance(entry, dict) and entry.get(mark) is True
+        }
+        if texts:
+            first, *others = texts
+            more = f" and {len(others)} more" if others else ""
+            notes.append(
+                f"{settings.path.parent}: {mark} of {first}{more} is left out, there is no place "
+                f"for it in GGUF files: transformers {effect}, readers of the file do not"
+            )
+    return notes
 
 
 def _added_entry(path: Path, entry: Mapping[str, Any]) -> tuple[str, tuple[int, bool]]:
@@ -157,11 +189,17 @@ def place_tokens(
 
 
 def fill_gaps(slots: Mapping[int, Token], n_vocab: int) -> list[Token]:
-    """Tokens 0 … n_vocab - 1; embedding rows without one get the filler of llama.cpp."""
-    filler = -10000.0  # the score there, read by SentencePiece vocabularies only
-    return [
-        slots.get(index) or Token(f"[PAD{index}]", _Type.UNUSED, filler) for index in range(n_vocab)
-    ]
+    """Tokens 0 … n_vocab - 1; embedding rows without one get the filler of llama.cpp, or one that
+    no other token is called like."""
+    taken = {token.text for token in slots.values()}
+    score = -10000.0  # llama.cpp's, read by SentencePiece vocabularies only
+    tokens = []
+    for index in range(n_vocab):
+        text = f"[PAD{index}]"
+        while index not in slots and text in taken:
+            text += "_"
+        tokens.append(slots.get(index) or Token(text, _Type.UNUSED, score))
+    return tokens
 
 
 def _place(path: Path, slots: dict[int, Token], id_: int, token: Token, n_vocab: int) -> None:
@@ -175,8 +213,13 @@ def _place(path: Path, slots: dict[int, Token], id_: int, token: Token, n_vocab:
     slots[id_] = token
 
 
-def special_ids(settings: JsonFile, config: JsonFile, tokens: Sequence[Token]) -> dict[str, int]:
-    """Ids of the SPECIALS: from tokenizer_config.json by text, else from config.json by number."""
+def special_ids(
+    settings: JsonFile, config: JsonFile, tokens: Sequence[Token]
+) -> tuple[dict[str, int], list[str]]:
+    """Ids of the SPECIALS: from tokenizer_config.json by text, else from config.json by number;
+    and a line for each that is outside the vocabulary, which is left out, as by llama.cpp's
+    converter."""
+    notes: list[str] = []
     ids = {token.text: index for index, token in enumerate(tokens)}
     found: dict[str, int] = {}
     for name in SPECIALS:
@@ -189,9 +232,16 @@ def special_ids(settings: JsonFile, config: JsonFile, tokens: Sequence[Token]) -
         number = config.values.get(key)
         if isinstance(number, list) and number:  # several EOS tokens: the first is the main one
             number = number[0]
-        if number is not None:
-            found[name] = JsonFile(config.path, {key: number}).integer(key, 0, len(tokens) - 1)
-    return found
+        if number is None:
+            continue
+        id_ = JsonFile(config.path, {key: number}).integer(key, -(1 << 63), 1 << 64)
+        if 0 <= id_ < len(tokens):
+            found[name] = id_
+        else:
+            notes.append(
+                f"{config.path}: {key} is {id_}, outside the vocabulary of {len(tokens)}: left out"
+            )
+    return found, notes
 
 
 def prompt_flags(settings: JsonFile, defaults: Mapping[str, bool]) -> dict[str, bool]:
@@ -203,28 +253,12 @@ def prompt_flags(settings: JsonFile, defaults: Mapping[str, bool]) -> dict[str, 
     return flags
 
 
-def chat_templates(folder: Path, settings: JsonFile) -> dict[str, str]:
-    """Chat templates by name: from tokenizer_config.json, else from chat_template.jinja."""
-    value = settings.values.get("chat_template")
-    jinja = folder / "chat_template.jinja"
-    if value is None and jinja.exists():
-        try:
-            value = read_bytes(jinja).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise OrthrusError(f"{jinja}: is not UTF-8 ({error}); download it again") from error
-    if isinstance(value, str):
-        return {DEFAULT_TEMPLATE: value}
-    if value is not None and not isinstance(value, list):
-        raise settings.error("chat_template", f"found {describe(value)}", "correct it")
-    templates: dict[str, str] = {}
-    for entry in value or []:
-        name, template = (
-            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (None, None)
-        )
-        if not isinstance(name, str) or not isinstance(template, str):
-            raise settings.error("chat_template", f"found {describe(entry)}", "correct it")
-        templates[name] = template
-    return templates
+def check_distinct(path: Path, tokens: Sequence[Token]) -> None:
+    """Raise OrthrusError if two tokens have one text: readers could not tell them apart."""
+    ids: dict[str, int] = {}
+    for index, token in enumerate(tokens):
+        if ids.setdefault(token.text, index) != index:
+            raise _broken(path, f"token {token.text!r} has the ids {ids[token.text]}, {index}")
 
 
 def _broken(path: Path, problem: str) -> OrthrusError:

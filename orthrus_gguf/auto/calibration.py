@@ -214,13 +214,14 @@ class MachineCosts:
             "version": __version__,
         }
         self._path = _path(folder or cache_folder(), self._key)
-        self._measurements = 0
+        self._measurements, self._looked = 0, False
         self._corrected: RunningCosts | None = None
 
     @property
     def _running(self) -> RunningCosts:
-        if self._corrected is None:
-            self._corrected = RunningCosts(self._recall() or self._measure())
+        if not self.recall():
+            self._corrected = RunningCosts(self._measure())
+        assert self._corrected is not None
         return self._corrected
 
     def prepare(self) -> None:
@@ -231,7 +232,8 @@ class MachineCosts:
 
     def recall(self) -> bool:
         """Whether the costs are known without measuring. The model then has its threads."""
-        if self._corrected is None:
+        if not self._looked:
+            self._looked = True
             curve = self._recall()
             if curve is not None:
                 self._corrected = RunningCosts(curve)

@@ -16,6 +16,7 @@ from orthrus_gguf.cli.chat_input import ChatInput
 from orthrus_gguf.cli.conversation import Conversation
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.sampling import out_of_range
 
 _COMMAND = re.compile(r"/(?P<name>[a-z?]+)(\s+(?P<rest>.*))?", re.DOTALL | re.IGNORECASE)
 
@@ -188,7 +189,10 @@ Setting = tuple[Callable[[State], Any], Callable[[State, str], None]]
 def _sampling(field: str, kind: Callable[[str], Any]) -> Setting:
     def change(state: State, text: str) -> None:
         loaded = state.conversation.loaded
-        sampling = replace(loaded.sampling, **{field: kind(text)})
+        value = kind(text)
+        if problem := out_of_range(field, value):
+            raise ValueError(problem)
+        sampling = replace(loaded.sampling, **{field: value})
         state.conversation.loaded = replace(loaded, sampling=sampling)
 
     return lambda state: getattr(state.conversation.loaded.sampling, field), change

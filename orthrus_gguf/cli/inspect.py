@@ -19,7 +19,7 @@ from tqdm import tqdm
 from orthrus_gguf.cli import options
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.gguf.reader import GGUFFile
+from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.inspection import text
 from orthrus_gguf.inspection.diff import Comparison, diff_metadata, diff_tensors
 from orthrus_gguf.inspection.report import Report, inspect, report_json
@@ -132,7 +132,7 @@ def _check_json(check: TensorCheck) -> dict[str, Any]:
 
 
 def _diff(first: str, second: str, *, as_json: bool) -> int:
-    with GGUFFile.open(first) as one, GGUFFile.open(second) as two:
+    with open_gguf(first) as one, open_gguf(second) as two:
         metadata, tensors = diff_metadata(one, two), diff_tensors(one, two)
     equal = metadata.equal and tensors.equal
     if as_json:

@@ -60,6 +60,7 @@ class Loaded:
     max_tokens: int
     stop: tuple[str, ...]
     thinking: bool | None
+    special_in_prompt: bool
     seconds: float
 
     @property
@@ -69,14 +70,17 @@ class Loaded:
 
     def render(self, messages: list[Message]) -> str:
         """The prompt text of a conversation; without a template, its last message as it is."""
+        guard = None if self.special_in_prompt else self.tokenizer.guard
         if self.template is None:
-            return messages[-1].content
-        return self.template.render(messages, thinking=self.thinking)
+            content = messages[-1].content
+            return content if guard is None else guard(content)
+        return self.template.render(messages, thinking=self.thinking, guard=guard)
 
     def request(self, prompt: str) -> Request:
-        """A request to continue `prompt`, with the settings of the command line."""
+        """A request to continue `prompt`, as render() gives it, with the settings of the command
+        line."""
         return Request(
-            prompt=tuple(self.tokenizer.encode(prompt)),
+            prompt=tuple(self.tokenizer.encode(prompt, guarded=not self.special_in_prompt)),
             sampling=self.sampling,
             policy=self.policy,
             max_tokens=self.max_tokens,
@@ -95,6 +99,8 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     file = resources.enter_context(open_model(path, args, say))
     file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
     tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
+    for note in (*file.notes, *tokenizer.notes):
+        say(note)
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
@@ -124,6 +130,7 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
         max_tokens=args.predict,
         stop=tuple(args.stop),
         thinking=args.think,
+        special_in_prompt=args.special_in_prompt,
         seconds=time.perf_counter() - started,
     )
 

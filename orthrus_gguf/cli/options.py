@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from orthrus_gguf.cli.download import resolve
@@ -17,7 +18,7 @@ from orthrus_gguf.drafting.registry import KINDS, optional_names
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings
-from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
+from orthrus_gguf.sampling import MAX_SEED, SamplingSettings, out_of_range
 from orthrus_gguf.this_machine import machine
 
 #: Key in the file → field of SamplingSettings (which is also the flag's `dest`).
@@ -111,7 +112,7 @@ def switch(text: str) -> bool | None:
 SAMPLING_FLAGS = (
     ("--temp --temperature", "temperature", number, "temperature; 0 is greedy"),
     ("--top-k", "top_k", integer, "keep the k likeliest tokens; 0 keeps all"),
-    ("--top-p", "top_p", number, "keep the likeliest tokens up to this mass; 1 keeps all"),
+    ("--top-p", "top_p", number, "keep the likeliest tokens up to this mass; 1 keeps all, 0 one"),
     ("--min-p", "min_p", number, "drop tokens below this share of the likeliest; 0 keeps all"),
     ("--repeat-penalty", "repeat_penalty", number, "penalty of seen tokens; 1 is off"),
     ("--repeat-last-n", "repeat_last_n", integer, "window of the penalties; 0 off, -1 all"),
@@ -177,6 +178,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
             help=f"cache type of {'keys' if key == 'k' else 'values'}: f32, f16, q8_0, q4_0"
             " (default: f16)",
         )
+
+
+def add_special_option(group: argparse._ArgumentGroup) -> None:
+    """Whether prompts may speak for the system."""
+    group.add_argument(
+        "--special-in-prompt",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="control tokens that a prompt spells out are those tokens; with --no-..., plain text"
+        " that opens and closes no turn (default: on, as in llama.cpp)",
+    )
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
@@ -291,18 +303,37 @@ def sampling_settings(
         seed=secrets.randbits(32) if args.seed < 0 else args.seed,
         banned=tuple(sorted(eog)) if args.ignore_eos else (),
     )
+    flags = {field: names.split()[0] for names, field, _, _ in SAMPLING_FLAGS}
     chosen: dict[str, Any] = {}
-    for key, field in FILE_DEFAULTS.items():
-        value = metadata.get(key)
+    for field, flag in flags.items():
+        value = getattr(args, field)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise OrthrusError(f"the file's {key} is {value!r}: expected a number")
-        chosen[field] = type(getattr(base, field))(value)
-    for _, field, _, _ in SAMPLING_FLAGS:
-        if getattr(args, field) is not None:
-            chosen[field] = getattr(args, field)
+        if problem := out_of_range(field, value):
+            raise OrthrusError(f"{flag}: {problem}")
+        chosen[field] = value
+    for key, field in FILE_DEFAULTS.items():
+        value = metadata.get(key)
+        if value is not None and field not in chosen:
+            number = _number(key, flags[field], value)
+            if problem := out_of_range(field, number):
+                raise _of_file(key, flags[field], problem)
+            chosen[field] = type(getattr(base, field))(number)
     return replace(base, **chosen)
+
+
+def _number(key: str, flag: str, value: Value) -> float:
+    """A setting of the file; whether it is a float or not, that is how files differ."""
+    fine = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not fine:
+        raise _of_file(key, flag, f"expected a number, found {value!r:.60}")
+    assert isinstance(value, int | float)
+    return value
+
+
+def _of_file(key: str, flag: str, problem: str) -> OrthrusError:
+    """An error about a setting that the file brings."""
+    return OrthrusError(f"the file's {key}: {problem}; set it with {flag}")
 
 
 class ListDevices(argparse.Action):

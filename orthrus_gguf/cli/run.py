@@ -117,6 +117,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no chat template: continue the prompt",
     )
+    options.add_special_option(group)
     group.add_argument(
         "--think",
         action=argparse.BooleanOptionalAction,

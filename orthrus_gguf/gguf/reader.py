@@ -47,6 +47,20 @@ _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _I64 = struct.Struct("<q")
 
+#: Types that ggml had once: what they were called, and what to get instead.
+_REMOVED = {
+    4: ("Q4_2", "Q4_0"),
+    5: ("Q4_3", "Q4_1"),
+    31: ("Q4_0_4_4", "Q4_0"),
+    32: ("Q4_0_4_8", "Q4_0"),
+    33: ("Q4_0_8_8", "Q4_0"),
+    36: ("IQ4_NL_4_4", "IQ4_NL"),
+    37: ("IQ4_NL_4_8", "IQ4_NL"),
+    38: ("IQ4_NL_8_8", "IQ4_NL"),
+}
+#: From here on, forks of ggml number types of their own (ik_llama.cpp).
+_FOREIGN = 96
+
 #: Distance in bytes of the reads that bring a mapped file into memory. Linux maps the 64 KiB around
 #: each; where it is less, what was not touched comes when it is used, as it would anyway.
 _PREFETCHED = 1 << 16
@@ -89,7 +103,8 @@ class TensorInfo:
 class GGUFFile:
     """An open GGUF file (version 2 or 3, little-endian). Use as a context manager, or close it.
 
-    types: of the metadata's values; of an array, also that of its items.
+    types: of the metadata's values; of an array, also that of its items. paths: of all files, were
+    it split into several (see `parts.py`); `path` is the first.
     """
 
     def __init__(
@@ -103,6 +118,7 @@ class GGUFFile:
         tensors: Mapping[str, TensorInfo],
     ) -> None:
         self.path = path
+        self.paths: tuple[Path, ...] = (path,)
         self.n_bytes = len(buffer)  # of the whole file
         self.version = version
         self.alignment = alignment
@@ -133,6 +149,11 @@ class GGUFFile:
             MappingProxyType(types),
             MappingProxyType(tensors),
         )
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds tensor `name`, in which its offset counts. Raises KeyError."""
+        self.tensors[name]
+        return self.path
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of tensor `name`, shape (n_bytes,): a read-only view of the mapped file.
@@ -337,10 +358,7 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorInfo:
         kind = gguf.GGMLQuantizationType(number)
         qblock, qblock_bytes = gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
-        raise cursor.error(
-            f"{what} has the unknown type {number}",
-            "update the gguf package, or download the file again if that does not help",
-        ) from None
+        raise cursor.error(*_unknown_type(what, number)) from None
     if shape[-1] % qblock:
         raise cursor.error(f"{what}: rows of {shape[-1]} are no multiple of {kind.name}'s {qblock}")
     n_bytes = n_elements // qblock * qblock_bytes
@@ -348,6 +366,25 @@ def _read_tensor(cursor: Cursor, index: int) -> TensorInfo:
         raise cursor.error(f"{what}: shape {shape} of {kind.name} overflows a 64-bit byte count")
     offset = cursor.integer(_U64, f"offset of {what}")
     return TensorInfo(name, shape, kind, offset, n_bytes)
+
+
+def _unknown_type(what: str, number: int) -> tuple[str, str]:
+    """A problem, and what to do about it."""
+    if number in _REMOVED:
+        name, other = _REMOVED[number]
+        return (
+            f"{what} has the type {name} ({number}), which ggml has given up",
+            f"get the model as {other}",
+        )
+    if number >= _FOREIGN:
+        return (
+            f"{what} has the unknown type {number}, perhaps one of ik_llama.cpp's own",
+            "get the model in a type of llama.cpp, such as Q4_K_M or IQ4_XS",
+        )
+    return (
+        f"{what} has the unknown type {number}",
+        "update the gguf package, or download the file again if that does not help",
+    )
 
 
 def _align(offset: int, alignment: int) -> int:

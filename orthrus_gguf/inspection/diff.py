@@ -107,7 +107,8 @@ def _kind(info: TensorInfo) -> str:
 def _byte_difference(first: GGUFFile, second: GGUFFile, name: str) -> str | None:
     one, two = first.tensors[name], second.tensors[name]
     count, at, done = 0, None, 0
-    for a, b in zip(pieces(first.path, one), pieces(second.path, two), strict=True):
+    streams = pieces(first.path_of(name), one), pieces(second.path_of(name), two)
+    for a, b in zip(*streams, strict=True):
         if not np.array_equal(a, b):
             unequal = np.flatnonzero(a != b)
             count += unequal.size

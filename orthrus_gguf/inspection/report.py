@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.parts import check_whole, open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.inspection.anatomy import anatomy_json
 from orthrus_gguf.inspection.summary import Summary, Tally, summarize
@@ -77,9 +78,11 @@ def inspect(
     """
     with ExitStack() as stack:
         paths = [path] if heads is None else [path, heads]
-        files = tuple(stack.enter_context(GGUFFile.open(one)) for one in paths)
+        files = tuple(stack.enter_context(_open(one)) for one in paths)
         config, problem = _config(*files)
-    tensors = tuple((file.path, info) for file in files for info in file.tensors.values())
+    tensors = tuple(
+        (file.path_of(name), info) for file in files for name, info in file.tensors.items()
+    )
     summary = summarize(info for _, info in tensors)
     per_token = runtime = None
     needs: tuple[MemoryNeed, ...] = ()
@@ -104,9 +107,19 @@ def inspect(
     return Report(files, tensors, summary, config, problem, cache_types, per_token, needs, runtime)
 
 
+def _open(path: str | Path) -> GGUFFile:
+    """A file, with the other parts of its model; of one that lacks them, what there is."""
+    try:
+        return open_gguf(path)
+    except OrthrusError:
+        return GGUFFile.open(path)
+
+
 def _config(base: GGUFFile, heads: GGUFFile | None = None) -> tuple[ModelConfig | None, str | None]:
     """The model's config; for a single file that is no model, None and the reason."""
     try:
+        for file in (base, *([] if heads is None else [heads])):
+            check_whole(file)
         return ModelFile(base, heads).config, None
     except OrthrusError as error:
         if heads is not None:

@@ -96,8 +96,9 @@ def table(title: str, rows: Sequence[Row]) -> str:
 
 
 def _metadata(file: GGUFFile, width: int) -> str:
+    more = f" and {len(file.paths) - 1} more files" if len(file.paths) > 1 else ""
     lines = [
-        f"{visible(str(file.path))}: {size(file.n_bytes)}, GGUF {file.version}, "
+        f"{visible(str(file.path))}{more}: {size(file.n_bytes)}, GGUF {file.version}, "
         f"alignment {file.alignment}, {len(file.metadata)} keys, {len(file.tensors)} tensors"
     ]
     keys = {key: shorten(visible(key), MAX_KEY_WIDTH) for key in file.metadata}

@@ -25,22 +25,22 @@ MAX_VOCAB = 1 << 24
 MAX_CONTEXT = 1 << 30
 BLOCK_SIZES = (2, 1024)
 
-#: Special tokens that the runtime may use: each must be inside the vocabulary.
-TOKEN_ID_KEYS = (
-    gguf.Keys.Tokenizer.BOS_ID,
-    gguf.Keys.Tokenizer.EOS_ID,
-    gguf.Keys.Tokenizer.EOT_ID,
-    gguf.Keys.Tokenizer.EOM_ID,
-    gguf.Keys.Tokenizer.PAD_ID,
-    keys.MASK_TOKEN_ID,
-)
-
 #: Keys of features that are not supported, and the values that leave them unused.
 NEUTRAL = {
     gguf.Keys.Attention.SLIDING_WINDOW: (0,),
     gguf.Keys.Attention.CAUSAL: (True,),
     gguf.Keys.LLM.EXPERT_COUNT: (0,),
 }
+
+#: What llama.cpp's converter writes about YaRN and llama.cpp reads for a few architectures only,
+#: none of them ours. It means Hugging Face's settings, which ggml's are not: `yarn_attn_factor` is
+#: the final magnitude, say, that ggml computes by itself.
+YARN_UNREAD = (
+    gguf.Keys.Rope.SCALING_YARN_EXT_FACTOR,
+    gguf.Keys.Rope.SCALING_YARN_ATTN_FACTOR,
+    gguf.Keys.Rope.SCALING_YARN_BETA_FAST,
+    gguf.Keys.Rope.SCALING_YARN_BETA_SLOW,
+)
 
 #: An older name of `rope.scaling.factor`, for linear scaling only.
 SCALE_LINEAR = "{arch}.rope.scale_linear"
@@ -51,11 +51,10 @@ class Rope:
     """Rotary embedding; the architecture says which elements are a pair (`Pairing`).
 
     `factor` divides all frequencies where the context is scaled linearly, some of them with YaRN;
-    without scaling it is 1. The YaRN fields have the meaning and defaults of llama.cpp's `yarn_*`
-    settings, resolved: `ext_factor` is 0 without YaRN and 1 with it (unless the file says
-    otherwise), and `attn_factor` comes before YaRN's own magnitude correction, like
-    `ggml_rope_ext`'s argument. `freq_factors` divide the frequency of each pair, as llama3 scaling
-    has it (`rope_freqs.weight`).
+    without scaling it is 1. `ext_factor` is 0 without YaRN and 1 with it; this, the betas and
+    `attn_factor`, which comes before YaRN's own magnitude correction, are `ggml_rope_ext`'s
+    arguments. `freq_factors` divide the frequency of each pair, as llama3 scaling has it
+    (`rope_freqs.weight`).
     """
 
     freq_base: float
@@ -151,6 +150,13 @@ class ModelConfig:
         )
 
 
+def ignored_keys(metadata: Mapping[str, Value], path: Path) -> list[str]:
+    """A line about keys of the file that look as if they changed the model, if there are any."""
+    arch = str(metadata.get(gguf.Keys.General.ARCHITECTURE))
+    names = [key for t in YARN_UNREAD if (key := keys.model_key(t, arch)) in metadata]
+    return [f"{path}: ignored, as llama.cpp does: {', '.join(names)}"] if names else []
+
+
 def architecture(fields: Fields) -> tuple[str, Architecture]:
     """The prefix of the file's keys, and what its layers have.
 
@@ -234,31 +240,24 @@ def _rope(fields: Fields, arch: str, record: Architecture, n_ctx_train: int) -> 
     if scaling != "none" and factor < 1.0:
         raise fields.error(factor_key, f"expected at least 1, found {factor}")
     if scaling != "yarn":
-        if attn_factor != 1.0:
-            raise fields.error(
-                key(rope.SCALING_ATTN_FACTOR), f"{attn_factor} without YaRN is not supported"
-            )
-        return Rope(freq_base, factor=factor if scaling == "linear" else 1.0)
+        factor = factor if scaling == "linear" else 1.0
+        return Rope(freq_base, factor=factor, attn_factor=attn_factor)
     if freq_base <= 1.0:
         raise fields.error(
             key(rope.FREQ_BASE), f"expected a number above 1 with YaRN, found {freq_base}"
         )
-    ext_factor = fields.number(key(rope.SCALING_YARN_EXT_FACTOR), -1.0)
+    original_context = fields.integer(key(rope.SCALING_ORIG_CTX_LEN), 1, MAX_CONTEXT, n_ctx_train)
     return Rope(
         freq_base,
         factor=factor,
-        original_context=fields.integer(
-            key(rope.SCALING_ORIG_CTX_LEN), 1, MAX_CONTEXT, n_ctx_train
-        ),
-        ext_factor=1.0 if ext_factor < 0 else ext_factor,
-        attn_factor=attn_factor * fields.positive(key(rope.SCALING_YARN_ATTN_FACTOR), 1.0),
-        beta_fast=fields.positive(key(rope.SCALING_YARN_BETA_FAST), 32.0),
-        beta_slow=fields.positive(key(rope.SCALING_YARN_BETA_SLOW), 1.0),
+        original_context=original_context,
+        ext_factor=1.0,
+        attn_factor=attn_factor,
     )
 
 
 def _check_vocabulary(fields: Fields, n_vocab: int) -> None:
-    """The tokenizer's arrays (where there is a tokenizer) and ids must fit the embedding."""
+    """The tokenizer's arrays (where there is a tokenizer) must fit the embedding."""
     if not 1 <= n_vocab <= MAX_VOCAB:
         raise OrthrusError(
             f"{fields.path}: expected a vocabulary of 1 to {MAX_VOCAB} tokens, found {n_vocab} "
@@ -292,6 +291,3 @@ def _check_vocabulary(fields: Fields, n_vocab: int) -> None:
             raise fields.error(key, f"expected an array of {word}, found {describe(array)}")
         if array.size != n_vocab:
             raise fields.error(key, f"expected {n_vocab} elements, found {array.size}")
-    for key in TOKEN_ID_KEYS:
-        if key in fields.metadata:
-            fields.integer(key, 0, n_vocab - 1)

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import MAX_NUMBER, Fields, describe
+from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.model.belong import differences
-from orthrus_gguf.model.config import ModelConfig, architecture
+from orthrus_gguf.model.config import ModelConfig, architecture, ignored_keys
 from orthrus_gguf.model.tensors import (
     FLOAT_TYPES,
     OUTPUT,
@@ -39,12 +40,13 @@ class ModelFile:
     config: shapes and constants.
     metadata: of the base file, with the diffusion keys of the heads file where there is one.
     tensors: of all files, in file order. Offsets are within the tensor's own file: use data().
-    paths: the base file and, where there is one, the heads file.
+    paths: the base file and, where there is one, the heads file; all parts of split ones.
+    notes: lines about what is in the files and has no effect.
     """
 
     def __init__(self, base: GGUFFile, heads: GGUFFile | None) -> None:
         self._files = (base,) if heads is None else (base, heads)
-        self.paths: tuple[Path, ...] = tuple(file.path for file in self._files)
+        self.paths: tuple[Path, ...] = tuple(path for file in self._files for path in file.paths)
         metadata = dict(base.metadata)
         if heads is None:
             self.config = _single_config(base)
@@ -52,6 +54,7 @@ class ModelFile:
             self.config = _pair_config(base, heads)
             metadata |= {key: heads.metadata[key] for key in (keys.BLOCK_SIZE, keys.MASK_TOKEN_ID)}
         self.metadata: Mapping[str, Value] = MappingProxyType(metadata)
+        self.notes = tuple(ignored_keys(base.metadata, base.path))
         self._owner = {name: file for file in self._files for name in file.tensors}
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
             {name: file.tensors[name] for name, file in self._owner.items()}
@@ -65,8 +68,8 @@ class ModelFile:
         a file cannot be read, is no supported model, or if the two do not belong together.
         """
         with ExitStack() as stack:
-            base_file = stack.enter_context(GGUFFile.open(path))
-            heads_file = None if heads is None else stack.enter_context(GGUFFile.open(heads))
+            base_file = stack.enter_context(open_gguf(path))
+            heads_file = None if heads is None else stack.enter_context(open_gguf(heads))
             model = cls(base_file, heads_file)
             stack.pop_all()
         return model
@@ -177,7 +180,6 @@ def _heads_config(heads: GGUFFile, base: ModelConfig) -> ModelConfig:
 
 def _check_base(file: GGUFFile) -> None:
     """Refuse what is not one whole model, before asking for the keys of one."""
-    _check_whole(file)
     fields = Fields(file.metadata, file.path)
     if fields.text(gguf.Keys.General.TYPE, "model") != ADAPTER:
         architecture(fields)
@@ -198,7 +200,6 @@ def _check_base(file: GGUFFile) -> None:
 
 def _check_heads(file: GGUFFile) -> None:
     """Refuse what is not a heads file."""
-    _check_whole(file)
     fields = Fields(file.metadata, file.path)
     for key, expected in (
         (gguf.Keys.General.TYPE, ADAPTER),
@@ -212,18 +213,6 @@ def _check_heads(file: GGUFFile) -> None:
                 f"is not a heads file: expected {expected!r}, found {describe(found)}",
                 "make heads with orthrus-convert --split",
             )
-
-
-def _check_whole(file: GGUFFile) -> None:
-    """Refuse one part of a model that was split for download."""
-    fields = Fields(file.metadata, file.path)
-    parts = fields.integer(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, 0, 1 << 16, 1)
-    if parts > 1:
-        raise fields.error(
-            gguf.Keys.Split.LLM_KV_SPLIT_COUNT,
-            f"is one part of a model split into {parts} files",
-            "merge them first: llama-gguf-split --merge FIRST-PART.gguf OUT.gguf",
-        )
 
 
 def _base_config(file: GGUFFile, *, has_heads: bool) -> ModelConfig:

@@ -14,8 +14,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ class ChatTemplate:
             raise _error(
                 f"metadata key {Keys.CHAT_TEMPLATE}: expected a string, found {describe(source)}"
             )
-        return cls(source, _text(tokenizer, tokenizer.bos), _text(tokenizer, tokenizer.eos))
+        bos = None if _lacks_bos(metadata, tokenizer) else tokenizer.bos
+        return cls(source, _text(tokenizer, bos), _text(tokenizer, tokenizer.eos))
 
     @property
     def supports_thinking(self) -> bool:
@@ -92,23 +94,51 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        guard: Callable[[str], str] | None = None,
     ) -> str:
         """The prompt text. Encode it with special tokens; it may begin with the BOS token.
+
+        guard: applied to every text that does not come from the template, if it must not speak for
+        the system: give `Tokenizer.guard`, and encode what comes of it with `guarded`.
 
         add_generation_prompt: end where the assistant's answer begins. thinking: Qwen3's switch;
         None leaves it to the template. tools: JSON schemas of functions that the model may call.
         Raises OrthrusError for errors of the template, its own complaints, and exceeded limits.
         """
+        outside = partial(_guarded, guard=guard or str)
         variables: dict[str, Any] = {
-            "messages": [asdict(message) for message in messages],
+            "messages": [
+                {name: outside(value) for name, value in asdict(message).items()}
+                for message in messages
+            ],
             "add_generation_prompt": add_generation_prompt,
-            "tools": None if tools is None else list(tools),
+            "tools": None if tools is None else [outside(tool) for tool in tools],
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
         }
         if thinking is not None:
             variables["enable_thinking"] = thinking
         return _run_worker({"source": self.source, "variables": variables}, self.limits)
+
+
+def _guarded(value: Any, guard: Callable[[str], str]) -> Any:
+    """The same value with every text in it guarded, names of fields included."""
+    if isinstance(value, str):
+        return guard(value)
+    if isinstance(value, list | tuple):
+        return [_guarded(item, guard) for item in value]
+    if isinstance(value, Mapping):
+        return {_guarded(key, guard): _guarded(item, guard) for key, item in value.items()}
+    return value
+
+
+def _lacks_bos(metadata: Mapping[str, Value], tokenizer: Tokenizer) -> bool:
+    """Whether the file's BOS is one in name only, so that in transformers templates see none.
+
+    Qwen's tokenizers have none. llama.cpp's converter takes the `bos_token_id` of config.json, an
+    end of text, and says that prompts do not begin with it.
+    """
+    return metadata.get(Keys.PRE) == "qwen2" and not tokenizer.add_bos
 
 
 def _run_worker(job: dict[str, Any], limits: Limits) -> str:

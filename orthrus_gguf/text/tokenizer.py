@@ -12,6 +12,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from orthrus_gguf.errors import OrthrusError
@@ -19,12 +20,16 @@ from orthrus_gguf.gguf.fields import Fields
 from orthrus_gguf.gguf.reader import Value
 from orthrus_gguf.text.vocab.vocabulary import Codec, Keys, TokenType, Vocabulary
 
+#: Stands before what spells a token in a guarded text. Unicode promises that it is no character.
+_GUARD = "\ufdd0"
+
 
 class Tokenizer:
     """Text to ids and back. Made by `load_tokenizer`; safe to share between threads.
 
     n_vocab: number of tokens. bos, eos: their ids, if any. add_bos, add_eos: whether prompts begin
-    with bos and end with eos unless told otherwise. eog: every id that ends a generation.
+    with bos and end with eos unless told otherwise. eog: every id that ends a generation. notes:
+    lines about what had to be mended in the file's vocabulary.
     """
 
     def __init__(self, vocabulary: Vocabulary, codec: Codec) -> None:
@@ -34,6 +39,7 @@ class Tokenizer:
         self.add_bos = vocabulary.add_bos
         self.add_eos = vocabulary.add_eos
         self.eog = vocabulary.eog
+        self.notes = vocabulary.notes
         self.space_prefix = codec.space_prefix
         self._vocabulary = vocabulary
         self._codec = codec
@@ -46,6 +52,7 @@ class Tokenizer:
         text: str,
         *,
         special: bool = True,
+        guarded: bool = False,
         add_bos: bool | None = None,
         add_eos: bool | None = None,
     ) -> list[int]:
@@ -53,6 +60,7 @@ class Tokenizer:
 
         special: whether control tokens that are spelt out in the text become those tokens; pass
             False for text that must not speak for the system. User-defined tokens always do.
+        guarded: parts of the text come from guard(), and are plain text whatever they spell.
         add_bos, add_eos: put bos first and eos last, unless the text brings its own; None means as
             the file says.
         Raises OrthrusError for text that no UTF-8 stands for.
@@ -65,13 +73,17 @@ class Tokenizer:
                 " it came from bytes that are not UTF-8; convert the input to UTF-8"
             ) from None
         ids: list[int] = []
-        cut = self._cut_special if special else self._cut
+        cut = self._cut
+        if special:
+            cut = self._cut_guarded if guarded else self._cut_special
         # Splitting on a group leaves plain text at the even places and tokens at the odd ones.
         for place, part in enumerate(cut.split(text)):
             if place % 2:
                 ids.append(self._vocabulary.index[part])
-            elif part:
-                ids += self._codec.encode(part)
+                continue
+            plain = part.replace(_GUARD, "") if guarded else part
+            if plain:
+                ids += self._codec.encode(plain)
         if self.add_bos if add_bos is None else add_bos:
             bos = _wanted(self.bos, "BOS")
             if ids[:1] != [bos]:
@@ -81,6 +93,21 @@ class Tokenizer:
             if ids[-1:] != [eos]:
                 ids.append(eos)
         return ids
+
+    def guard(self, text: str) -> str:
+        """`text`, to be put into a prompt that encode() gets with `guarded`: control tokens that
+        are spelt out in it stay text, whatever stands around them there."""
+        return self._spelt.sub(_GUARD, text.replace(_GUARD, ""))
+
+    @cached_property
+    def _spelt(self) -> re.Pattern[str]:
+        """Every place where a control token begins, also within another."""
+        special = _any_of(self._vocabulary.tokens[i] for i in self._vocabulary.special)
+        return re.compile(f"(?={special.pattern})")
+
+    @cached_property
+    def _cut_guarded(self) -> re.Pattern[str]:
+        return re.compile(f"(?<!{_GUARD}){self._cut_special.pattern}")
 
     def decode(
         self, ids: Sequence[int], *, skip_special: bool = False, continuation: bool = False
@@ -107,6 +134,11 @@ class Tokenizer:
     def is_special(self, id: int) -> bool:
         """Whether `id` is a control token (or the unknown token) rather than a piece of text."""
         return id in self._vocabulary.special
+
+    def special_id(self, text: str) -> int | None:
+        """The control token that is spelt `text`, if there is one."""
+        id = self._vocabulary.index.get(text)
+        return id if id in self._vocabulary.special else None
 
 
 class StreamDecoder:

@@ -151,7 +151,7 @@ def test_texts_that_differ_are_one_line_and_exit_code_1(
         (["--strategies", "auto", "--widths", "3"], "--widths: every strategy named has its width"),
         (["--domains", "verse"], "--domains verse: builtin has prompts for code, prose, list,"),
         (["--prompts", "no.json"], "--prompts no.json: cannot be read (No such file"),
-        (["--temp", "nan"], "--temp: out of range"),
+        (["--temp", "nan"], "--temp: expected a number, found nan"),
         (["--plots", "{file}"], "--plots {file}: cannot be made a folder (File exists)"),
         (["--plots", "{file}/x"], "--plots {file}/x: cannot be made a folder (Not a directory)"),
     ],

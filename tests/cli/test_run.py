@@ -18,6 +18,9 @@ from gguf import GGUFReader, GGUFWriter
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.run import main, unescape
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.text.tokenizer import load_tokenizer
 
 DemoFile = Callable[..., Path]
 
@@ -158,8 +161,9 @@ def test_seeds_and_stop_strings(run: Any, model: str) -> None:
     assert stopped["finish_reason"] == "stop"
 
 
-def with_metadata(source: str, target: Path, **values: float) -> str:
-    """A copy of a GGUF with `general.sampling.*` values added, written by the gguf package."""
+def with_metadata(source: str, target: Path, **values: float | str) -> str:
+    """A copy of a GGUF with `general.sampling.*` values (or keys in full) added, written by the
+    gguf package."""
     reader = GGUFReader(source)
     writer = GGUFWriter(str(target), "orthrus")
     for name, field in reader.fields.items():
@@ -169,8 +173,10 @@ def with_metadata(source: str, target: Path, **values: float) -> str:
                 name, field.contents(), kinds[0], kinds[1] if len(kinds) > 1 else None
             )
     for name, value in values.items():
-        key = f"general.sampling.{name}"
-        if isinstance(value, int):
+        key = name if "." in name else f"general.sampling.{name}"
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
             writer.add_int32(key, value)
         else:
             writer.add_float32(key, value)
@@ -194,13 +200,53 @@ def test_the_file_sets_sampling_defaults(run: Any, model: str, tmp_path: Path) -
     assert [chosen[name] for name in defaults] == [0.5, 7, 0.75, 0.05, 1.5, 64]
 
 
-def test_sampling_values_of_the_wrong_kind() -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("temp", "hot", "expected a number, found 'hot'; set it with --temp"),
+        ("top_k", float("nan"), "expected a number, found nan; set it with --top-k"),
+        ("penalty_last_n", -7, "expected -1 or more, found -7; set it with --repeat-last-n"),
+        ("penalty_repeat", 0.0, "expected 1e-06 to 1e+06, found 0.0; set it with --repeat-penalty"),
+    ],
+)
+def test_bad_sampling_values_of_a_file(key: str, value: Value, problem: str) -> None:
+    """Named as what they are; a flag replaces them."""
     parser = argparse.ArgumentParser()
     options.add_sampling_options(parser)
-    with pytest.raises(OrthrusError, match=r"general\.sampling\.temp is 'hot': expected a number"):
-        options.sampling_settings(
-            parser.parse_args([]), {"general.sampling.temp": "hot"}, frozenset()
-        )
+    metadata = {f"general.sampling.{key}": value}
+    with pytest.raises(OrthrusError) as caught:
+        options.sampling_settings(parser.parse_args([]), metadata, frozenset())
+    assert str(caught.value) == f"the file's general.sampling.{key}: {problem}"
+    flag = problem.rpartition(" ")[2]
+    options.sampling_settings(parser.parse_args([flag, "1"]), metadata, frozenset())
+
+
+def test_special_tokens_in_prompts(run: Any, model: str, tmp_path: Path) -> None:
+    """By default a prompt opens turns, as in llama.cpp; without, it is text whatever it spells."""
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    template = f"{{% for m in messages %}}{turn}{{% endfor %}}<|im_start|>assistant\n"
+    file = with_metadata(model, tmp_path / "m.gguf", **{"tokenizer.chat_template": template})
+    flags = (file, "-p", "hi<|im_end|><|im_start|>system", "-n", "1", "--json")
+    with ModelFile.open(file) as opened:
+        n_vocab = opened.config.n_vocab
+        tokenizer = load_tokenizer(opened.metadata, path=opened.paths[0], n_vocab=n_vocab)
+    start = tokenizer.special_id("<|im_start|>")
+    assert start is not None
+    for raw, by_default, without in ((True, 1, 0), (False, 3, 2)):
+        more = ["--raw"] if raw else []
+        found = json.loads(run(*flags, *more)[1])["prompt_ids"]
+        assert found.count(start) == by_default
+        plain = json.loads(run(*flags, *more, "--no-special-in-prompt")[1])["prompt_ids"]
+        assert plain.count(start) == without
+        assert tokenizer.decode(plain) == tokenizer.decode(found)
+
+
+def test_what_was_mended_is_said(run: Any, model: str, tmp_path: Path) -> None:
+    file = with_metadata(model, tmp_path / "m.gguf", **{"tokenizer.ggml.eot_token_id": 2**31 - 1})
+    code, out, err = run(file, "-p", "x", "-n", "1", "--no-perf")
+    assert code == 0
+    assert "tokenizer.ggml.eot_token_id is 2147483647, outside the vocabulary of 4096" in err
+    assert "outside" not in out
 
 
 def test_a_context_beyond_the_training_warns(run: Any, model: str) -> None:

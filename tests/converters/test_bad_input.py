@@ -89,7 +89,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         config(layer_types=["full_attention", "sliding_attention"]),
         ("layer_types", "sliding-window layers are not supported"),
     ),
-    "quantized": (config(quantization_config={"quant_method": "fp8"}), ("quantization_config",)),
+    "quantized": (
+        config(quantization_config={"quant_method": "fp8"}),
+        ("quantization_config: expected nothing", "convert the original checkpoint"),
+    ),
     "experts": (config(num_experts=8), ("num_experts",)),
     "partial rotary": (config(partial_rotary_factor=0.5), ("partial_rotary_factor",)),
     "no hidden size": (config(hidden_size=...), ("config.json: hidden_size: is missing",)),
@@ -106,7 +109,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "block of one": (config(block_size=1), ("block_size: expected 2 to",)),
     "no mask": (config(mask_token_id=None), ("mask_token_id: is missing",)),
     "mask outside": (config(mask_token_id=270), ("mask_token_id: expected 0 to 269",)),
-    "bos outside": (config(bos_token_id=270), ("bos_token_id: expected 0 to 269",)),
+    "bos is text": (config(bos_token_id="a"), ('bos_token_id: expected an integer, found "a"',)),
     # RoPE
     "no theta": (config(rope_parameters=None), ("rope_theta: is missing",)),
     "theta beyond float32": (config(rope_parameters={"rope_theta": 1e300}), ("up to 1e+30",)),
@@ -137,10 +140,6 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("rope_parameters: has Llama 3's scaling", "GGUF files of qwen3 models have no place"),
     ),
     "llama3 without bounds": (llama3(low_freq_factor=...), ("low_freq_factor: is missing",)),
-    "llama3 without original": (
-        llama3(original_max_position_embeddings=...),
-        ("rope_parameters.original_max_position_embeddings: is missing",),
-    ),
     "llama3 of equal bounds": (
         llama3(low_freq_factor=4.0),
         ("high_freq_factor: expected more than low_freq_factor, 4, found 4",),
@@ -154,14 +153,20 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("rope_parameters.mrope_section",),
     ),
     "partial rope": (yarn(partial_rotary_factor=0.5), ("partial_rotary_factor: is not 1",)),
-    "yarn without factor": (yarn(factor=...), ("rope_parameters.factor: is missing",)),
-    "yarn shrinks": (yarn(factor=0.5), ("factor: expected at least 1",)),
-    "yarn without original": (
-        yarn(original_max_position_embeddings=...),
-        ("rope_parameters.original_max_position_embeddings: is missing",),
+    "yarn without factor": (
+        yarn(factor=...),
+        ("rope_parameters.factor: is missing, though rope_type is yarn", 'such as "factor": 4.0'),
     ),
-    "yarn mscale": (yarn(mscale=0.7), ("rope_parameters.mscale",)),
-    "yarn untruncated": (yarn(truncate=False), ("rope_parameters.truncate",)),
+    "yarn shrinks": (yarn(factor=0.5), ("factor: expected at least 1",)),
+    "yarn of a fraction": (
+        yarn(original_max_position_embeddings=64.5),
+        ("rope_parameters.original_max_position_embeddings: expected an integer, found 64.5",),
+    ),
+    "yarn of other bounds": (
+        yarn(beta_fast=16),
+        ("rope_parameters.beta_fast: found 16", "llama.cpp takes 32"),
+    ),
+    "yarn untruncated": (yarn(truncate=False), ("rope_parameters.truncate: found false",)),
     # Weights
     "no weights": (remove("model.safetensors"), ("no weights: expected model.safetensors",)),
     "no heads": (
@@ -187,6 +192,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "wrong shape": (
         weights(lambda values: values.update({Q: values[Q].T.copy()})),
         (f"weight {Q}: expected shape (128, 64), found (64, 128)",),
+    ),
+    "left empty by ZeRO-3": (
+        weights(lambda values: values.update({Q: np.ones((0,), np.float32)})),
+        (f"weight {Q} is empty: training with DeepSpeed's ZeRO-3", "zero_to_fp32.py"),
     ),
     "wrong head_dim": (config(head_dim=16), ("expected shape (64, 64), found (128, 64)",)),
     "float64": (weights(lambda values: None, "F64"), ("expected F32, F16, BF16, found F64",)),

@@ -58,6 +58,22 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
         tokens(lambda t: t.update(normalizer={"type": "Lowercase"})),
         ('normalizer: found "Lowercase"',),
     ),
+    "normalizers": (
+        tokens(
+            lambda t: t.update(
+                normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Strip"}]}
+            )
+        ),
+        ('normalizer: found "Strip"',),
+    ),
+    "normalizers are text": (
+        tokens(lambda t: t.update(normalizer={"type": "Sequence", "normalizers": ["NFC"]})),
+        ("normalizer: found a list of 1",),
+    ),
+    "a normalized token": (
+        tokens(lambda t: t["added_tokens"][0].update(normalized=True, content="<e\u0301>")),
+        ("added_tokens:", "is not in NFC"),
+    ),
     "adds tokens": (
         tokens(
             lambda t: t.update(
@@ -173,7 +189,7 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     # The model card and generation_config.json
     "card is no YAML": (text("README.md", "---\na: [\n---\n"), ("README.md: the front matter",)),
     "card is no UTF-8": (text("README.md", b"---\nname: \xff\n---\n"), ("the front matter",)),
-    "tags are numbers": (text("README.md", "---\ntags: [1]\n---\n"), ("general.tags", "README.md")),
+    "tags are lists": (text("README.md", "---\ntags: [[1]]\n---\n"), ("general.tags", "README.md")),
     "name is a list": (text("README.md", "---\nname: [a]\n---\n"), ("general.name", "README.md")),
     "top_k": (text("generation_config.json", '{"top_k": "many"}'), ("general.sampling.top_k",)),
     "generation is no JSON": (

@@ -92,6 +92,30 @@ def test_name_of_the_current_folder(
     assert general(Path())["name"] == "Here I Am"
 
 
+@pytest.mark.parametrize(
+    ("front", "key", "expected"),
+    [
+        ("tags:\n- 2025\n- 1.5\n- text", "tags", ["2025", "1.5", "text"]),
+        ("tags:\n- 2025-01-01\n- on", "tags", ["2025-01-01", "true"]),
+        ("tags:\n- \n- text", "tags", ["text"]),
+        ("tags:\n- \n- ~", "tags", None),
+        ("tags:\nlicense:\nlanguage:", "tags", None),
+        ("tags: 2025", "tags", None),
+        ("language:\n- en\n- 42\n- no", "languages", ["en", "42", "no"]),
+        ("license: 2.0", "license", "2.0"),
+        ("license: [mit, ~, 3]", "license", "mit,3"),
+        ("model_creator: 2024-05-06", "author", "2024-05-06"),
+        ("base_model:\n- ~\n- 7", "base_model.count", None),
+    ],
+)
+def test_values_that_yaml_takes_for_something_else(
+    front: str, key: str, expected: object, tiny: Path, general: Callable[..., dict[str, Any]]
+) -> None:
+    """They are about search on the Hub: no reason not to convert."""
+    (tiny / "README.md").write_text(f"---\n{front}\n---\n", encoding="utf-8")
+    assert general(tiny).get(key) == expected
+
+
 def test_several_licenses(tiny: Path, general: Callable[..., dict[str, Any]]) -> None:
     (tiny / "README.md").write_text("---\nlicense: [mit, 2.0]\n---\n", encoding="utf-8")
     assert general(tiny)["license"] == "mit,2.0"

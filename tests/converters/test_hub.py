@@ -65,9 +65,12 @@ def test_a_repository(hub: FakeHub, convert: Callable[..., Any], out: Path) -> N
     (hub.folder / "modeling_orthrus.py").touch()
     (hub.folder / "original").mkdir()
     (hub.folder / "original" / "model.safetensors").touch()
+    (hub.folder / "additional_chat_templates").mkdir()
+    (hub.folder / "additional_chat_templates" / "rag.jinja").write_text("RAG")
     assert main([REPO, str(out / "model.gguf"), "--type", "q8_0"]) == 0
     assert [(call.repo, call.revision) for call in hub.calls] == [(REPO, None)] * 2
     assert sorted(hub.fetched) == [
+        "additional_chat_templates/rag.jinja",
         "config.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -77,6 +80,7 @@ def test_a_repository(hub: FakeHub, convert: Callable[..., Any], out: Path) -> N
     ]
     fields = gguf.GGUFReader(out / "model.gguf").fields
     assert fields["general.name"].contents() == "Orthrus Tiny"
+    assert fields["tokenizer.chat_template.rag"].contents() == "RAG"
     assert fields["general.source.repo_url"].contents() == f"https://huggingface.co/{REPO}"
 
 

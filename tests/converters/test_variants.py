@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from hf_checkpoint import CONFIG, Weights, random_weights, write_checkpoint, write_json
+from hf_checkpoint import (
+    CONFIG,
+    Weights,
+    random_weights,
+    write_checkpoint,
+    write_json,
+    write_raw_safetensors,
+    write_safetensors,
+)
 
 from orthrus_gguf.model.config import ModelConfig, Rope
 from orthrus_gguf.model.file import ModelFile
@@ -137,6 +146,8 @@ def test_tied_head_that_is_stored_is_dropped(
     assert "output.weight" not in values_of(out / "model.gguf")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+
 ROPES: dict[str, tuple[dict[str, Any], Rope]] = {
     "old": ({"rope_theta": 5e5, "rope_scaling": None}, Rope(5e5)),
     "both": ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5}}, Rope(5e5)),
@@ -158,12 +169,43 @@ ROPES: dict[str, tuple[dict[str, Any], Rope]] = {
                 "rope_theta": 1e6,
                 "factor": 2,
                 "original_max_position_embeddings": 32,
-                "beta_fast": 16.0,
-                "beta_slow": 2,
+                "beta_fast": 32.0,
+                "beta_slow": 1,
                 "truncate": True,
             }
         },
-        Rope(1e6, 2.0, 32, ext_factor=1.0, beta_fast=16.0, beta_slow=2.0),
+        Rope(1e6, 2.0, 32, ext_factor=1.0),
+    ),
+    "original context as a float": (
+        {"rope_parameters": {**YARN, "original_max_position_embeddings": 64.0}},
+        Rope(1e6, 4.0, 64, ext_factor=1.0),
+    ),
+    "no original context: the model's": (
+        {"rope_parameters": YARN},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
+    ),
+    "original context outside, which counts": (
+        {
+            "rope_parameters": {**YARN, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings": 32,
+        },
+        Rope(1e6, 4.0, 32, ext_factor=1.0),
+    ),
+    "the factor that the contexts tell": (
+        {"rope_parameters": {**YARN, "factor": None, "original_max_position_embeddings": 32}},
+        Rope(1e6, 4.0, 32, ext_factor=1.0),
+    ),
+    "settings that nobody reads": (
+        {"rope_parameters": {**YARN, "attn_factor": 3, "extrapolation_factor": 2, "finetuned": 1}},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
+    ),
+    "one mscale alone": (
+        {"rope_parameters": {**YARN, "mscale": 0.7}},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
+    ),
+    "magnitude at its default": (
+        {"rope_parameters": {**YARN, "attention_factor": 1.1386294}},
+        Rope(1e6, 4.0, 128, ext_factor=1.0),
     ),
 }
 
@@ -203,6 +245,22 @@ def test_yarn_attention_factor(
     assert rope.attn_factor * (1 + 0.1 * math.log(rope.factor)) == pytest.approx(attention_factor)
 
 
+def test_yarn_mscale(tmp_path: Path, convert: Callable[..., Any], out: Path) -> None:
+    """In transformers, a ratio of two magnitudes."""
+    yarn = {**YARN, "mscale": 0.5, "mscale_all_dim": 2.0}
+    folder = write_checkpoint(tmp_path / "m", changed(rope_parameters=yarn))
+    rope = model_of(folder, convert, out).rope
+    expected = (1 + 0.05 * math.log(4)) / (1 + 0.2 * math.log(4))
+    assert rope.attn_factor * (1 + 0.1 * math.log(4)) == pytest.approx(expected)
+
+
+def test_unread_yarn_settings_are_named(tmp_path: Path, convert: Callable[..., Any]) -> None:
+    yarn = {**YARN, "attn_factor": 1.2}
+    run = convert(write_checkpoint(tmp_path / "m", changed(rope_parameters=yarn)))
+    assert run.code == 0
+    assert "ignored unknown fields: rope_parameters.attn_factor" in run.stderr
+
+
 def test_fields_without_effect_are_silent_and_unknown_ones_are_named(
     tmp_path: Path, convert: Callable[..., Any]
 ) -> None:
@@ -235,6 +293,48 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(
     weights = random_weights(CONFIG)
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(16, np.float32)
     assert convert(write_checkpoint(tmp_path / "m", weights=weights)).code == 0
+
+
+def test_headers_in_any_order_with_empty_tensors(
+    tmp_path: Path, convert: Callable[..., Any], out: Path
+) -> None:
+    """What the safetensors library opens: names in any order, nothing between two tensors."""
+    weights = random_weights(CONFIG)
+    folder = write_checkpoint(tmp_path / "m", weights=weights)
+    assert convert(folder).code == 0
+    expected = (out / "model.gguf").read_bytes()
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entries = dict(reversed(header.items()))
+    starts = sorted({entry["data_offsets"][0] for key, entry in header.items() if key[0] != "_"})
+    for number, place in enumerate([*starts[:3], len(data) - 8 - size]):
+        empty = {"dtype": "F32", "shape": [0, 4], "data_offsets": [place, place]}
+        entries = {f"empty.{number}": empty, **entries, f"empty.{number}.b": empty}
+    write_raw_safetensors(file, entries, data[8 + size :])
+    assert convert(folder, "--overwrite").code == 0
+    assert (out / "model.gguf").read_bytes() == expected
+
+
+def test_a_single_file_beside_shards(
+    tmp_path: Path, convert: Callable[..., Any], out: Path
+) -> None:
+    folder = write_checkpoint(tmp_path / "m", n_shards=3)
+    assert convert(folder).code == 0
+    expected = (out / "model.gguf").read_bytes()
+    single = folder / "model.safetensors"
+    for leftover in ({}, {name: np.ones(0, np.float32) for name in random_weights(CONFIG)}):
+        write_safetensors(single, leftover, "BF16")
+        run = convert(folder, "--overwrite")
+        assert run.code == 0
+        assert f"{single}: left out: it lacks " in run.stderr
+        assert (out / "model.gguf").read_bytes() == expected
+    other = {name: -values for name, values in random_weights(CONFIG).items()}
+    write_safetensors(single, other, "BF16")
+    run = convert(folder, "--overwrite")
+    assert "read model.safetensors, as transformers does, and not the shards" in run.stderr
+    check_values(values_of(out / "model.gguf"), other)
 
 
 def test_tensors_larger_than_a_chunk(

@@ -80,6 +80,56 @@ def test_spaces_inside_merges_are_encoded(
     assert keys(tiny)["merges"][3:] == ["Ġ a", "a Ġb"]
 
 
+def test_normalizers_that_come_to_nfc(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
+    expected = keys(tiny)
+    value = {**tokenizer(), "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}}
+    for entry in value["added_tokens"]:
+        entry["normalized"] = True  # no matter: their texts are in NFC
+    write_json(tiny / "tokenizer.json", value)
+    assert keys(tiny) == expected
+
+
+def test_marks_of_added_tokens_are_noted(tiny: Path, convert: Callable[..., Any]) -> None:
+    """GGUF files have no place for them."""
+    value = tokenizer()
+    value["added_tokens"][0]["rstrip"] = True
+    value["added_tokens"][1]["single_word"] = True
+    write_json(tiny / "tokenizer.json", value)
+    decoder = {"261": {"content": "<|mask|>", "rstrip": True, "special": True}}
+    settings = {"eos_token": "<|end|>", "added_tokens_decoder": decoder}
+    write_json(tiny / "tokenizer_config.json", settings)
+    run = convert(tiny)
+    assert run.code == 0
+    assert "rstrip of <|mask|> and 1 more is left out" in run.stderr
+    assert "single_word of <think> is left out" in run.stderr
+    assert "lstrip" not in run.stderr
+
+
+def test_fillers_that_are_taken(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
+    """A checkpoint that calls a token as llama.cpp calls the rows without one."""
+    value = tokenizer()
+    value["added_tokens"][1]["content"] = "[PAD265]"
+    value["added_tokens"][2]["content"] = "[PAD265]_"
+    write_json(tiny / "tokenizer.json", value)
+    tokens = keys(tiny)["tokens"]
+    assert tokens[260:266] == [
+        *("[PAD265]", "[PAD265]_", "[PAD262]", "[PAD263]", "[PAD264]", "[PAD265]__")
+    ]
+    assert len(set(tokens)) == len(tokens)
+
+
+def test_ids_outside_the_vocabulary_are_left_out(
+    tiny: Path, keys: Callable[[Path], dict[str, Any]], convert: Callable[..., Any]
+) -> None:
+    for value in (270, -1, 2**32 - 1):
+        write_json(tiny / "config.json", {**CONFIG, "bos_token_id": value, "pad_token_id": 0})
+        found = keys(tiny)
+        assert "bos_token_id" not in found
+        assert found["padding_token_id"] == 0
+        run = convert(tiny, "--overwrite")
+        assert f"bos_token_id is {value}, outside the vocabulary of 270: left out" in run.stderr
+
+
 def test_post_processors_that_add_nothing(
     tiny: Path, keys: Callable[[Path], dict[str, Any]]
 ) -> None:
@@ -126,6 +176,8 @@ def test_chat_templates(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> N
     (tiny / "chat_template.jinja").write_text("from jinja ü", encoding="utf-8")
     assert keys(tiny)["chat_template"] == "from jinja ü"
     write_json(tiny / "tokenizer_config.json", {"chat_template": "from config"})
+    assert keys(tiny)["chat_template"] == "from jinja ü"
+    (tiny / "chat_template.jinja").unlink()
     assert keys(tiny)["chat_template"] == "from config"
     several = [{"name": name, "template": f"T {name}"} for name in ("tool use", "default", "rag")]
     write_json(tiny / "tokenizer_config.json", {"chat_template": several})
@@ -133,6 +185,37 @@ def test_chat_templates(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> N
     assert found["chat_template"] == "T default"
     assert found["chat_template.tool_use"] == "T tool use"
     assert found["chat_templates"] == ["rag", "tool_use"]
+
+
+def test_templates_in_several_files(
+    tiny: Path, keys: Callable[[Path], dict[str, Any]], convert: Callable[..., Any]
+) -> None:
+    """A file of its own counts, as in transformers; what it displaces is said, unless it agrees."""
+    named = [{"name": name, "template": f"C {name}"} for name in ("default", "rag", "tools")]
+    write_json(tiny / "tokenizer_config.json", {"chat_template": named})
+    write_json(tiny / "chat_template.json", {"chat_template": "J"})
+    (tiny / "additional_chat_templates").mkdir()
+    (tiny / "additional_chat_templates" / "rag.jinja").write_text("A rag")
+    (tiny / "chat_template.jinja").write_text("A")
+    found = keys(tiny)
+    assert found["chat_template"] == "A"
+    assert found["chat_template.rag"] == "A rag"
+    assert found["chat_template.tools"] == "C tools"
+    run = convert(tiny, "--overwrite")
+    lines = [line for line in run.stderr.splitlines() if "is left out" in line]
+    assert len(lines) == 3
+    assert "tokenizer_config.json: its chat template 'default' is left out" in lines[0]
+    assert "that of chat_template.jinja counts" in lines[0]
+    assert "'rag' is left out: that of rag.jinja counts" in lines[1]
+    assert "chat_template.json: its chat template 'default'" in lines[2]
+    (tiny / "chat_template.jinja").write_text("C default")
+    write_json(tiny / "chat_template.json", {"chat_template": "C default"})
+    assert convert(tiny, "--overwrite").stderr.count("is left out") == 1
+
+
+def test_the_template_of_a_processor(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:
+    write_json(tiny / "chat_template.json", {"chat_template": "J"})
+    assert keys(tiny)["chat_template"] == "J"
 
 
 def test_several_eos_tokens(tiny: Path, keys: Callable[[Path], dict[str, Any]]) -> None:

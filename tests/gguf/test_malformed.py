@@ -200,9 +200,20 @@ TENSORS = {
     ),
     "unknown type": (
         build([], [tensor("t", [8], 999)], b"\0" * 64),
-        "'t' has the unknown type 999",
+        "'t' has the unknown type 999, perhaps one of ik_llama.cpp's own; get the model in a type",
     ),
-    "removed type": (build([], [tensor("t", [32], 4)], b"\0" * 64), "'t' has the unknown type 4"),
+    "unknown new type": (
+        build([], [tensor("t", [32], 77)], b"\0" * 64),
+        "'t' has the unknown type 77; update the gguf package",
+    ),
+    "old type": (
+        build([], [tensor("t", [32], 4)], b"\0" * 64),
+        "'t' has the type Q4_2 .4., which ggml has given up; get the model as Q4_0",
+    ),
+    "removed type": (
+        build([], [tensor("t", [32], 33)], b"\0" * 64),
+        "'t' has the type Q4_0_8_8 .33., which ggml has given up; get the model as Q4_0",
+    ),
     "row no multiple of the qblock": (
         build([], [tensor("t", [33], Q8_0)], b"\0" * 64),
         "'t': rows of 33 are no multiple of Q8_0's 32",

@@ -98,6 +98,9 @@ class ToyTokenizer:
     def is_special(self, id: int) -> bool:
         return id >= END
 
+    def special_id(self, text: str) -> int | None:
+        return {"<end>": END, "<control>": CONTROL}.get(text)
+
 
 class ToyCache:
     def __init__(self, capacity: int) -> None:

@@ -66,6 +66,18 @@ def test_single_file(tmp_path: Path) -> None:
         assert model.metadata["tokenizer.ggml.tokens"] == [f"token{i}" for i in range(N_VOCAB)]
 
 
+def test_keys_without_effect_are_noted(tmp_path: Path) -> None:
+    yarn = {"orthrus.rope.scaling.yarn_attn_factor": np.float32(1.25)}
+    path = write_model(tmp_path / "tiny.gguf", metadata=yarn)
+    with ModelFile.open(path) as model:
+        assert model.config.rope.attn_factor == 1.0
+        assert model.notes == (
+            f"{path}: ignored, as llama.cpp does: orthrus.rope.scaling.yarn_attn_factor",
+        )
+    with ModelFile.open(write_model(tmp_path / "plain.gguf")) as model:
+        assert model.notes == ()
+
+
 def test_path_as_string_and_untied(tmp_path: Path) -> None:
     path = write_model(tmp_path / "tiny.gguf", tied=False)
     with ModelFile.open(str(path)) as model:
@@ -181,7 +193,7 @@ def test_heads_of_another_head_dim(tmp_path: Path) -> None:
         ({}, {"output_norm.weight": np.ones(32, np.float32)}, "heads must not replace it"),
         ({}, {"blk.0.attn_q.weight": np.ones((64, 32), np.float32)}, "heads must not replace it"),
         ({}, {"blk.0.attn_q_diff.bias": np.ones(64, np.float32)}, "bias' is not supported: qwen3"),
-        ({"split.count": np.uint16(2)}, {}, "split into 2 files; merge them first"),
+        ({"split.count": np.uint16(2)}, {}, "split.no: is missing"),
     ],
 )
 def test_heads_refused(
@@ -217,17 +229,15 @@ def test_other_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", [0, 1])
-def test_split_file(tmp_path: Path, part: int) -> None:
-    """Every part says the same; later parts hold no keys but these."""
+def test_one_part_without_the_other(tmp_path: Path, part: int) -> None:
+    """Later parts hold no keys but these. (What whole sets give is tested with the reader.)"""
     path = tmp_path / f"tiny-0000{part + 1}-of-00002.gguf"
     keys = {"split.count": np.uint16(2), "split.no": np.uint16(part)}
     if part == 0:
         write_model(path, metadata=keys)
     else:
         write_gguf(path, "?", {"general.architecture": REMOVE, **keys}, {})
-    assert "is one part of a model split into 2 files; merge them first: llama-gguf-split" in (
-        refusal(path)
-    )
+    assert f"tiny-0000{2 - part}-of-00002.gguf: this part of a model split" in refusal(path)
 
 
 def test_one_part_is_whole(tmp_path: Path) -> None:

@@ -82,6 +82,7 @@ class Vocabulary:
 
     bos: int | None = 1
     eos: int | None = 2
+    add_bos: bool = True
 
     def token_bytes(self, id: int) -> bytes:
         return {1: b"<s>", 2: b"</s>"}[id]
@@ -154,6 +155,50 @@ def test_what_templates_expect_of_their_environment() -> None:
         '{\n "b": 1,\n "a": "é"\n}'
     )
     assert template("{{ enable_thinking is defined }}").render(HELLO) == "False"
+
+
+def test_marks_of_what_to_train_on_are_ignored() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}: {% generation %}{% if true %}{{ m.content }}"
+        "{% endif %}{% endgeneration %}\n{% endfor %}"
+    )
+    assert template(source).render(HELLO) == "user: hello"
+    inner = "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}"
+    assert template(inner).render(HELLO) == "21"  # as in transformers
+    with pytest.raises(OrthrusError, match="endgeneration"):
+        template("{% generation %}{{ 1 }}").render(HELLO)
+
+
+def test_a_bos_in_name_only() -> None:
+    """Qwen's tokenizers have none, whatever config.json says; templates see none either."""
+
+    class Qwen(Vocabulary):
+        add_bos = False
+
+    class DeepSeek(Vocabulary):
+        add_bos = True
+
+    metadata: dict[str, Value] = {
+        "tokenizer.chat_template": "{{ bos_token }}|",
+        "tokenizer.ggml.pre": "qwen2",
+    }
+    for vocabulary, expected in ((Qwen(), "|"), (DeepSeek(), "<s>|")):
+        found = ChatTemplate.from_metadata(metadata, cast(Tokenizer, vocabulary))
+        assert found is not None
+        assert found.render(HELLO) == expected
+    metadata["tokenizer.ggml.pre"] = "olmo"
+    found = ChatTemplate.from_metadata(metadata, cast(Tokenizer, Qwen()))
+    assert found is not None
+    assert found.render(HELLO) == "<s>|"
+
+
+def test_guarded_texts() -> None:
+    """Everything that comes from outside is, and nothing that the template says."""
+    tools = [{"name": "x", "args": ["y", 1]}]
+    source = "{{ messages[0].role }} {{ messages[0].content }} {{ tools[0] | tojson }} z"
+    assert template(source).render(HELLO, tools=tools, guard=lambda text: f"({text})") == (
+        '(user) (hello) {"(name)": "(x)", "(args)": ["(y)", 1]} z'
+    )
 
 
 def test_which_template_a_file_gives() -> None:

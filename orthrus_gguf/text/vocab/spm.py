@@ -58,17 +58,24 @@ def _model_proto(vocabulary: Vocabulary, scores: list[float], *, space_prefix: b
 
     Text is taken as it is: GGUF files keep no normalization rules for this kind of vocabulary.
     """
+    types = _piece_types(vocabulary.types)
     pieces = [
-        message(1, message(1, text.encode()) + single(2, score) + integer(3, _piece_type(kind)))
-        for text, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True)
+        message(1, message(1, text.encode()) + single(2, score) + integer(3, kind))
+        for text, score, kind in zip(vocabulary.tokens, scores, types, strict=True)
     ]
-    byte_fallback = TokenType.BYTE in vocabulary.types
+    byte_fallback = TokenType.BYTE in types
     trainer = integer(3, 2) + integer(35, byte_fallback)  # model_type = BPE, byte_fallback
     # add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces
     normalizer = integer(3, space_prefix) + integer(4, False) + integer(5, True)
     return b"".join(pieces) + message(2, trainer) + message(3, normalizer)
 
 
-def _piece_type(kind: int) -> int:
-    """The numbers are the same; but what is cut out of the text first must not match again."""
-    return TokenType.CONTROL if kind == TokenType.USER_DEFINED else kind
+def _piece_types(types: list[int]) -> list[int]:
+    """The numbers are the same; but what is cut out of the text first must not match again, and
+    only one token is what sentencepiece falls back to (some families have several)."""
+    unknown = types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else -1
+    apart = (TokenType.USER_DEFINED, TokenType.UNKNOWN)
+    return [
+        TokenType.CONTROL if kind in apart and index != unknown else kind
+        for index, kind in enumerate(types)
+    ]

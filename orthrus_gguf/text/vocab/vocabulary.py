@@ -25,6 +25,9 @@ _END_KEYS = (
     Keys.FIM_SEP_ID,
 )
 
+#: All that name a token; those of no use here are looked at too, for the sake of a note.
+_ID_KEYS = (Keys.BOS_ID, *_END_KEYS, Keys.UNK_ID, Keys.SEP_ID, Keys.PAD_ID)
+
 #: Texts by which llama.cpp finds further ends of generation (src/llama-vocab.cpp), except those
 #: of architectures that we do not run: files rarely name more than one end by its key. Unlike
 #: llama.cpp we leave tokens of type NORMAL alone. Some vocabularies hold `</s>` as a piece of HTML,
@@ -93,7 +96,7 @@ class Vocabulary:
     special: ids of control and unknown tokens. user_defined: ids of the other tokens that are found
     in text as a whole. eog: ids that end a generation; those found by their text are special even
     where the file calls them user-defined, as in llama.cpp. add_bos, add_eos: whether prompts
-    begin and end so.
+    begin and end so. notes: lines about what was mended, as llama.cpp mends it.
     """
 
     tokens: list[str]
@@ -106,6 +109,7 @@ class Vocabulary:
     eos: int | None
     add_bos: bool
     add_eos: bool
+    notes: tuple[str, ...] = ()
 
 
 def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabulary:
@@ -115,6 +119,12 @@ def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabul
         raise fields.error(
             Keys.LIST, f"expected {n_vocab} tokens as in token_embd.weight, found {len(tokens)}"
         )
+    notes: dict[str, None] = {}  # in order, each once
+    if "" in tokens:
+        empty = [i for i, text in enumerate(tokens) if not text]
+        tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
+        what = f"{len(empty)} tokens without text, the first is {empty[0]}"
+        notes[f"{fields.path}: {Keys.LIST}: {what}; called [EMPTY_{empty[0]}] and so on"] = None
     index = dict(zip(tokens, range(n_vocab), strict=True))
     if len(index) != n_vocab:
         first = next(i for i, text in enumerate(tokens) if index[text] != i)
@@ -122,12 +132,11 @@ def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabul
         raise fields.error(
             Keys.LIST, f"token {tokens[first]!r:.80} occurs twice, as {first} and {twin}"
         )
-    if "" in index:
-        raise fields.error(Keys.LIST, f"token {index['']} is empty")
     types = read_array(fields, Keys.TOKEN_TYPE, n_vocab, np.integer)
     _check_types(fields, tokens, types)
-    bos = _token_id(fields, Keys.BOS_ID, n_vocab, defaults.bos)
-    eos = _token_id(fields, Keys.EOS_ID, n_vocab, defaults.eos)
+    ids = {key: _token_id(fields, key, n_vocab, notes) for key in _ID_KEYS}
+    bos = _or_default(ids[Keys.BOS_ID], defaults.bos, n_vocab)
+    eos = _or_default(ids[Keys.EOS_ID], defaults.eos, n_vocab)
     add_bos = read_bool(fields, Keys.ADD_BOS, defaults.add_bos)
     if add_bos and bos is None:
         raise fields.error(Keys.BOS_ID, f"is missing, though {Keys.ADD_BOS} asks for it")
@@ -137,7 +146,7 @@ def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabul
     found = np.flatnonzero(np.isin(types, _FOUND_IN_TEXT)).tolist()
     named_ends = frozenset(i for i in found if tokens[i] in _END_TEXTS)
     special = named_ends | {i for i in found if types[i] in _SPECIAL}
-    ends = named_ends | {_token_id(fields, key, n_vocab, None) for key in _END_KEYS} | {eos}
+    ends = named_ends | {ids[key] for key in _END_KEYS} | {eos}
     return Vocabulary(
         tokens=tokens,
         index=index,
@@ -149,6 +158,7 @@ def read_vocabulary(fields: Fields, n_vocab: int, defaults: Defaults) -> Vocabul
         eos=eos,
         add_bos=add_bos,
         add_eos=add_eos,
+        notes=tuple(notes),
     )
 
 
@@ -186,10 +196,22 @@ def _required(fields: Fields, key: str) -> Any:
     return value
 
 
-def _token_id(fields: Fields, key: str, n_vocab: int, default: int | None) -> int | None:
-    if key not in fields.metadata and (default is None or default >= n_vocab):
+def _token_id(fields: Fields, key: str, n_vocab: int, notes: dict[str, None]) -> int | None:
+    """The id at `key`; one outside the vocabulary (often -1) is none, with a note."""
+    if key not in fields.metadata:
         return None
-    return fields.integer(key, 0, n_vocab - 1, default)
+    id_ = fields.integer(key, -(1 << 63), 1 << 64)
+    if 0 <= id_ < n_vocab:
+        return id_
+    notes[f"{fields.path}: {key} is {id_}, outside the vocabulary of {n_vocab}: ignored"] = None
+    return None
+
+
+def _or_default(id_: int | None, default: int | None, n_vocab: int) -> int | None:
+    """The id, else the default where the vocabulary holds it."""
+    if id_ is not None or default is None or default >= n_vocab:
+        return id_
+    return default
 
 
 def _check_types(fields: Fields, tokens: list[str], types: NDArray[Any]) -> None:

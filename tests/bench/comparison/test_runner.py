@@ -57,6 +57,9 @@ class ToyTokenizer:
     def is_special(self, id: int) -> bool:
         return False
 
+    def special_id(self, text: str) -> int | None:
+        return None
+
 
 def entry(spelling: str) -> Entry:
     return Entry(spelling, FixedPolicy(parse(spelling), toy_config()))
