@@ -18,6 +18,7 @@ INTERRUPTED = 130  # what a shell reports for a program that SIGINT ended
 try:
     import signal
 except KeyboardInterrupt:
+    os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
 #: Command → module with its `main`. By name, since importing them is what takes time.

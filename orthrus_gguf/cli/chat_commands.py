@@ -191,7 +191,7 @@ def _sampling(field: str, kind: Callable[[str], Any]) -> Setting:
         loaded = state.conversation.loaded
         value = kind(text)
         if problem := out_of_range(field, value):
-            raise ValueError(problem)
+            raise argparse.ArgumentTypeError(problem)
         sampling = replace(loaded.sampling, **{field: value})
         state.conversation.loaded = replace(loaded, sampling=sampling)
 

@@ -126,7 +126,7 @@ def test_settings(start: Callable[..., Terminal]) -> None:
     assert "gives the same answer again" in terminal.ask("/regen")
     for line, message in (
         ("/set temp hot", "error: /set temp hot: "),
-        ("/set temp nan", "out of range"),
+        ("/set temp nan", "expected a number, found nan"),
         ("/set heat 1", "error: /set heat: no such setting"),
         ("/set predct 1", "did you mean predict?"),
         ("/set history maybe", "no such value"),

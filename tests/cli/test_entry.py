@@ -102,7 +102,8 @@ def test_ctrl_c_at_any_moment(program: str, model: str, tmp_path: Path) -> None:
             assert out
             continue
         assert process.returncode == 130
-        assert last.startswith(f"{program}: interrupted")
+        # In the import of `signal` alone, the program does not know its name yet.
+        assert last == "interrupted" or last.startswith(f"{program}: interrupted")
         interrupted += 1
     assert interrupted
     assert not list(tmp_path.iterdir())

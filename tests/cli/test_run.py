@@ -416,7 +416,8 @@ def test_ctrl_c_keeps_the_json(model: str) -> None:
     *pieces, last = [json.loads(line) for line in [*first, *rest.splitlines()]]
     assert last["stopped"] == "interrupted"
     assert last["finish_reason"] == "cancelled"
-    assert last["text"] == "".join(piece["piece"] for piece in pieces)
+    # What was made when it ended may not have been shown any more.
+    assert last["text"].startswith("".join(piece["piece"] for piece in pieces))
     assert len(last["output_ids"]) >= 3
 
 
