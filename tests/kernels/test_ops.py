@@ -42,13 +42,11 @@ def f16_rows(rows: int, columns: int) -> Tensor:
     return interleave(torch.full((rows, columns), NAN, dtype=torch.float16))
 
 
-def int8_rows(rows: int, columns: int, *, groups_first: bool = False) -> Int8Rows:
-    """Poisoned; optionally with groups as the outermost dimension, as some products want them."""
+def int8_rows(rows: int, columns: int, *, rows_first: bool = False) -> Int8Rows:
+    """Poisoned; optionally with rows as the outermost dimension, which kernels take too."""
     out = new_int8_rows(rows, columns, "cpu")
-    if groups_first:
-        planes = (out.quants, out.scales, out.sums)
-        moved = (p.transpose(0, 1).contiguous().transpose(0, 1) for p in planes)
-        out = Int8Rows(*moved)
+    if rows_first:
+        out = Int8Rows(*(part.contiguous() for part in (out.quants, out.scales, out.sums)))
     out.quants.fill_(-128)
     out.scales.fill_(NAN)
     out.sums.fill_(NAN)
@@ -130,7 +128,7 @@ def test_silu_multiply(rows: int, n: int, splits: int, int8: bool) -> None:
     gate, up = (torch.randn(splits, rows, n) * 5 for _ in range(2))
     gate[0, 0, :4] = torch.tensor([90.0, -90.0, -104.0, 0.0])  # exp() at its ends
     if int8:
-        found8 = int8_rows(rows, n, groups_first=True)
+        found8 = int8_rows(rows, n, rows_first=True)
         wanted8 = int8_rows(rows, n)
         ops.silu_multiply(gate, up, found8)
         reference_ops.silu_multiply(gate, up, wanted8)

@@ -19,6 +19,9 @@ from orthrus_kernels.elementwise.activations import interleaved, padded_columns
 GROUP = 32
 """Columns of int8 rows that share a scale."""
 
+ALIGNED_ROWS = 16
+"""Room for int8 rows comes in multiples of this: triton compiles for what divides a stride."""
+
 
 @dataclass(frozen=True)
 class Int8Rows:
@@ -26,7 +29,7 @@ class Int8Rows:
 
     quants: int8 [rows, groups, 32]; scales: f32 [rows, groups], largest magnitude / 127;
     sums: f32 [rows, groups], scale * sum of the group's quants (for weights that have a minimum).
-    The first two strides are free, so that a product may keep its groups outermost.
+    The first two strides are free.
     """
 
     quants: Tensor
@@ -35,11 +38,15 @@ class Int8Rows:
 
 
 def new_int8_rows(rows: int, columns: int, device: torch.device | str) -> Int8Rows:
-    """Uninitialised, row-major. `columns` must be a multiple of 32."""
-    groups = columns // GROUP
-    quants = torch.empty(rows, groups, GROUP, dtype=torch.int8, device=device)
-    scales, sums = (torch.empty(rows, groups, device=device) for _ in range(2))
-    return Int8Rows(quants, scales, sums)
+    """Uninitialised. `columns` must be a multiple of 32.
+
+    Groups lie outermost, the scales of one group side by side: the products read a group of all
+    rows at a time, and with rows outermost they spill (kernels/LOG.md).
+    """
+    shape = (columns // GROUP, -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS)
+    quants = torch.empty(*shape, GROUP, dtype=torch.int8, device=device)
+    scales, sums = (torch.empty(shape, device=device) for _ in range(2))
+    return Int8Rows(*(part.transpose(0, 1)[:rows] for part in (quants, scales, sums)))
 
 
 def new_f16_rows(rows: int, columns: int, device: torch.device | str) -> Tensor:

@@ -9,11 +9,14 @@ from orthrus_kernels.elementwise import embedding, ops, rows
 from orthrus_kernels.tools.offline import CAPABILITIES, KernelCase
 
 
-def row_targets(int8: bool) -> dict[str, str]:
-    """Arguments of a kernel that writes rows of activations."""
+def row_targets(int8: bool, prefix: str = "") -> dict[str, str]:
+    """Arguments of a kernel that writes rows of activations, as `new_int8_rows` lays them out."""
     strides = ("row_stride", "group_stride", "scale_row_stride", "scale_group_stride")
     out = {"out": "*i8" if int8 else "*fp16", "scales": "*fp32", "sums": "*fp32"}
-    return out | dict.fromkeys(strides, "i32:16")
+    out |= dict.fromkeys((prefix + name for name in strides), "i32:16")
+    if int8:
+        out[f"{prefix}scale_row_stride"] = "1"
+    return out
 
 
 def _norm_case(int8: bool, indexed: bool = False) -> KernelCase:

@@ -6,6 +6,7 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
+from orthrus_kernels.elementwise.cases import row_targets
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, STEP, TRAITS, Layout
 from orthrus_kernels.products import a8 as matmul_a8
 from orthrus_kernels.products import a16 as matmul_a16
@@ -36,11 +37,6 @@ def _planes(prefix: str, layout: Layout, kind: GGMLQuantizationType) -> dict[str
     }
 
 
-def _strides(prefix: str = "") -> dict[str, str]:
-    names = ("row_stride", "group_stride", "scale_row_stride", "scale_group_stride")
-    return {prefix + name: "i32:16" for name in names}
-
-
 def _activations(layout: Layout) -> dict[str, str]:
     if layout is Layout.A16:
         return {"x": "*fp16", "x_stride": "i32:16"}
@@ -49,15 +45,14 @@ def _activations(layout: Layout) -> dict[str, str]:
         "x_scales": "*fp32",
         "x_sums": "*fp32",
         "groups": "i32:16",
-        **_strides(),
+        **{name: kind for name, kind in row_targets(True).items() if name.endswith("stride")},
     }
 
 
 def _constants(layout: Layout, tile: Tile, asm: bool) -> dict[str, Any]:
     constants: dict[str, Any] = {"ASM": asm, "BM": tile.rows, "BN": tile.n}
     if layout is Layout.A8:
-        # Groups outermost: the scales of one group lie side by side (stride 1).
-        constants |= {"K_TAIL": False, "scale_row_stride": 1, "STAGES": tile.stages}
+        constants |= {"K_TAIL": False, "STAGES": tile.stages}
     return constants
 
 
@@ -158,7 +153,7 @@ def _matmul(
         "out": "*fp32",
         "a_n": "i32:16",
         "b_n": "i32:16",
-        "split_stride": "i64:16",
+        "split_stride": "i32:16",
     }
     split = 2 if variant == "matmul" else 1
     constants = {"A": kind_of(kind), "B": kind_of(second) if second else None, "SPLIT": split}
@@ -166,15 +161,9 @@ def _matmul(
 
 
 def _gate_up(kind: GGMLQuantizationType, layout: Layout, int8: bool) -> Parts:
-    out_prefix = "" if layout is Layout.A16 else "out_"
-    signature = {
-        **_planes("", layout, kind),
-        "out": "*i8" if int8 else "*fp16",
-        "out_scales": "*fp32",
-        "out_sums": "*fp32",
-        "n_rows": "i32:16",
-        **_strides(out_prefix),
-    }
+    targets = row_targets(int8, "" if layout is Layout.A16 else "out_")
+    targets |= {"out_scales": targets.pop("scales"), "out_sums": targets.pop("sums")}
+    signature = {**_planes("", layout, kind), **targets, "n_rows": "i32:16"}
     return _GATE_UP, signature, {"KIND": kind_of(kind), "INT8": int8}
 
 

@@ -12,7 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
 from orthrus_kernels import plain as reference
-from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_int8_rows
+from orthrus_kernels.elementwise.activation_rows import new_int8_rows
 from orthrus_kernels.elementwise.activations import deinterleave, interleave
 from orthrus_kernels.elementwise.ops import quantize_rows
 from orthrus_kernels.packing.pack import interleave_rows, pack
@@ -61,14 +61,9 @@ def activations(x: Tensor, layout: Layout) -> Activations:
     """f16 rows in natural order -> what weights of a layout take."""
     if layout is Layout.A16:
         return interleave(x)
-    rows, k = x.shape
-    # Groups outermost, and strides that do not follow the rows: triton compiles for strides.
-    flat = new_int8_rows(k // 32, 32 * max(64, rows), x.device)
-    parts = (flat.quants, flat.scales, flat.sums)
-    quants, scales, sums = (part.transpose(0, 1)[:rows] for part in parts)
-    by_group = Int8Rows(quants, scales, sums)
-    quantize_rows(x, by_group)
-    return by_group
+    rows = new_int8_rows(*x.shape, x.device)
+    quantize_rows(x, rows)
+    return rows
 
 
 def numbers(rows: int, k: int, device: str) -> Tensor:
