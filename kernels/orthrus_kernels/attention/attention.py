@@ -50,7 +50,9 @@ from orthrus_kernels.elementwise.activation_rows import (
 )
 from orthrus_kernels.elementwise.rows import Rows
 
-CHUNK = 256
+CHUNK = 64
+"""Positions that a lane takes at a time. Small, so that short contexts keep all lanes at work: from
+1,024 keys down none walks more than two steps, one after the other, whose latency nothing hides."""
 LANES = 16
 KEYS = 32
 """Keys per step of the inner loop; divides CHUNK."""
