@@ -47,6 +47,9 @@ WORTH_CHANGING = 0.95
 #: A curve that does not even fit after this many measurements will have to do.
 MEASUREMENTS = 3
 
+#: A run that takes less than this part of the best one before it shows that those warmed up.
+WARMED_UP = 0.7
+
 Clock = Callable[[], float]
 
 
@@ -145,14 +148,23 @@ class _Timer:
         return bool(self._cache.length + rows <= self._capacity)
 
     def seconds(self, ar_rows: int, diffusion_rows: int) -> float:
-        """The fastest of two to five runs, as many as a twentieth of a second holds."""
+        """The fastest of two to five runs, as many as a twentieth of a second holds.
+
+        First runs may compile kernels, second ones capture graphs. A run that beats all before it
+        by far says so: another one follows, and what they took beyond the best is not charged.
+        """
         segments = self._segments(ar_rows, diffusion_rows)
-        best, began, runs = math.inf, self._clock(), 0
-        while runs < 2 or (runs < 5 and self._clock() - began < 0.05):
+        times: list[float] = []
+        while (
+            len(times) < 2
+            or (len(times) < 5 and times[-1] < WARMED_UP * min(times[:-1]))
+            or (len(times) < 5 and min(times) * len(times) < 0.05)
+        ):
             before = self._clock()
             self._model.forward(segments)
-            best = min(best, self._clock() - before)
-            runs += 1
+            times.append(self._clock() - before)
+        best = min(times)
+        self._end += sum(times) - best * len(times)
         return best
 
     def per_token(self, rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:

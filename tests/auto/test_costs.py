@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def test_a_busy_moment_does_not_cost_threads() -> None:
 
     model.use_threads = use_threads  # type: ignore[method-assign]
     assert measure(model, clock=model.clock).threads == 4
+
+
+def test_first_runs_that_compile_teach_nothing() -> None:
+    """On a cold GPU: each shape compiles for seconds, then is captured, then costs next to nothing
+    more than one row. The curve is that of the warm passes, at all row counts."""
+    runs: Counter[tuple[int, int]] = Counter()
+
+    def cold(ar_rows: int, diffusion_rows: int, context: int) -> float:
+        runs[ar_rows, diffusion_rows] += 1
+        first = {1: 4.0, 2: 0.03}.get(runs[ar_rows, diffusion_rows], 0.0)
+        return first + 0.007 + 1e-5 * (ar_rows + diffusion_rows)
+
+    model = TimedModel(cold)
+    curve = measure(model, clock=model.clock)
+    assert curve.rows == (1, 2, 4, 8, 16, 32, 64, 128)
+    assert curve.seconds == pytest.approx([0.007 + 1e-5 * rows for rows in curve.rows])
+    assert curve.draft_rows == 8
+    assert curve.draft == pytest.approx(0.00708)
+    assert curve.mixed == pytest.approx(0.00716)
 
 
 def test_plain_models_have_no_draft_passes() -> None:
