@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,3 +145,27 @@ def test_what_torch_says(
     monkeypatch.setattr(presence, "extra_installed", lambda: True)
     found = presence.why_unusable(device)
     assert (message is None and found is None) or (found is not None and str(message) in found)
+
+
+@pytest.mark.parametrize(
+    ("found", "header", "message"),
+    [
+        ((), True, "a C compiler: install gcc"),
+        (("gcc",), False, f"install python3.{sys.version_info.minor}-dev"),
+        (("clang",), True, None),
+    ],
+)
+def test_what_triton_builds_with(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    found: tuple[str, ...],
+    header: bool,
+    message: str | None,
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in found else None)
+    monkeypatch.setattr("sysconfig.get_paths", lambda scheme: {"include": str(tmp_path)})
+    if header:
+        (tmp_path / "Python.h").touch()
+    reason = presence.missing_build_tool()
+    assert (reason is None and message is None) or (message is not None and message in str(reason))

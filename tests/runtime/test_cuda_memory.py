@@ -22,6 +22,7 @@ from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.architectures import QWEN2
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.tensors import base_tensors, diffusion_tensors
+from orthrus_gguf.runtime.cuda import model as model_module
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.memory_plan import (
@@ -169,6 +170,21 @@ def test_nothing_fits() -> None:
     plan, config = qwen_plan(100)
     with pytest.raises(OrthrusError, match="use a smaller quantization of the model, or --runtime"):
         check_memory(plan, 1 << 20, config, "f16", "f16", "cuda:0")
+
+
+def test_memory_that_is_gone_while_loading(
+    demo_file: DemoFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(model_module, "load_weights", no_room)
+    with (
+        pytest.raises(OrthrusError, match="out of memory while loading") as caught,
+        stand_in(demo_file("f16")),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_a_cache_that_cannot_be_allocated() -> None:

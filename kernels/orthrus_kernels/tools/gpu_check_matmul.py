@@ -61,7 +61,7 @@ def activations(x: Tensor, layout: Layout) -> Activations:
     """f16 rows in natural order -> what weights of a layout take."""
     if layout is Layout.A16:
         return interleave(x)
-    rows = new_int8_rows(*x.shape, x.device)
+    rows = new_int8_rows(x.shape[0], x.shape[1], x.device)
     quantize_rows(x, rows)
     return rows
 

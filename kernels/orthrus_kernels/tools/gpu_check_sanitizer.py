@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,16 +46,19 @@ def sanitized(tool: str, name: str) -> Check:
             "--quick",
             "--checks-only",
         ]
+        process = subprocess.Popen(
+            [*command, "--folder", folder],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+        )
         try:
-            run = subprocess.run(
-                [*command, "--folder", folder],
-                capture_output=True,
-                text=True,
-                timeout=SECONDS,
-                check=False,
-            )
+            output, _ = process.communicate(timeout=SECONDS)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # the tool, and the Python under it
+            process.communicate()
             return Check(f"compute-sanitizer {name}", True, f"not finished after {SECONDS} s")
-    lines = [line for line in run.stdout.splitlines() if line.startswith("=========")]
-    detail = lines[-1].strip("= ") if lines else f"exit code {run.returncode}"
-    return Check(f"compute-sanitizer {name}", run.returncode == 0, detail)
+    lines = [line for line in output.splitlines() if line.startswith("=========")]
+    detail = lines[-1].strip("= ") if lines else f"exit code {process.returncode}"
+    return Check(f"compute-sanitizer {name}", process.returncode == 0, detail)

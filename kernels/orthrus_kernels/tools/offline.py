@@ -134,7 +134,8 @@ def compile_kernel(
     `signature` gives each run-time argument a type: "*fp16", "*u8", "i32", "fp32". Pointers are
     taken to be 16-byte aligned (as torch allocates); an integer is "i32:16" where it is always a
     multiple of 16, or else the 16-byte loads vanish, and "1" where it is always 1. `constants`
-    holds the constexpr arguments, and every argument must be in one of the two. `fp_fusion` False keeps a*b+c at two roundings.
+    holds the constexpr arguments, and every argument must be in one of the two. `fp_fusion` False
+    keeps a*b+c at two roundings.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -22,7 +23,7 @@ from orthrus_gguf.runtime.cuda.device import Machine, find_machine
 from orthrus_gguf.runtime.cuda.graphs import Capture, Graphs, capture_for
 from orthrus_gguf.runtime.cuda.kernels import Kernels
 from orthrus_gguf.runtime.cuda.loader import Progress, load_weights
-from orthrus_gguf.runtime.cuda.memory_plan import MemoryPlan, check_memory, plan_memory
+from orthrus_gguf.runtime.cuda.memory_plan import GIB, MemoryPlan, check_memory, plan_memory
 from orthrus_gguf.runtime.cuda.passes import cut, is_prompt
 from orthrus_gguf.runtime.cuda.prompt_pass import run_prompt
 from orthrus_gguf.runtime.cuda.results import Gathered
@@ -38,6 +39,20 @@ PROMPT_ROWS = 512
 
 #: Shapes of passes whose tables and graphs are kept; the one that was used longest ago goes first.
 SHAPES = 256
+
+
+@contextmanager
+def _enough_memory(plan: MemoryPlan, machine: Machine, free: int | None) -> Iterator[None]:
+    """What the plan said would fit may still not: in one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OrthrusError(
+            f"{machine.device}: out of memory while loading, though {plan.total / GIB:.2f} GiB were"
+            f" planned and {(free or 0) / GIB:.2f} GiB free: another program takes some, or what is"
+            " left is in pieces; choose a smaller -c, or set the environment variable"
+            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        ) from error
 
 
 class CudaModel:
@@ -109,7 +124,7 @@ class CudaModel:
         free = machine.free_bytes()
         if free is not None:
             check_memory(memory, free, config, cache_type_k, cache_type_v, str(machine.device))
-        with machine.running():
+        with machine.running(), _enough_memory(memory, machine, free):
             weights = load_weights(file, plan, machine.device, on_progress=on_progress)
             machine.trim()
             buffers = new_buffers(config, plan, machine.device)

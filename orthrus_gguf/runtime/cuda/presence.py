@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
 from orthrus_gguf.errors import OrthrusError
@@ -19,13 +22,32 @@ UNSAFE_CAPABILITIES = range(100, 120)
 
 
 def gpu_visible() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU: a device file, or the driver's own tool."""
-    return any(Path("/dev").glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+    """Whether this machine seems to have an NVIDIA GPU: a device file (/dev/dxg under WSL), or the
+    driver's own tool."""
+    files = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    return files or shutil.which("nvidia-smi") is not None
 
 
 def extra_installed() -> bool:
     """Whether the packages of the `cuda` extra can be imported."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "triton"))
+
+
+def missing_build_tool() -> str | None:
+    """What Triton lacks to build the launchers of kernels, and the package that brings it; None if
+    nothing. It looks where Triton looks."""
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler: install gcc (apt install gcc, dnf install gcc), or set CC"
+    scheme = sysconfig.get_default_scheme()
+    scheme = "posix_prefix" if scheme == "posix_local" else scheme
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"]) / "Python.h"
+    if not header.exists():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return (
+            f"Python's headers ({header}): install python{version}-dev (apt install) or "
+            "python3-devel (dnf install)"
+        )
+    return None
 
 
 def why_unusable(device: str | None = None) -> str | None:
@@ -44,6 +66,9 @@ def why_unusable(device: str | None = None) -> str | None:
             f"PyTorch {torch.__version__} finds no usable GPU: update the NVIDIA driver, or install"
             " a CUDA build of PyTorch"
         )
+    tool = missing_build_tool()
+    if tool is not None:
+        return f"Triton, which compiles the kernels, needs {tool}"
     index = device_index(device)
     count = torch.cuda.device_count()
     if index >= count:
