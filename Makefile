@@ -70,8 +70,12 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.test-installed: $(BIN)/python pyproject.toml tests/requirements.txt
+# The oldest triton that is promised, without its torch, for the compiler's tests; they skip it where
+# it cannot be had.
+OLDEST_TRITON := .cache/triton-3.6
+$(VENV)/.test-installed: $(BIN)/python pyproject.toml tests/requirements.txt tests/requirements-triton36.txt
 	@echo "installing what the tests need, PyTorch among it (some gigabytes) …"
 	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) --requirement tests/requirements-triton36.txt
 	touch $@

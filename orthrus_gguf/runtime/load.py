@@ -65,7 +65,8 @@ def load_model(
     """Load `file` on the runtime that `settings` name. Imports only what that runtime needs.
 
     on_progress: called while weights are read, by runtimes that copy them.
-    say: receives one line when AUTO leaves a GPU unused; default: stderr.
+    say: receives one line when AUTO leaves a GPU unused, and how far the compiling of kernels is;
+    default: stderr.
     Raises OrthrusError when the runtime is not installed, cannot take a setting, or cannot run
     the model.
     """
@@ -78,7 +79,7 @@ def load_model(
     if settings.name is RuntimeName.REFERENCE:
         return _load_reference(file, settings)
     if settings.name is RuntimeName.CUDA:
-        return _load_cuda(file, settings, on_progress)
+        return _load_cuda(file, settings, on_progress, say or _to_stderr)
     if settings.name is RuntimeName.CPU:
         return _load_cpu(file, settings, say or _to_stderr)
     return _load_ggml(file, settings)
@@ -151,7 +152,12 @@ def _load_ggml(file: ModelFile, settings: RuntimeSettings) -> Model:
     )
 
 
-def _load_cuda(file: ModelFile, settings: RuntimeSettings, on_progress: Progress | None) -> Model:
+def _load_cuda(
+    file: ModelFile,
+    settings: RuntimeSettings,
+    on_progress: Progress | None,
+    say: Callable[[str], None],
+) -> Model:
     reason = why_unusable(settings.device)
     if reason is not None:
         raise OrthrusError(f"--runtime cuda cannot run here: {reason}")
@@ -164,6 +170,7 @@ def _load_cuda(file: ModelFile, settings: RuntimeSettings, on_progress: Progress
         cache_type_k=settings.cache_type_k or "f16",
         cache_type_v=settings.cache_type_v or "f16",
         on_progress=on_progress,
+        say=say,
     )
 
 

@@ -1,16 +1,19 @@
 """Run the kernels' launch code with a driver that compiles for one card and launches nothing.
 
-    python launch_without_gpu.py products|passes
+    python launch_without_gpu.py products|passes|needed
 
 The interpreter binds arguments in its own way, and the offline compiler takes signatures from the
 cases: only this shows that what the wrappers pass is what the real launcher takes, and that it
 compiles. `products` runs the products' functions on small matrices for sm_86; `passes` a pass of
-every kind of a whole tiny model, for sm_90. Prints the names of the kernels that compiled. Run as a
-process of its own, without TRITON_INTERPRET.
+every kind of a whole tiny model, for sm_90. Prints the names of the kernels that compiled. `needed`
+compiles nothing: it prints, as JSON, what 8B and others launch on four cards, as the launcher
+specialises it, and what passes launch that are not among the usual ones. Run as a process of its
+own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,36 +30,31 @@ from orthrus_kernels.packing.quant_tensor import Layout
 from orthrus_kernels.products.dequantize import dequantize
 from orthrus_kernels.products.dispatch import Tile
 from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
+from orthrus_kernels.tools.launches import CompileOnly, recorded
 from quant_rows import random_rows
-from synthetic_model import model_shape, write_model
-from triton.backends.compiler import GPUTarget
+from synthetic_model import model_shape, planned_tensors, write_model
 from triton.runtime.jit import JITFunction
 
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.runtime.cuda.compile_ahead import (
+    EmptyMachine,
+    empty_model,
+    needed_launches,
+    one_layer_of_each,
+    usual_passes,
+)
 from orthrus_gguf.runtime.cuda.kernels import TRITON
-from orthrus_gguf.runtime.cuda.model import CudaModel
+from orthrus_gguf.runtime.cuda.memory_plan import META
+from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS, CudaModel
 from orthrus_gguf.runtime.protocol import Draw, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 TILE = Tile(16, 64, 4, 3)
 TREE = (-1, 0, 0, 1, 2, 2)
-
-
-class CompileOnly:
-    """The parts of a triton driver that a launch asks for before it launches."""
-
-    def __init__(self, capability: int) -> None:
-        self._capability = capability
-
-    def get_current_target(self) -> Any:
-        return GPUTarget("cuda", self._capability, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return device
+SHAPES_NEEDED = ("qwen3-8b", "qwen3-4b", "qwen3-1.7b", "llama-3.2-1b")
+CARDS = (86, 89, 90, 120)
 
 
 def products() -> None:
@@ -114,6 +112,41 @@ def _run_passes(model: CudaModel) -> None:
     model.forward([prompt])
 
 
+def needed() -> None:
+    """What models need; and what other row counts, widths and draws need beyond that."""
+    found = []
+    for name in SHAPES_NEEDED:
+        config = SHAPES[name]
+        tensors = planned_tensors(config, "q4_k_m")
+        for card in CARDS:
+            launches = needed_launches(config, tensors, card)
+            found += [
+                {"model": name, "card": card, "kernel": launch.name, "arguments": launch.arguments}
+                for launch in launches
+            ]
+    config, tensors = one_layer_of_each(config, tensors)
+    machine = EmptyMachine(META, "no card", CARDS[-1], TRITON, {}, None, False)
+    with recorded(CARDS[-1]) as others:
+        model = empty_model(config, tensors, machine)
+        for segments in usual_passes(model, PROMPT_ROWS):
+            model.forward(segments)
+        usual = len(others)
+        cache = model.new_cache(2000)
+        cache.assume(1234)
+        for draw in (Sampler(SamplingSettings(temperature=0)), Sampler(SamplingSettings(seed=5))):
+            some = Draw(draw, [0] * 1235)
+            for count in (1, 3, 5, 13, 31, 47, 64):
+                model.forward([ar_segment(cache, [1] * count, 1234, draw=some)])
+                block = diffusion_segment(
+                    cache, 0, config.mask_token or 0, min(count, 31), 1234,
+                    draw=Draw(draw, [0] * 1235, detail=True),
+                )  # fmt: skip
+                model.forward([block])
+                model.forward([ar_segment(cache, [1] * min(count, 33), 1234, draw=some), block])
+    beyond = [{"kernel": launch.name, "arguments": launch.arguments} for launch in others[usual:]]
+    print(json.dumps({"needed": found, "beyond": beyond}))
+
+
 RUNS: dict[str, tuple[int, Callable[[], None]]] = {
     "products": (86, products),
     "passes": (90, passes),
@@ -121,6 +154,9 @@ RUNS: dict[str, tuple[int, Callable[[], None]]] = {
 
 
 def main() -> None:
+    if sys.argv[1] == "needed":
+        needed()
+        return
     capability, run = RUNS[sys.argv[1]]
     triton.runtime.driver.set_active(CompileOnly(capability))
     launch = JITFunction.run

@@ -6,6 +6,7 @@ large to ship. What they generate is noise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,11 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
+from orthrus_gguf.bench.prediction.shapes import tensor_type
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.architectures import QWEN3, Architecture
 from orthrus_gguf.model.config import ModelConfig, Rope
 from orthrus_gguf.model.mix import Mix
@@ -111,6 +114,19 @@ def q4_k_m(n_layers: int) -> TypeRule:
         return mix.matrix(part, int(layer))
 
     return rule
+
+
+def planned_tensors(config: ModelConfig, file_type: str) -> dict[str, TensorInfo]:
+    """The tensor table of a model with heads in one of `prediction.shapes.FILE_TYPES`, as the
+    converter types them; no file."""
+    tensors = {}
+    for name, shape in (base_tensors(config) | diffusion_tensors(config)).items():
+        kind = gguf.GGMLQuantizationType.F32
+        if len(shape) > 1:
+            kind = tensor_type(name, shape[-1], config, file_type)
+        qblock, size = gguf.GGML_QUANT_SIZES[kind]
+        tensors[name] = TensorInfo(name, shape, kind, 0, math.prod(shape) // qblock * size)
+    return tensors
 
 
 def write_model(

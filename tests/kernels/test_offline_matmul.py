@@ -7,9 +7,11 @@ compiled kernels are kept in triton's cache between runs.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from orthrus_kernels.tools.offline import (
     Resources,
     compile_kernel,
     hot_loop,
+    load_cases,
     mma_warps,
     opcode,
     report_module,
@@ -155,18 +158,78 @@ PASSES = {
 }
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Where `make test` puts the oldest triton that is promised, without torch.
+OLDEST_TRITON = ROOT / ".cache" / "triton-3.6"
+
+
+@pytest.fixture(params=["pinned", "oldest"])
+def compiler_path(request: pytest.FixtureRequest) -> list[str]:
+    """What goes before everything else on the path."""
+    if request.param == "pinned":
+        return []
+    if not (OLDEST_TRITON / "triton").is_dir():
+        pytest.skip(f"{OLDEST_TRITON} is missing: `make test` installs triton 3.6.0 there")
+    return [str(OLDEST_TRITON)]
+
+
+def run_python(path: list[str], *words: str) -> str:
+    """What Python prints, without the interpreter of kernels."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([*path, *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-2000:]
+    return done.stdout
+
+
+LAUNCHES = str(ROOT / "tests/helpers/launch_without_gpu.py")
+
+
 @pytest.mark.parametrize(("run", "kernels"), [("products", PRODUCTS), ("passes", PASSES)])
-def test_launches_bind_their_arguments(run: str, kernels: set[str]) -> None:
+def test_launches_bind_their_arguments(
+    compiler_path: list[str], run: str, kernels: set[str]
+) -> None:
     """The real launcher takes what the wrappers pass, and the runtime what they ask for (compiled,
     not launched)."""
-    script = Path(__file__).parent.parent / "helpers" / "launch_without_gpu.py"
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    done = subprocess.run(
-        [sys.executable, script, run], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert set(done.stdout.split()) == kernels
+    assert set(run_python(compiler_path, LAUNCHES, run).split()) == kernels
+
+
+def test_the_oldest_compiler_keeps_its_budgets() -> None:
+    if not (OLDEST_TRITON / "triton").is_dir():
+        pytest.skip(f"{OLDEST_TRITON} is missing: `make test` installs triton 3.6.0 there")
+    found = run_python([str(OLDEST_TRITON)], "-m", "orthrus_kernels.tools.budget_table")
+    assert found.startswith("triton 3.6: ")
+    assert found.endswith(" 0 problems\n")
+
+
+def numbers(arguments: Mapping[str, str]) -> dict[str, str]:
+    """Arguments without pointers, whose types follow those of the weights."""
+    return {name: kind for name, kind in arguments.items() if not kind.startswith("*")}
+
+
+def test_cases_are_what_the_runtime_launches() -> None:
+    """Every product of four models on four cards, as the launcher specialises it, is compiled with
+    the same arguments by a case; and nothing is launched that is not compiled ahead."""
+    data = json.loads(run_python([], LAUNCHES, "needed"))
+    assert data["beyond"] == []
+    assert {(found["model"], found["card"]) for found in data["needed"]} == {
+        (model, card)
+        for model in ("qwen3-8b", "qwen3-4b", "qwen3-1.7b", "llama-3.2-1b")
+        for card in (86, 89, 90, 120)
+    }
+    known: dict[str, list[dict[str, str]]] = {}
+    for case in (*load_cases(MODULE), *load_cases(MATRIX)):
+        known.setdefault(case.fn.__name__, []).append(numbers(case.signature))
+    products = [found for found in data["needed"] if found["kernel"].endswith(("_a16", "_a8"))]
+    products = [found for found in products if not found["kernel"].startswith("_")]
+    assert {found["kernel"] for found in products} == {
+        *("matmul_a16", "gate_up_a16", "head_a16", "matmul_a8", "gate_up_a8", "head_a8"),
+    } - {"head_a8"}
+    for found in products:
+        assert numbers(found["arguments"]) in known[found["kernel"]], found
 
 
 def test_reading_a_listing() -> None:

@@ -5,7 +5,9 @@
     python -m orthrus_kernels.tools.budget_table --accept   take today's figures (also: --all)
     python -m orthrus_kernels.tools.budget_table --print    print what is known; compiles nothing
 
-budgets.json is the truth; kernels/RESOURCES.md shows a part of it, which --accept writes anew.
+budgets.json is the truth, for each minor version of triton; kernels/RESOURCES.md shows a part of
+it, which --accept writes anew. Another compiler than PINNED, in a folder on PYTHONPATH
+(tests/requirements-triton36.txt), compiles a short list for two cards.
 Compiled kernels are cached by triton: --all takes up to an hour on two cores the first time (run it
 under `nice`), minutes later on, and goes on where a run was broken off.
 """
@@ -42,6 +44,12 @@ MATRIX = "orthrus_kernels.products.matrix"
 HEADROOM = 1.03
 """Tolerated beyond the accepted figures, for other triton versions."""
 
+PINNED = "3.7"
+"""The version of triton whose budgets cover everything."""
+
+OTHERS_CAPABILITIES = (86, 90)
+"""What other versions are checked for."""
+
 Report = Mapping[str, Mapping[int, Resources]]
 
 
@@ -71,9 +79,24 @@ def budgets_path() -> Path:
     return Path(__file__).parent / "budgets.json"
 
 
-def load_budgets(path: Path | None = None) -> Budgets:
+def compiler() -> str:
+    """Minor version of the triton that is installed."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def in_short_list(name: str) -> bool:
+    """What other versions of triton compile: products of Q4_K and Q6_K, attention with heads of
+    128, all small kernels."""
+    if " a16" in name or " a8" in name:
+        return (" Q4_K" in name or " Q6_K" in name) and "asm" not in name
+    return "d=" not in name or "d=128" in name
+
+
+def load_budgets(path: Path | None = None, version: str = PINNED) -> Budgets:
     """{kernel: {capability: Budget}}."""
-    data = json.loads((path or budgets_path()).read_text())
+    data = json.loads((path or budgets_path()).read_text()).get(version, {})
     return {
         name: {int(capability): Budget(*values) for capability, values in by_capability.items()}
         for name, by_capability in data.items()
@@ -212,12 +235,15 @@ def _cell(used: Budget | None, shared: bool) -> str:
 
 
 def compile_everything(
-    modules: Sequence[str] = MODULES, talk: bool = False
+    modules: Sequence[str] = MODULES, talk: bool = False, short: bool = False
 ) -> dict[str, dict[int, Resources]]:
-    """Reports of all modules, merged; talk: a line per kernel as it is done."""
+    """Reports of all modules, merged; talk: a line per kernel as it is done. short: what is
+    compiled with other versions of triton."""
     report: dict[str, dict[int, Resources]] = {}
+    cards = OTHERS_CAPABILITIES if short else CAPABILITIES
     for module in modules:
-        for name, by_capability in report_module(module, talk=talk).items():
+        found = report_module(module, cards, talk=talk, wanted=in_short_list if short else None)
+        for name, by_capability in found.items():
             report.setdefault(name, {}).update(by_capability)
     return report
 
@@ -231,9 +257,10 @@ def known_cases() -> dict[str, set[int]]:
     return found
 
 
-def accept(report: Report) -> None:
+def accept(report: Report, version: str) -> None:
     """Write the figures of a report; those of other kernels stay, as long as there are such."""
-    budgets = json.loads(budgets_path().read_text())
+    versions = json.loads(budgets_path().read_text())
+    budgets = versions.setdefault(version, {})
     for name, by_capability in accepted(report).items():
         budgets.setdefault(name, {}).update(by_capability)
     known = known_cases()
@@ -242,8 +269,12 @@ def accept(report: Report) -> None:
         for name in sorted(budgets)
         if name in known
     }
-    lines = [f"{json.dumps(name)}: {json.dumps(by_card)}" for name, by_card in kept.items()]
-    budgets_path().write_text("{\n " + ",\n ".join(lines) + "\n}\n")
+    versions[version] = kept
+    parts = []
+    for one, kernels in sorted(versions.items()):
+        lines = [f"{json.dumps(name)}: {json.dumps(by_card)}" for name, by_card in kernels.items()]
+        parts.append(f"{json.dumps(one)}: {{\n " + ",\n ".join(lines) + "\n}")
+    budgets_path().write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -259,17 +290,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="what --accept writes for people (default: kernels/RESOURCES.md, from the root)",
     )
     options = parser.parse_args(arguments)
+    version = compiler()
     if options.print:
-        budgets = load_budgets()
+        budgets = load_budgets(version=version)
         print("\n".join(_table(budgets, sorted(budgets), shared=True)))
         return 0
-    report = compile_everything((*MODULES, MATRIX) if options.all else MODULES, talk=options.all)
+    modules = (*MODULES, MATRIX) if options.all else MODULES
+    report = compile_everything(modules, talk=options.all, short=version != PINNED)
     if options.accept:
-        accept(report)
+        accept(report, version)
         options.summary.write_text(summary(load_budgets()))
-    problems = check(report, load_budgets())
+    problems = check(report, load_budgets(version=version))
     for line in problems:
         print(line, file=sys.stderr)
+    print(f"triton {version}: {len(report)} kernels, {len(problems)} problems")
     return 1 if problems else 0
 
 

@@ -25,7 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,8 +262,11 @@ def report_module(
     capabilities: Sequence[int] = CAPABILITIES,
     jobs: int = 2,
     talk: bool = False,
+    wanted: Callable[[str], bool] | None = None,
 ) -> dict[str, dict[int, Resources]]:
     """`report_cases` of a module's CASES in `jobs` fresh processes without TRITON_INTERPRET.
+
+    wanted: which of them, by name; default: all.
 
     Compiled kernels are kept in triton's cache directory, so that a second run takes seconds.
     """
@@ -280,6 +283,9 @@ def report_module(
             command += ["--shard", f"{shard}/{jobs}", "--json", str(path)]
             command += [] if talk else ["--quiet"]
             command += [f"--capability={capability}" for capability in capabilities]
+            if wanted is not None:
+                names = dict.fromkeys(case.name for case in load_cases(module))
+                command += ["--names", json.dumps([name for name in names if wanted(name)])]
             processes.append(subprocess.Popen(command, env=environment))
         codes = [process.wait() for process in processes]
         if any(codes):
@@ -305,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("module", help="import path of a module with CASES")
     parser.add_argument("--capability", type=int, action="append", help="86 = sm_86; repeatable")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--names", type=json.loads, help="a JSON list: these cases alone")
     parser.add_argument("--json", type=Path, help="write the full report here")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th case from the I-th on")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
@@ -313,7 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("unset TRITON_INTERPRET: the interpreter hides the compiler", file=sys.stderr)
         return 1
     shard, shards = (int(part) for part in options.shard.split("/"))
-    cases = [case for case in load_cases(options.module) if options.only in case.name]
+    cases = [
+        case
+        for case in load_cases(options.module)
+        if options.only in case.name and (options.names is None or case.name in options.names)
+    ]
     cases = cases[shard::shards]
     table = report_cases(cases, options.capability or CAPABILITIES, talk=not options.quiet)
     if options.json:

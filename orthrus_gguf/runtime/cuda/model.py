@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cuda.arrange import Arrangement, arrange, check_tokens
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.cache import CudaCache, check_cache_types
+from orthrus_gguf.runtime.cuda.compiling import kernels_compiled
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
 from orthrus_gguf.runtime.cuda.graphs import Capture, Graphs, capture_for
 from orthrus_gguf.runtime.cuda.kernels import Kernels
@@ -33,6 +35,8 @@ from orthrus_gguf.runtime.cuda.tables import Shape, Table
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
+
+log = logging.getLogger(__name__)
 
 #: AR rows of one prompt pass. Longer prompts are cut.
 PROMPT_ROWS = 512
@@ -97,6 +101,7 @@ class CudaModel:
         kernels: Kernels | None = None,
         capability: int | None = None,
         capture: Capture | None = None,
+        say: Callable[[str], None] = log.info,
     ) -> CudaModel:
         """Load an open file onto a device.
 
@@ -104,6 +109,7 @@ class CudaModel:
         context: tokens of the cache that will be asked for, for the memory plan; default: one.
         prompt_rows: AR rows of one prompt pass; with at most 64, prompts are row-invariant, too.
         kernels, capability: see `find_machine`. capture: how passes become graphs, for tests.
+        say: hears how far compiling is, the first time.
         Raises OrthrusError for a device, model or setting that cannot be used, or too little
         memory, before anything is allocated.
         """
@@ -124,7 +130,8 @@ class CudaModel:
         free = machine.free_bytes()
         if free is not None:
             check_memory(memory, free, config, cache_type_k, cache_type_v, str(machine.device))
-        with machine.running(), _enough_memory(memory, machine, free):
+        compiling = kernels_compiled(file, machine, (cache_type_k, cache_type_v), prompt_rows, say)
+        with compiling, machine.running(), _enough_memory(memory, machine, free):
             weights = load_weights(file, plan, machine.device, on_progress=on_progress)
             machine.trim()
             buffers = new_buffers(config, plan, machine.device)

@@ -10,14 +10,14 @@ from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Segment, View
 
 #: Rows of the passes that graphs are captured for: few sizes, so that few graphs serve all.
-_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 
 
 def bucket(rows: int) -> int:
     """Rows of the pass that `rows` rows run in."""
     if not rows:
         return 0
-    return next((size for size in _BUCKETS if size >= rows), rows)
+    return next((size for size in BUCKETS if size >= rows), rows)
 
 
 def padded(ar: int, blocks: int, most: int) -> tuple[int, int]:

@@ -1,0 +1,216 @@
+"""The kernels that a model needs, compiled before they are: in parallel, while weights load.
+
+    python -m orthrus_gguf.runtime.cuda.compile_ahead MODEL.gguf --capability 86
+
+is what `CudaModel.load` starts. It runs every kind of pass on tensors without numbers, with a
+launcher that only notes what it would compile (`orthrus_kernels.tools.launches`), compiles that in
+several processes, and leaves it in triton's cache, where the launches will find it. It needs no
+GPU; --report prints what each kernel uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from orthrus_kernels.tools.launches import Launch, recorded
+from orthrus_kernels.tools.offline import Compiled, summary_line
+from torch import Tensor
+
+from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
+from orthrus_gguf.runtime.cuda.device import Machine
+from orthrus_gguf.runtime.cuda.kernels import TRITON
+from orthrus_gguf.runtime.cuda.memory_plan import META, empty_weights, plan_memory
+from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS, CudaModel
+from orthrus_gguf.runtime.cuda.passes import BUCKETS
+from orthrus_gguf.runtime.cuda.runner import PassRunner
+from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
+from orthrus_gguf.runtime.protocol import Draw, Segment, ar_segment, diffusion_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+
+#: Cache rows that the passes see; kernels are the same at any.
+CONTEXT = 300
+
+
+class EmptyMachine(Machine):
+    """A card whose tensors have no numbers."""
+
+    def download(self, found: Tensor, buffer: Tensor) -> NDArray[Any]:
+        """Zeros."""
+        return buffer.zero_().numpy()
+
+
+def empty_model(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    machine: Machine,
+    cache_types: tuple[str, str] = ("f16", "f16"),
+    prompt_rows: int = PROMPT_ROWS,
+) -> CudaModel:
+    """A model without numbers, on the meta device."""
+    plan = plan_weights(config, tensors, machine.capability)
+    runner = PassRunner(
+        config,
+        machine,
+        empty_weights(config, tensors, plan),
+        new_buffers(config, plan, META),
+        torch.empty(config.head_dim // 2, dtype=torch.float64, device=META),
+        1.0,
+        torch.empty(256, dtype=torch.uint8, device=META),
+        cache_types,
+    )
+    memory = plan_memory(config, tensors, plan, 1, *cache_types, prompt_rows)
+    return CudaModel(runner, prompt_rows, memory, None)
+
+
+def needed_launches(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    capability: int,
+    cache_types: tuple[str, str] = ("f16", "f16"),
+    tuned: Mapping[str, Any] | None = None,
+    prompt_rows: int = PROMPT_ROWS,
+) -> list[Launch]:
+    """What passes of a model launch on a card of this compute capability, each kernel once."""
+    config, tensors = one_layer_of_each(config, tensors)
+    machine = EmptyMachine(META, "no card", capability, TRITON, tuned or {}, None, False)
+    with recorded(capability) as found:
+        model = empty_model(config, tensors, machine, cache_types, prompt_rows)
+        for segments in usual_passes(model, prompt_rows):
+            model.forward(segments)
+    return found
+
+
+def one_layer_of_each(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo]
+) -> tuple[ModelConfig, dict[str, TensorInfo]]:
+    """The model with one layer for each mix of types that its layers have."""
+    layers: dict[int, dict[str, TensorInfo]] = {}
+    rest = {}
+    for name, info in tensors.items():
+        if name.startswith("blk."):
+            _, number, part = name.split(".", 2)
+            layers.setdefault(int(number), {})[part] = info
+        else:
+            rest[name] = info
+    kinds: dict[object, dict[str, TensorInfo]] = {}
+    for _, parts in sorted(layers.items()):
+        kinds.setdefault(tuple(sorted((part, info.type) for part, info in parts.items())), parts)
+    for number, parts in enumerate(kinds.values()):
+        rest |= {f"blk.{number}.{part}": info for part, info in parts.items()}
+    return replace(config, n_layers=len(kinds)), rest
+
+
+def usual_passes(model: CudaModel, prompt_rows: int) -> Iterator[list[Segment]]:
+    """Passes of every size and kind that strategies ask for, drawn as `orthrus-run` draws: plain
+    and sampled rows, drafts, verification with blocks, trees, two sequences, prompts."""
+    config, most = model.config, pass_rows(model.config)
+    history = [0] * (CONTEXT + 1)
+    a, b = (model.new_cache(CONTEXT + prompt_rows + most) for _ in range(2))
+    for cache in (a, b):
+        cache.assume(CONTEXT)
+    for settings in (SamplingSettings(temperature=0), SamplingSettings()):
+        sampler = Sampler(settings)
+        plain, detail = Draw(sampler, history), Draw(sampler, history, detail=True)
+
+        def rows(
+            count: int, cache: Any = a, draw: Draw = plain, parents: Sequence[int] | None = None
+        ) -> Segment:
+            return ar_segment(cache, [0] * count, CONTEXT, draw=draw, parents=parents)
+
+        for count in BUCKETS:
+            yield [rows(count)]
+            yield [rows(count, draw=detail)]
+        yield [rows(6, parents=(-1, 0, 0, 1, 2, 2))]
+        yield [rows(1), rows(3, b)]
+        for count in (65, prompt_rows):
+            wanted = range(count - 1, count)
+            yield [ar_segment(a, [0] * count, CONTEXT, wanted=wanted, draw=plain)]
+        if not config.has_heads or config.mask_token is None:
+            continue
+        for width in BUCKETS:
+            if width > (config.block_size or 0):
+                break
+            block = diffusion_segment(a, 0, config.mask_token, width, CONTEXT, draw=detail)
+            yield [block]
+            for count in BUCKETS:
+                if width + count <= most:
+                    yield [rows(count), block]
+
+
+def compile_launch(launch: Launch) -> tuple[str, str | None]:
+    """Its line for --report, and what went wrong."""
+    try:
+        handle = launch.compile()
+    except Exception as error:  # triton's errors have no base class of their own
+        return launch.name, f"{launch.name}: {type(error).__name__}: {str(error).splitlines()[0]}"
+    if not _WANTS_REPORT:
+        return launch.name, None
+    used = Compiled(handle, launch.options["num_warps"]).report()
+    return summary_line(launch.name, launch.capability, used), None
+
+
+_LAUNCHES: list[Launch] = []
+_WANTS_REPORT = False
+
+
+def _compile_number(number: int) -> tuple[str, str | None]:
+    return compile_launch(_LAUNCHES[number])
+
+
+def compile_all(launches: Sequence[Launch], jobs: int) -> Iterator[tuple[str, str | None]]:
+    """`compile_launch` of all, the dearest first, in processes forked from this one."""
+    _LAUNCHES[:] = sorted(launches, key=lambda launch: "a8" not in launch.name)
+    with multiprocessing.get_context("fork").Pool(max(1, min(jobs, len(launches)))) as pool:
+        yield from pool.imap_unordered(_compile_number, range(len(launches)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile; a line `done of all` per kernel; exit code 1 if one does not compile."""
+    global _WANTS_REPORT
+    parser = argparse.ArgumentParser(prog="python -m orthrus_gguf.runtime.cuda.compile_ahead")
+    parser.add_argument("files", nargs="+", type=Path, help="a model, or a base and its heads")
+    parser.add_argument("--capability", type=int, required=True, help="86 = sm_86")
+    parser.add_argument("--card", default="", help="name of the card, for its tuned tiles")
+    parser.add_argument("--cache-types", nargs=2, default=("f16", "f16"))
+    parser.add_argument("--prompt-rows", type=int, default=PROMPT_ROWS)
+    parser.add_argument("--jobs", type=int, default=max(1, min(8, (os.cpu_count() or 2) - 1)))
+    parser.add_argument("--report", action="store_true", help="print what each kernel uses")
+    options = parser.parse_args(arguments)
+    _WANTS_REPORT = options.report
+    from orthrus_kernels.products.dispatch import load_table
+
+    began = time.perf_counter()
+    with ModelFile.open(*options.files) as file:
+        launches = needed_launches(
+            file.config,
+            file.tensors,
+            options.capability,
+            tuple(options.cache_types),
+            load_table(options.card),
+            options.prompt_rows,
+        )
+    failures = 0
+    for done, (line, problem) in enumerate(compile_all(launches, options.jobs), 1):
+        failures += problem is not None
+        if problem is not None:
+            print(problem, file=sys.stderr, flush=True)
+        print(f"{done} of {len(launches)} {line}", flush=True)
+    print(f"{time.perf_counter() - began:.1f} s", file=sys.stderr)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
