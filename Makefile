@@ -38,22 +38,10 @@ fuzz: $(VENV)/.test-installed
 	$(BIN)/python -m pytest -m slow tests/fuzz
 	$(BIN)/python -m tests.fuzz.fuzz_gguf .cache/fuzz -max_total_time=$(FUZZ_SECONDS) -artifact_prefix=.cache/
 
-# On an NVIDIA GPU: the kernels (correctness, row invariance, time per shape), then the runtime on
-# the demo model (golden tokens, equal text from every strategy), then the runtime's times on
-# synthetic models of real shapes. Each part ends in one table. Uses the Python that is active, with
-# the torch and triton it has; GPU_MODELS names what is timed.
-GPU_MODELS ?= qwen3-8b qwen3-1.7b
-GPU_TYPE ?= q4_k_m
-GPU := .cache/gpu
-gpu: export PYTHONPATH := kernels:converters:.
+# On an NVIDIA GPU, with the Python that is active and the torch and triton that it has: checks and
+# times, the most valuable first, and a table at the end. GPU_FLAGS='--budget 600' for ten minutes.
 gpu:
-	python -m orthrus_kernels.tools.gpu_check
-	mkdir -p $(GPU)
-	python -m orthrus_converters $(DEMO) $(GPU)/demo.gguf --type f16 --overwrite
-	for model in $(GPU_MODELS); do \
-	    test -f $(GPU)/$$model.gguf || python -m orthrus_converters --synthetic $$model $(GPU)/$$model.gguf --type $(GPU_TYPE); \
-	done
-	python -m orthrus_gguf.bench.gpu_check --demo $(GPU)/demo.gguf --folder $(GPU) $(GPU_MODELS:%=$(GPU)/%.gguf)
+	python3 -m orthrus_gguf.bench.gpu_first_run $(GPU_FLAGS)
 
 CPU_KERNELS := kernels/orthrus_cpu_kernels
 lint: $(VENV)/.test-installed

@@ -64,7 +64,9 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 #: Tools that run on a GPU, and say so.
-GPU_CHECKS = ("orthrus_gguf.bench.gpu_check", "orthrus_gguf.bench.gpu_figures")
+GPU_CHECKS = tuple(
+    f"orthrus_gguf.bench.gpu_{name}" for name in ("checks", "figures", "sanitizer", "stage")
+)
 
 #: Packages that are heavy, or a concern of few → the modules, or folders, that may import them.
 FEW: dict[str, tuple[str, ...]] = {

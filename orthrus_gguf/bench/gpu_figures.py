@@ -1,4 +1,4 @@
-"""What the runtime's passes cost on a GPU, for `gpu_check`.
+"""What the runtime's passes cost on a GPU.
 
 Passes run again and again at the same place, as graphs, and nothing is committed. Speed does not
 depend on what the cache holds.
@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from orthrus_kernels.tools.gpu_check import Figure, measure_copy
+from orthrus_kernels.attention import attention
+from orthrus_kernels.tools.gpu_check_report import Figure, measure_copy
 
 from orthrus_gguf.decode import decode, drive, prefill
 from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy
@@ -26,6 +28,9 @@ from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 CONTEXTS = (512, 4096, 32768)
+
+#: Kernels of a pass that are told apart, the dearest first.
+PROFILED = 16
 GREEDY = SamplingSettings(temperature=0)
 
 
@@ -44,25 +49,81 @@ FULL = Effort(ROWS, CONTEXTS, 20, 128, 512)
 SMALL = Effort((1, 3), (40,), 1, 3, 70)
 
 
-def figures(path: Path, device: str | None) -> Iterator[Figure]:
-    """All figures of one file. On the CPU the same code runs once, and its numbers mean nothing."""
+def figures(path: Path, device: str | None, contexts: Sequence[int] | None) -> Iterator[Figure]:
+    """Figures of one file. contexts: what passes are timed at; None: loading, generation and
+    prompts are measured, and passes at the shortest. On the CPU the same code runs once, and its
+    numbers mean nothing."""
     effort = SMALL if device == "cpu" else FULL
     with ModelFile.open(path) as file:
         size = sum(info.n_bytes for info in file.tensors.values())
-        if device != "cpu":
-            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        with CudaModel.load(file, device=device) as model:
+        with CudaModel.load(file, device=device, say=print) as model:
             seconds = time.perf_counter() - started
             name = model.config.name
             yield Figure(f"{name}: load", seconds, "s", f"{size / seconds / 1e9:.2f} GB/s")
-            ceiling = measure_copy("cuda") if model.machine.is_cuda else math.inf
-            yield from _generation(model, name, effort, ceiling)
-            yield from _prompt(model, name, effort)
-            for context in effort.contexts:
+            where = str(model.machine.device)
+            ceiling = measure_copy(where) if model.machine.is_cuda else math.inf
+            if contexts is None:
+                yield from _generation(model, name, effort, ceiling)
+                contexts = effort.contexts[:1]
+                yield from _at_context(model, name, contexts[0], effort, ceiling)
+                yield from _prompt(model, name, effort)
+                yield from _memory(model, name)
+                return
+            for context in contexts if device != "cpu" else effort.contexts:
                 if _fits(model, context):
                     yield from _at_context(model, name, context, effort, ceiling)
-            yield from _memory(model, name)
+
+
+def profile(path: Path, device: str | None) -> Iterator[Figure]:
+    """One AR pass at 512 by kernel: what each takes in all layers, and what lies between them."""
+    effort = SMALL if device == "cpu" else FULL
+    with ModelFile.open(path) as file, CudaModel.load(file, device=device, say=print) as model:
+        segment, is_cuda = _ar_rows(model, effort.contexts[0], 1), model.machine.is_cuda
+        milliseconds, _ = _timed(model, [segment], effort)
+        kinds = torch.profiler.ProfilerActivity
+        with (
+            model.machine.running(),
+            torch.profiler.profile(activities=[kinds.CUDA if is_cuda else kinds.CPU]) as found,
+        ):
+            launch = model.launch_again([segment])
+            for _ in range(effort.repeats):
+                launch()
+            if is_cuda:
+                torch.cuda.synchronize(model.machine.device)
+        events = sorted(found.key_averages(), key=lambda event: -_micros(event, is_cuda))
+        total = sum(_micros(event, is_cuda) for event in events) / effort.repeats
+        for event in events[:PROFILED]:
+            note = f"{event.count / effort.repeats:.0f} launches"
+            micros = _micros(event, is_cuda) / effort.repeats
+            yield Figure(f"AR pass: {event.key[:60]}", micros, "us", note)
+        note = f"of {1e3 * milliseconds:.0f} us; all kernels together {total:.0f} us"
+        yield Figure("AR pass: gaps between kernels", 1e3 * milliseconds - total, "us", note)
+
+
+def _micros(event: Any, is_cuda: bool) -> float:
+    return float(event.self_device_time_total if is_cuda else event.self_cpu_time_total)
+
+
+def chunk_trial(path: Path, device: str | None) -> Iterator[Figure]:
+    """AR passes with other chunks of attention: another kernel, and other bits."""
+    effort, usual = SMALL if device == "cpu" else FULL, attention.CHUNK
+    try:
+        for chunk in (usual, 4 * usual):
+            attention.CHUNK = chunk
+            with ModelFile.open(path) as file, CudaModel.load(file, device=device) as model:
+                for context in effort.contexts[:2]:
+                    if _fits(model, context):
+                        ms, _ = _timed(model, [_ar_rows(model, context, 1)], effort)
+                        yield Figure(f"AR pass at {context}, chunks of {chunk}", ms, "ms")
+    finally:
+        attention.CHUNK = usual
+
+
+def _ar_rows(model: CudaModel, context: int, rows: int) -> Segment:
+    """Rows of a sequence that holds `context` tokens."""
+    draw = Draw(Sampler(GREEDY), [0] * (context + 1))
+    return ar_segment(_held(model, context), [0] * rows, context, draw=draw)
 
 
 def _fits(model: CudaModel, context: int) -> bool:
@@ -195,6 +256,8 @@ def _memory(model: CudaModel, name: str) -> Iterator[Figure]:
     """What was allocated at most, beside what the plan says about weights and buffers."""
     plan = model.memory
     planned = plan.weights + plan.heads + plan.work
-    peak = torch.cuda.max_memory_allocated() if model.machine.is_cuda else planned
+    peak = planned
+    if model.machine.is_cuda:
+        peak = torch.cuda.max_memory_allocated(model.machine.device)
     note = f"plan without caches {planned / 1e9:.2f} GB"
     yield Figure(f"{name}: peak memory, largest cache included", peak / 1e9, "GB", note)

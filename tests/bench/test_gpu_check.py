@@ -1,4 +1,4 @@
-"""`python -m orthrus_gguf.bench.gpu_check --cpu`: its logic, and that it can fail."""
+"""Checks and figures of the runtime, on stand-ins: that they hold, and that they can fail."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ pytest.importorskip("triton")
 
 import torch
 from cuda_models import remembered_weights
+from orthrus_kernels.tools.gpu_check_report import Check
 
-from orthrus_gguf.bench.gpu_check import main
+from orthrus_gguf.bench.gpu_checks import SMALL, checks
+from orthrus_gguf.bench.gpu_figures import figures
+from orthrus_gguf.bench.gpu_stage import GOLDEN
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 
 DemoFile = Callable[..., Path]
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tiny-orthrus-stdlib.json"
 
 
 @pytest.fixture(autouse=True)
@@ -26,30 +28,26 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run(folder: Path, demo: Path, *models: Path) -> int:
-    flags = ["--cpu", "--pairs", "3", "--golden", str(GOLDEN), "--folder", str(folder)]
+def check(demo: Path, *kinds: str) -> list[Check]:
     with remembered_weights():
-        return main([*flags, "--demo", str(demo), *map(str, models)])
+        return list(checks(demo, json.loads(GOLDEN.read_text()), "cpu", SMALL, kinds))
 
 
-def test_all_holds_and_nothing_is_called_measured(tmp_path: Path, demo_file: DemoFile) -> None:
-    assert run(tmp_path, demo_file("f16"), demo_file("q8_0")) == 0
-    table = (tmp_path / "runtime_check.md").read_text()
-    assert table.count("| ok |") == 14
-    rows = [line for line in table.splitlines() if line.startswith("| Tiny Orthrus Stdlib")]
-    assert any("tree of 8 rows" in row for row in rows)
-    assert any("four sequences of one row" in row for row in rows)
-    assert any("draft pass of 16 rows" in row for row in rows)
-    assert all("| – |" in row and "not measured" in row for row in rows)
-    assert json.loads((tmp_path / "runtime_check.json").read_text())["figures"] == []
+def test_all_holds(demo_file: DemoFile) -> None:
+    found = check(demo_file("f16"), "f16", "q4_0")
+    assert len(found) == 2 + 2 * 4
+    assert [one for one in found if not one.passed] == []
 
 
-def test_a_failed_check_stops_the_figures(
-    tmp_path: Path,
-    demo_file: DemoFile,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_figures_of_every_kind_of_pass(demo_file: DemoFile) -> None:
+    with remembered_weights():
+        names = " ".join(figure.name for figure in figures(demo_file("q8_0"), "cpu", None))
+    for words in ("AR generation", "dense", "tree of 8 rows", "four sequences of one row",
+                  "draft pass of 16 rows", "peak memory"):  # fmt: skip
+        assert words in names
+
+
+def test_a_leak_between_rows_is_found(demo_file: DemoFile, monkeypatch: pytest.MonkeyPatch) -> None:
     product = PassRunner.product
 
     def leaky(self: Any, x: Any, weights: Any, out: Any) -> None:
@@ -57,8 +55,7 @@ def test_a_failed_check_stops_the_figures(
         out *= 1 + 1e-4 * out.shape[1]
 
     monkeypatch.setattr(PassRunner, "product", leaky)
-    assert run(tmp_path, demo_file("f16"), demo_file("q8_0")) == 1
-    table = (tmp_path / "runtime_check.md").read_text()
-    assert "rows bit for bit, f16 cache | **FAILED** | | row 0 (by 1)" in table
-    assert "Tiny" not in table
-    assert "a check failed, so nothing was timed" in capsys.readouterr().err
+    found = {one.name: one for one in check(demo_file("f16"), "f16")}
+    rows = found["rows bit for bit, f16 cache"]
+    assert not rows.passed
+    assert rows.detail.startswith("row 0 (by 1)")

@@ -1,4 +1,4 @@
-"""The matrix products' part of gpu_check: right, and the same bits for any rows."""
+"""Checks of the matrix products on a GPU: right, and the same bits for any rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orthrus_kernels.elementwise.ops import quantize_rows
 from orthrus_kernels.packing.pack import interleave_rows, pack
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout, QuantTensor, row_bytes
 from orthrus_kernels.products.dequantize import dequantize
-from orthrus_kernels.products.dispatch import INT8_TYPES, Tile, Use, fit_tile, safe_tile, split_for
+from orthrus_kernels.products.dispatch import Tile, Use, fit_tile, layout_for, safe_tile, split_for
 from orthrus_kernels.products.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
 from orthrus_kernels.tools.gpu_check_report import Check, Machine
 
@@ -29,7 +29,7 @@ LIMIT = {Layout.A16: 1e-5, Layout.A8: 5e-4}
 
 
 MAIN_TYPES = (_T.Q4_K, _T.Q6_K, _T.Q5_K, _T.Q8_0)
-"""Checked first, and timed."""
+"""Checked first, and tuned."""
 
 _SCALE_BYTES = {
     _T.Q4_K: (0, 2),
@@ -75,28 +75,21 @@ def numbers(rows: int, k: int, device: str) -> Tensor:
 Case = tuple[Machine, GGMLQuantizationType, Layout]
 
 
-def _cases(machine: Machine, main: bool) -> list[Case]:
-    """Types and layouts: the main ones, or all others."""
-    kinds = [kind for kind in (*TRAITS, *PLAIN_TYPES) if (kind in MAIN_TYPES) == main]
-    if machine.tiny:
-        kinds = [_T.Q4_K] if main else [_T.Q2_K, _T.IQ4_XS]
-    return [
-        (machine, kind, layout)
-        for kind in kinds
-        for layout in Layout
-        if layout is Layout.A16 or kind in INT8_TYPES
-    ]
-
-
-def main_checks(machine: Machine) -> Iterator[Check]:
-    """The types of ordinary files."""
-    yield from _checked(machine, _cases(machine, main=True))
-    yield _large_head(machine)
+def smoke_checks(machine: Machine) -> Iterator[Check]:
+    """The two types of a Q4_K_M file, in the layout that the runtime takes here."""
+    for kind in (_T.Q4_K, _T.Q6_K):
+        yield from case_checks((machine, kind, layout_for(kind, machine.capability)))
 
 
 def other_checks(machine: Machine) -> Iterator[Check]:
-    """Every other type."""
-    yield from _checked(machine, _cases(machine, main=False))
+    """Large heads, then every other type in the layout that the runtime takes, the usual first."""
+    yield _large_head(machine)
+    kinds = [*MAIN_TYPES, *TRAITS, *PLAIN_TYPES]
+    kinds = [kind for kind in dict.fromkeys(kinds) if kind not in (_T.Q4_K, _T.Q6_K)]
+    if machine.tiny:
+        kinds = [_T.Q2_K]
+    cases = [(machine, kind, layout_for(kind, machine.capability)) for kind in kinds]
+    yield from _checked(machine, cases)
 
 
 def _checked(machine: Machine, cases: list[Case]) -> Iterator[Check]:
@@ -126,8 +119,6 @@ def case_checks(case: Case) -> list[Check]:
         found.append(Check(f"{name} packed on the device as on the host", same))
         found += _correct(machine, weight, raw)
         found.append(_invariant(machine, weight))
-        if kind in MAIN_TYPES and not machine.tiny:
-            _compile_for_times(machine, weight)
     except Exception as error:
         found.append(Check(name, False, f"{type(error).__name__}: {str(error)[:300]}"))
     return found
@@ -206,13 +197,6 @@ def _invariant(machine: Machine, weight: QuantTensor) -> Check:
     detail = "; ".join(differing[:4]) or f"{len(counts)} row counts, tiles of {tiles}"
     name = f"{weight.type.name} {weight.layout.value} rows bit for bit"
     return Check(name, not differing, detail)
-
-
-def _compile_for_times(machine: Machine, weight: QuantTensor) -> None:
-    """Leave in triton's cache what gpu_check_times runs, while other processes compile too."""
-    for rows, split in itertools.product((16, 32, 64), (1, 2, 4)):
-        given = activations(numbers(rows, weight.k, machine.device), weight.layout)
-        matmul(given, weight, _tile(machine, weight, rows), split)
 
 
 def _large_head(machine: Machine) -> Check:

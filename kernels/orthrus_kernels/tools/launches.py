@@ -27,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def kernels_digest() -> str:
-    """Of the kernels' sources, the compiler and the Python that launches: other ones compile anew."""
+    """Of the kernels' sources, the compiler and the Python that launches: others compile anew."""
     found = hashlib.sha256(repr((triton.__version__, sys.version_info[:2])).encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         found.update(path.read_bytes())

@@ -98,7 +98,7 @@ def one_layer_of_each(
 ) -> tuple[ModelConfig, dict[str, TensorInfo]]:
     """The model with one layer for each mix of types that its layers have."""
     layers: dict[int, dict[str, TensorInfo]] = {}
-    rest = {}
+    rest: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
         if name.startswith("blk."):
             _, number, part = name.split(".", 2)
@@ -108,8 +108,8 @@ def one_layer_of_each(
     kinds: dict[object, dict[str, TensorInfo]] = {}
     for _, parts in sorted(layers.items()):
         kinds.setdefault(tuple(sorted((part, info.type) for part, info in parts.items())), parts)
-    for number, parts in enumerate(kinds.values()):
-        rest |= {f"blk.{number}.{part}": info for part, info in parts.items()}
+    for place, parts in enumerate(kinds.values()):
+        rest |= {f"blk.{place}.{part}": info for part, info in parts.items()}
     return replace(config, n_layers=len(kinds)), rest
 
 

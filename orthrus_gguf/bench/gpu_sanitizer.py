@@ -1,4 +1,4 @@
-"""compute-sanitizer over the quick checks, where the CUDA toolkit has it."""
+"""compute-sanitizer over the first checks, where the CUDA toolkit has it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def sanitized(tool: str, name: str) -> Check:
         command += [
             sys.executable,
             "-m",
-            "orthrus_kernels.tools.gpu_check",
+            "orthrus_gguf.bench.gpu_stage",
+            "environment",
             "--quick",
-            "--checks-only",
         ]
         process = subprocess.Popen(
-            [*command, "--folder", folder],
+            [*command, "--items", f"{folder}/items"],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,

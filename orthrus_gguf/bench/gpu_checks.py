@@ -1,42 +1,24 @@
-"""Checks and figures of the whole runtime on a GPU: one command, one table.
-
-    python -m orthrus_gguf.bench.gpu_check --demo DEMO.gguf [MODEL.gguf ...]
-    python -m orthrus_gguf.bench.gpu_check --demo DEMO.gguf --cpu      the logic, no GPU
-
-DEMO.gguf is the converted demo checkpoint (`--type f16` keeps it exact), whose golden outputs are
-checked; every further file is timed, after the checks and only if they hold. The result is printed
-and written to --folder as runtime_check.md and runtime_check.json.
-"""
+"""Checks of the whole runtime on a GPU, on the demo model: what it promises about text."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import triton
-from orthrus_kernels.attention.kv_cache import FORMATS
-from orthrus_kernels.tools.gpu_check import Check, Figure
+from orthrus_kernels.tools.gpu_check_report import Check
 
-from orthrus_gguf.bench.gpu_figures import figures
 from orthrus_gguf.decode import decode, drive, prefill
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.protocol import Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
-
-GOLDEN = Path("tests/golden/tiny-orthrus-stdlib.json")
 
 #: Rows of the caches: the longest golden prompt and its continuation fit.
 CAPACITY = 256
@@ -60,24 +42,26 @@ class Extent:
     rows: int
 
 
-FULL = Extent(cases=12, pairs=510, tokens=32, rows=64)
-SMALL = Extent(cases=1, pairs=3, tokens=10, rows=9)
+FULL = Extent(cases=12, pairs=30, tokens=32, rows=64)
+SMALL = Extent(cases=1, pairs=1, tokens=10, rows=9)
 
 
 def checks(
-    demo: Path, golden: dict[str, Any], device: str | None, extent: Extent
+    demo: Path, golden: dict[str, Any], device: str | None, extent: Extent, kinds: Sequence[str]
 ) -> Iterator[Check]:
-    """Everything that the runtime promises about text, on the demo model."""
+    """Everything that the runtime promises about text, on the demo model, with caches of `kinds`.
+
+    demo: the converted demo checkpoint (`--type f16` keeps it exact). golden: its outputs.
+    """
     cases = golden["cases"][: extent.cases]
     with ModelFile.open(demo) as file:
-        for kind in FORMATS:
+        for kind in kinds:
             with CudaModel.load(file, device=device, cache_type_k=kind, cache_type_v=kind) as model:
                 if kind == "f16":
                     yield from _golden(model, cases, extent)
                 yield _row_invariance(model, extent.rows, kind)
                 yield _company(model, kind)
-                pairs = -(-extent.pairs // len(FORMATS))
-                yield _strategies(model, golden["cases"], pairs, extent.tokens, kind)
+                yield _strategies(model, golden["cases"], extent.pairs, extent.tokens, kind)
                 yield _graphs(model, kind)
 
 
@@ -204,71 +188,3 @@ def _strategies(
     detail = "; ".join(differing[:3]) or f"{pairs} prompt and seed pairs, {accepted} accepted"
     passed = not differing and accepted > 0
     return Check(f"ar = two-pass = fused = tree, {kind} cache", passed, detail)
-
-
-def report(device: str, found: Sequence[Check], measured: Sequence[Figure], timed: bool) -> str:
-    """One table, in Markdown. Without a GPU the figures' names show that their code ran."""
-    lines = [
-        f"# Runtime on {device}, torch {torch.__version__}, triton {triton.__version__}",
-        "",
-        "| what | value | unit | note |",
-        "|---|---|---|---|",
-        *(f"| {c.name} | {'ok' if c.passed else '**FAILED**'} | | {c.detail} |" for c in found),
-    ]
-    for figure in measured:
-        value, note = (f"{figure.value:.4g}", figure.note) if timed else ("–", "not measured")
-        lines.append(f"| {figure.name} | {value} | {figure.unit} | {note} |")
-    return "\n".join([*lines, ""])
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print, write; exit code 1 if a check failed."""
-    parser = argparse.ArgumentParser(prog="python -m orthrus_gguf.bench.gpu_check")
-    parser.add_argument("models", nargs="*", type=Path, help="files to time")
-    parser.add_argument("--demo", type=Path, required=True, help="the converted demo checkpoint")
-    parser.add_argument("--golden", type=Path, default=GOLDEN)
-    parser.add_argument("--device", help="cuda:N (default: cuda:0)")
-    parser.add_argument("--cpu", action="store_true", help="run the logic on the stand-ins")
-    parser.add_argument("--pairs", type=int, help=f"pairs to compare (default: {FULL.pairs})")
-    parser.add_argument("--folder", type=Path, default=Path("."))
-    options = parser.parse_args(arguments)
-    device = "cpu" if options.cpu else options.device
-    extent = SMALL if options.cpu else FULL
-    if options.pairs is not None:
-        extent = Extent(extent.cases, options.pairs, extent.tokens, extent.rows)
-    golden = json.loads(options.golden.read_text())
-    found: list[Check] = []
-    measured: list[Figure] = []
-    try:
-        for check in checks(options.demo, golden, device, extent):
-            print("ok    " if check.passed else "FAILED", check.name, check.detail, flush=True)
-            found.append(check)
-        passed = all(check.passed for check in found)
-        for path in options.models if passed else ():
-            for figure in figures(path, device):
-                shown = "" if options.cpu else f": {figure.value:.4g} {figure.unit} {figure.note}"
-                print(figure.name + shown, flush=True)
-                measured.append(figure)
-    except OrthrusError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
-        return 1
-    name = "the CPU stand-ins" if options.cpu else torch.cuda.get_device_name(options.device)
-    text = report(name, found, measured, timed=not options.cpu)
-    print("\n" + text)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "runtime_check.md").write_text(text)
-    data = {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "checks": [asdict(check) for check in found],
-        "figures": [] if options.cpu else [asdict(figure) for figure in measured],
-    }
-    (options.folder / "runtime_check.json").write_text(json.dumps(data, indent=1))
-    if not passed:
-        print("gpu_check: a check failed, so nothing was timed", file=sys.stderr)
-    return 0 if passed else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
