@@ -22,6 +22,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.inspection import text
 from orthrus_gguf.inspection.diff import Comparison, diff_metadata, diff_tensors
+from orthrus_gguf.inspection.gpu import gpu_fit
 from orthrus_gguf.inspection.report import Report, inspect, report_json
 from orthrus_gguf.inspection.verify import TensorCheck, overall, verify
 
@@ -33,6 +34,7 @@ are alike.
 
   orthrus-inspect model.gguf -c 16384 -ctk q8_0 -ctv q8_0
   orthrus-inspect base.gguf --heads base-heads.gguf
+  orthrus-inspect model.gguf --gpu -c 131072
   orthrus-inspect --verify model.gguf      (reads every byte; exit code 1 for damage)
   orthrus-inspect --diff one.gguf two.gguf (exit code 1 for differences)"""
 
@@ -65,6 +67,12 @@ def _parser() -> Parser:
             metavar="TYPE",
             help=f"cache type of {name}: f32, f16, q8_0, q4_0 (default: f16)",
         )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="show which cache types fit at which context on cards of 8 to 24 GB (needs PyTorch and"
+        " Triton, no GPU; -c N: also what N tokens need)",
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     what = parser.add_mutually_exclusive_group()
@@ -92,12 +100,23 @@ def _run(args: argparse.Namespace) -> int:
         context=args.ctx_size,
         cache_types=(args.cache_type_k, args.cache_type_v),
     )
+    if args.gpu:
+        return _gpu(report, args.ctx_size, as_json=args.json)
     if args.verify:
         return _verify(report, as_json=args.json)
     if args.json:
         print_json(report_json(report))
     else:
         print(text.report_text(report, _width(), all_tensors=args.tensors), end="")
+    return 0
+
+
+def _gpu(report: Report, context: int | None, *, as_json: bool) -> int:
+    found = gpu_fit(report, context)
+    if as_json:
+        _print_json({"cards_gib": list(found.cards), "caches": [vars(fit) for fit in found.fits]})
+    else:
+        print(text.gpu_text(found), end="")
     return 0
 
 

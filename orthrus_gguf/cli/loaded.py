@@ -24,7 +24,7 @@ from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.load import fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate, Message
@@ -105,8 +105,9 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
     plan = _plan(args, file.config)
-    n_ctx = args.ctx_size or file.config.n_ctx_train
-    settings = replace(options.runtime_settings(args), context=n_ctx)
+    settings = resolve(options.runtime_settings(args), say)
+    n_ctx = args.ctx_size or fitting_context(file, settings, file.config.n_ctx_train, say)
+    settings = replace(settings, context=n_ctx)
     with loading_bar() as on_progress:
         model = load_model(file, settings, on_progress=on_progress, say=say)
     resources.enter_context(closing(model))

@@ -9,6 +9,7 @@ import numpy as np
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.inspection.anatomy import anatomy_rows
 from orthrus_gguf.inspection.diff import Comparison
+from orthrus_gguf.inspection.gpu import GpuFit
 from orthrus_gguf.inspection.report import Report
 from orthrus_gguf.inspection.summary import LayerGroup, Tally
 from orthrus_gguf.inspection.verify import TensorCheck
@@ -172,6 +173,23 @@ def _memory(report: Report, width: int) -> str:
     per_thousand = size(1000 * report.cache_per_token)
     title = f"memory on {report.runtime}, {types} cache: {per_thousand} per 1,000 tokens"
     return table(title, rows) + "  (buffers at most; Python and the tokenizer come on top)\n"
+
+
+def gpu_text(found: GpuFit) -> str:
+    """Tokens of context that fit, by type of cache and size of card."""
+    rows: list[Row] = [
+        ("cache (keys/values)", "per 1,000", *(f"{card} GB" for card in found.cards), "needs")
+    ]
+    for fit in found.fits:
+        shown = [f"{tokens:,}" if tokens else "–" for tokens in fit.contexts]
+        types = "/".join(fit.cache_types)
+        rows.append((types, size(1000 * fit.row), *shown, size(fit.needs)))
+    title = "context that fits on a GPU, in tokens"
+    needs = f"{found.fits[0].target:,}"
+    return table(title, rows) + (
+        f"  (needs: of the card, for {needs} tokens. Beside weights and buffers, 0.5 GiB for torch"
+        " and\n  0.75 GiB for CUDA and a desktop are set aside: allowances, not measurements)\n"
+    )
 
 
 def verify_text(checks: Sequence[TensorCheck], digests: dict[str, str], n_bytes: int) -> str:

@@ -109,6 +109,20 @@ def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSet
     return replace(settings, name=RuntimeName.CUDA)
 
 
+def fitting_context(
+    file: ModelFile, settings: RuntimeSettings, wanted: int, say: Callable[[str], None]
+) -> int:
+    """How many of the `wanted` tokens of context fit where the model will run: all of them, but on
+    a GPU; `say` hears of it if fewer do. settings: resolved. Raises OrthrusError like `load_model`.
+    """
+    if settings.name is not RuntimeName.CUDA or why_unusable(settings.device) is not None:
+        return wanted
+    from orthrus_gguf.runtime.cuda.fit import fitting_context
+
+    types = (settings.cache_type_k or "f16", settings.cache_type_v or "f16")
+    return fitting_context(file, settings.device, types, wanted, say)
+
+
 def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
