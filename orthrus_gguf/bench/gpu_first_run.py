@@ -207,8 +207,8 @@ def prepare(runner: Runner, options: argparse.Namespace) -> subprocess.Popen[byt
             print(f"the demo model was not converted: {runner.last_line('convert')}", flush=True)
     if options.cpu or options.model.exists():
         return None
-    words = ("orthrus_converters", "--synthetic", options.shape, str(options.model))
-    return runner.start("synthetic", *words, "--type", options.type)
+    model = ("--synthetic", options.shape, str(options.model), "--type", options.type)
+    return runner.start("synthetic", "orthrus_converters", *model)
 
 
 def run(options: argparse.Namespace, stages: Sequence[Stage]) -> list[Outcome]:

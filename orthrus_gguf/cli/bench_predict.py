@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Sequence
 
-from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES, Shares
+from orthrus_gguf.bench.prediction.cards import (
+    CARDS,
+    DEFAULT_SHARES,
+    TOO_OLD,
+    Card,
+    Shares,
+    described,
+)
 from orthrus_gguf.bench.prediction.passes import Activations
 from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
 from orthrus_gguf.bench.prediction.table import Selection, as_json, markdown
@@ -15,6 +22,7 @@ from orthrus_gguf.model.shapes import BLOCK_SIZE, SHAPES
 
 EXAMPLES = (
     "orthrus-bench predict",
+    "orthrus-bench predict --card bandwidth=504,tops=233,sms=46,name=mine",
     "orthrus-bench predict --cards rtx-3090 --models qwen3-8b --types q4_k_m",
 )
 DESCRIPTION = """\
@@ -23,6 +31,7 @@ is measured: the assumptions are printed beneath."""
 
 MODELS = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
 CONTEXTS = (512, 4096, 32_768)
+DEFAULT_CARDS = ("rtx-3090", "rtx-4090", "h200")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,7 +52,20 @@ def _parser() -> Parser:
         )
 
     add("--models", SHAPES, MODELS)
-    add("--cards", CARDS, [*CARDS])
+    parser.add_argument(
+        "--cards",
+        type=_names(CARDS),
+        metavar="NAME,…",
+        help=f"of {', '.join(CARDS)} (default: {', '.join(DEFAULT_CARDS)}); {TOO_OLD}",
+    )
+    parser.add_argument(
+        "--card",
+        type=_card,
+        action="append",
+        metavar="bandwidth=GB/s,tops=INT8,sms=N",
+        help="any other card: its bandwidth, dense int8 operations and multiprocessors; also "
+        "sm=CAPABILITY (default: 89), l2=MB, name=TEXT; repeatable",
+    )
     add("--types", FILE_TYPES, [*FILE_TYPES])
     parser.add_argument(
         "--contexts",
@@ -80,7 +102,7 @@ def _parser() -> Parser:
 def _run(args: argparse.Namespace) -> int:
     selection = Selection(
         models=args.models,
-        cards=args.cards,
+        cards=_cards(args),
         types=args.types,
         contexts=args.contexts,
         block=args.block,
@@ -92,6 +114,20 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print(markdown(selection), end="")
     return 0
+
+
+def _cards(args: argparse.Namespace) -> tuple[Card, ...]:
+    """Those named and those described; the usual ones where neither is given."""
+    own = tuple(args.card or ())
+    names = args.cards or (() if own else DEFAULT_CARDS)
+    return (*(CARDS[name] for name in names), *own)
+
+
+def _card(text: str) -> Card:
+    try:
+        return described(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _names(known: Collection[str]) -> Callable[[str], tuple[str, ...]]:

@@ -194,7 +194,7 @@ def _card(name: str, args: argparse.Namespace) -> Hardware:
     curve = PredictedCurve(CARDS[name], config, args.type)
     selection = Selection(
         models=[args.shape],
-        cards=[name],
+        cards=[CARDS[name]],
         types=[args.type],
         contexts=[args.context],
         block=config.block_size or 0,

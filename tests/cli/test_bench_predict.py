@@ -42,14 +42,41 @@ def test_figures_are_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
     both = curve.milliseconds(16, 0, 512) + curve.milliseconds(0, 16, 512)
     assert line["two_pass_ms"] == pytest.approx(both)
     assert line["fused_ms"] == curve.milliseconds(16, 16, 512)
-    parts = line["weights_ms"] + line["attention_ms"] + line["launches_ms"]
+    names = ("weights", "tails", "attention", "small", "launches")
+    parts = sum(line[f"{name}_ms"] for name in names)
     assert parts == pytest.approx(line["ar_ms"])
+
+
+def test_any_other_card(capsys: pytest.CaptureFixture[str]) -> None:
+    """An RTX 4070 by its figures is an RTX 4070."""
+    words = "bandwidth=504,tops=233.2,sms=46,l2=36,name=by hand"
+    picks = ["--models", "qwen3-8b", "--types", "q4_k_m", "--json"]
+    assert main(["predict", "--card", words, "--cards", "rtx-4070", *picks]) == 0
+    lines = json.loads(capsys.readouterr().out)["predictions"]
+    assert {line["card"] for line in lines} == {"RTX 4070", "by hand"}
+    for known, own in zip(lines[:3], lines[3:], strict=True):
+        assert own["ar_ms"] == pytest.approx(known["ar_ms"], rel=1e-3)
+        assert own["fused_ms"] == pytest.approx(known["fused_ms"], rel=1e-3)
+    assert main(["predict", "--card", "bandwidth=900,tops=312,sms=132,sm=90", *picks]) == 0
+    assert len(json.loads(capsys.readouterr().out)["predictions"]) == 3, "the usual cards are out"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--cards", "voodoo"], "argument --cards: 'voodoo': expected one of rtx-3090, "),
+        (["--card", "bandwidth=9,tops=9"], "argument --card: 'bandwidth=9,tops=9': no sms; expect"),
+        (["--card", "bandwith=9,tops=9,sms=9"], "argument --card: 'bandwith=9,tops=9,sms=9': unkn"),
+        (["--card", "bandwidth=9,tops=x,sms=9"], "argument --card: 'bandwidth=9,tops=x,sms=9': ex"),
+        (["--card", "bandwidth=9,tops=0,sms=9"], "argument --card: 'bandwidth=9,tops=0,sms=9': ex"),
+        (
+            ["--card", "bandwidth=616,tops=228,sms=68,sm=75"],
+            "argument --card: 'bandwidth=616,tops=228,sms=68,sm=75': cards below compute capabili",
+        ),
+        (
+            ["--card", "bandwidth=8000,tops=4500,sms=148,sm=100"],
+            "argument --card: 'bandwidth=8000,tops=4500,sms=148,sm=100': on compute capability 10",
+        ),
+        (["--cards", "voodoo"], "argument --cards: 'voodoo': expected one of rtx-3060, "),
         (["--models", "qwen3-8b,x"], "argument --models: 'x': expected one of "),
         (["--types", "q2_k"], "argument --types: 'q2_k': expected one of q4_k_m"),
         (["--contexts", "512,x"], "argument --contexts: '512,x': expected numbers"),

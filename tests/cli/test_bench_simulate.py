@@ -83,7 +83,7 @@ def test_errors_are_one_line(
     for words, message in (
         (["--costs", "flat"], "name either a recording"),
         ([rec, "--acceptance", "qwen3-8b", "--costs", "flat"], "name either a recording"),
-        ([rec, "--costs", "voodoo"], "--costs voodoo: expected one of rtx-3090, "),
+        ([rec, "--costs", "voodoo"], "--costs voodoo: expected one of rtx-3060, "),
         ([rec, "--costs", str(bad)], "not a measured cost curve"),
         ([rec, "--costs", "none.json"], "not a measured cost curve"),
         ([rec, "--costs", "none.gguf"], "none.gguf: no such file"),

@@ -1,6 +1,6 @@
 """Milliseconds of a pass, from what it reads, multiplies and launches.
 
-    pass = sum over weights of max(memory, issue slots, MMA) + attention + launches
+    pass = weights (max of memory, issue slots, MMA) + tails + attention + small + launches
 
 **Weights**, by type and by the rows they meet (a view's attention its own rows, MLP and head all):
 - memory: their packed bytes over the card's bandwidth, once per window of 64 rows;
@@ -14,19 +14,26 @@ an RTX 3090 is bound by it from about 24 rows on. With int8 the MMA is four time
 each output costs instructions for its scales. Types with a scale per 16 weights (Q6_K) keep fp16
 either way. `Activations.AUTO` follows the kernels: int8 on GeForce, fp16 elsewhere.
 
+**Tails**: a product's last programs leave a part of the card idle, and narrow ones never fill it.
+On sm_90 a program is also a chain of wgmmas that wait for one another, which may take longer.
+
 **Attention** packs the rows of all query heads of a KV head into tiles of 64. The busiest SM counts
-(contexts up to 4,096 occupy few of them), or the card's memory if that takes longer: keys and
-values once, and the partial results of the lanes where they do not fit the cache.
+(short contexts occupy few of them), steps one after the other with the latency of each, or the
+card's memory if that takes longer: keys and values once, and the partial results of the lanes where
+they do not fit the cache.
+
+**Small** kernels (norms, rotation, the lanes' combination) do next to nothing, but not in no time.
 
 **Launches** are the time between kernels of a graph: nine per layer, two more with both views.
 
-Shares say how much of each rate kernels reach. Left out: norms and activations (small, and in
-cache), sampling beyond greedy choice, and the host, which reads tokens one step behind.
+Shares say how much of each rate kernels reach. Left out: sampling beyond greedy choice, and what
+the host does between passes (50-100 us).
 """
 
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,11 +42,14 @@ import gguf
 
 from orthrus_gguf.bench.prediction.cards import DEFAULT_SHARES, ISSUE_PER_CYCLE, Card, Shares
 from orthrus_gguf.bench.prediction.shapes import (
+    FILE_TYPES,
     PACKED_BITS,
     PassWeights,
     cache_bytes_per_token,
     launches,
     pass_weights,
+    product_shapes,
+    split_for,
 )
 from orthrus_gguf.model.config import ModelConfig
 
@@ -66,10 +76,18 @@ INT8_SM86 = {_Type.Q4_K: (6.39, 8.70, 13.60), _Type.Q8_0: (4.00, 5.81, 9.24)}
 # The attention kernel (orthrus_kernels/attention/attention.py, head size 128, f16 cache).
 _ATTENTION_ROWS = 64
 _KEYS_PER_STEP = 32
-_CHUNK = 256
+_CHUNK = 64
 _LANES = 16
 _THREADS = 128
 _STEP_SM86, _STEP_SM90 = 406, 370  # instructions per thread and step, counted like the others
+
+# Guesses until there is a device. Seconds: of a step of attention however little it computes (two
+# stages of loads in flight), of its first loads and last stores, of a small kernel.
+_STEP_LATENCY, _ATTENTION_START, _SMALL = 1.0e-6, 1.5e-6, 1.1e-6
+_SMALL_PER_LAYER = 4  # two norms, finish_qkv, the lanes' combination
+_PROGRAMS_PER_SM = 2  # of a product: what shared memory holds
+_TAIL = 0.1  # of the time that idle programs would need: the others get more of the memory
+_WGMMA_CYCLES, _WGMMAS_PER_STEP, _STEP_WEIGHTS = 85, 16, 256
 
 
 class Activations(enum.Enum):
@@ -99,12 +117,14 @@ class PassTime:
     """Milliseconds of the parts of a pass."""
 
     weights: float
+    tails: float
     attention: float
+    small: float
     launches: float
 
     @property
     def total(self) -> float:
-        return self.weights + self.attention + self.launches
+        return self.weights + self.tails + self.attention + self.small + self.launches
 
 
 @dataclass(frozen=True)
@@ -139,9 +159,12 @@ class PredictedCurve:
             + self._products(weights.shared, rows)
         )
         count = launches(self.config, both_views=min(ar_rows, diffusion_rows) > 0)
+        views = (ar_rows > 0) + (diffusion_rows > 0)
         return PassTime(
             weights=1e3 * seconds,
+            tails=1e3 * self._tails(views) * -(-rows // TILES[-1]),
             attention=1e3 * self._attention(rows, context),
+            small=1e3 * self.config.n_layers * _SMALL_PER_LAYER * _SMALL,
             launches=1e3 * count * self.card.launch,
         )
 
@@ -180,6 +203,26 @@ class PredictedCurve:
             mma=2 * count * tile / rate / shares.compute,
         )
 
+    def _tails(self, views: int) -> float:
+        """Seconds that products take beyond their slowest limit, because of their grids."""
+        kind = FILE_TYPES[self.file_type]
+        return sum(
+            count * self._tail(columns, k, kind)
+            for columns, k, count in product_shapes(self.config, views)
+        )
+
+    def _tail(self, columns: int, k: int, kind: Kind) -> float:
+        card, tile = self.card, 128 if self.card.capability == 90 else 64
+        split = split_for(columns)
+        waves = -(-columns // tile) * split / (card.sms * _PROGRAMS_PER_SM)
+        memory = self.limits(kind, columns * k, TILES[0]).memory
+        idle = _TAIL * (math.ceil(waves) - waves) * memory / waves
+        if card.capability != 90:
+            return idle
+        steps = math.ceil(waves) * -(-k // _STEP_WEIGHTS) / split
+        chain = steps * _WGMMAS_PER_STEP * _WGMMA_CYCLES / card.clock
+        return idle + max(0.0, chain - memory)
+
     def _attention(self, rows: int, context: int) -> float:
         """Seconds of attention in all layers."""
         card, config = self.card, self.config
@@ -188,8 +231,9 @@ class PredictedCurve:
         lanes = min(_LANES, chunks)
         keys = -(-chunks // _LANES) * _CHUNK if chunks > 1 else context
         programs_per_sm = -(-config.n_head_kv * tiles * lanes // card.sms)
-        steps = programs_per_sm * -(-keys // _KEYS_PER_STEP)
-        busiest = steps * self.attention_step() / card.clock / self.shares.compute
+        steps = -(-keys // _KEYS_PER_STEP)
+        computing = programs_per_sm * self.attention_step() / card.clock / self.shares.compute
+        busiest = _ATTENTION_START * (context > 0) + steps * max(computing, _STEP_LATENCY)
         moved = context * cache_bytes_per_token(config) / config.n_layers
         partial = 4 * rows * config.n_head * (config.head_dim + 2) * lanes
         if partial > card.l2:

@@ -112,3 +112,23 @@ def launches(config: ModelConfig, *, both_views: bool) -> int:
     """Kernels of a pass."""
     per_layer = LAUNCHES_PER_LAYER_BOTH if both_views else LAUNCHES_PER_LAYER
     return config.n_layers * per_layer + LAUNCHES_PER_PASS
+
+
+def product_shapes(config: ModelConfig, views: int) -> list[tuple[int, int, int]]:
+    """Columns, k and how often, of the products of a pass of so many views."""
+    c, heads = config, config.n_head * config.head_dim
+    attention = views * c.n_layers
+    return [
+        (heads + 2 * c.n_head_kv * c.head_dim, c.n_embd, attention),
+        (c.n_embd, heads, attention),
+        (2 * c.n_ff, c.n_embd, c.n_layers),
+        (c.n_embd, c.n_ff, c.n_layers),
+        (c.n_vocab, c.n_embd, 1),
+    ]
+
+
+def split_for(columns: int) -> int:
+    """Parts of k that a product sums apart (`orthrus_kernels.products.dispatch.split_for`, for
+    matrices that are not tiny)."""
+    tiles = -(-columns // 64)
+    return 1 if tiles >= 192 else 2 if tiles >= 96 else 4 if tiles >= 48 else 8

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orthrus_gguf.bench.prediction.cards import CARDS, Shares
+from orthrus_gguf.bench.prediction.cards import TOO_OLD, UNSAFE, Card, Shares
 from orthrus_gguf.bench.prediction.passes import (
     Activations,
     PredictedCurve,
@@ -28,13 +28,13 @@ ROWS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Selection:
-    """What to predict. models, cards, types: keys of SHAPES, CARDS and FILE_TYPES.
+    """What to predict. models, types: keys of SHAPES and FILE_TYPES.
 
     block: rows of a draft, and of the pass that verifies it.
     """
 
     models: Sequence[str]
-    cards: Sequence[str]
+    cards: Sequence[Card]
     types: Sequence[str]
     contexts: Sequence[int]
     block: int
@@ -56,17 +56,19 @@ class Prediction:
     two_pass_ms: float
     fused_ms: float
     weights_ms: float
+    tails_ms: float
     attention_ms: float
+    small_ms: float
     launches_ms: float
 
 
 def predict(selection: Selection) -> Iterator[Prediction]:
-    """All lines that are asked for. The last three figures are the parts of the AR step."""
+    """All lines that are asked for. The last five figures are the parts of the AR step."""
     for model in selection.models:
         for card in selection.cards:
             for file_type in selection.types:
                 curve = PredictedCurve(
-                    CARDS[card],
+                    card,
                     SHAPES[model],
                     file_type,
                     selection.activations,
@@ -89,19 +91,20 @@ def _line(curve: PredictedCurve, block: int, context: int) -> Prediction:
         two_pass_ms=two_pass_step(curve, block, context),
         fused_ms=fused_step(curve, block, context),
         weights_ms=step.weights,
+        tails_ms=step.tails,
         attention_ms=step.attention,
+        small_ms=step.small,
         launches_ms=step.launches,
     )
 
 
 def assumptions(selection: Selection) -> list[str]:
     """What the figures rest on, one sentence or two each."""
-    cards = [CARDS[name] for name in selection.cards]
     rates = "; ".join(
         f"{card.name} {card.memory / 1e9:,.0f} GB/s, {card.fp16_mma / 1e12:.0f} TFLOPS fp16 with"
         f" fp32 sums, {card.int8_mma / 1e12:.0f} TOPS int8, {card.issue / 1e12:.1f}e12"
         f" instructions/s, {card.launch * 1e6:.1f} µs per launch"
-        for card in cards
+        for card in selection.cards
     )
     shares = selection.shares
     return [
@@ -110,15 +113,17 @@ def assumptions(selection: Selection) -> list[str]:
         " issue rates: a guess, at which plain decoding lands where the fastest runtimes of others"
         " are seen (--memory-share 1 --compute-share 1 gives the floor).",
         "A product takes as long as its slowest limit (packed weights read once per 64 rows,"
-        " instructions counted in compiled kernels, MMA over whole row tiles); attention and"
-        " launches come on top.",
+        " instructions counted in compiled kernels, MMA over whole row tiles); the tails of grids,"
+        " attention with the latency of its steps, small kernels and launches come on top.",
         f"Activations: {_activations(selection.activations)}. KV cache in f16. "
         f"{LAUNCHES_PER_LAYER} launches per layer ({LAUNCHES_PER_LAYER_BOTH} with both views) and"
         f" {LAUNCHES_PER_PASS} per pass, in one CUDA graph.",
         f"A two-pass step drafts {selection.block} rows and verifies {selection.block}; a fused"
         " step does both in one pass. How many tokens a step brings depends on the text.",
-        "The least certain figure is the time per launch, a seventeenth of an AR step of 8B on an"
-        " RTX 3090, but more than a quarter on an H200, and half of it for 1.7B.",
+        "The least certain figures are latencies: from one kernel to the next, of a step of"
+        " attention, of small kernels. They make up a tenth of an AR step of 8B on an RTX 3090, but"
+        " a third on an H200, and more than half of it for 1.7B.",
+        f"Left out: {TOO_OLD}; {UNSAFE}.",
         "For comparison: stock llama.cpp generates 111-115 tokens/s with an 8B Q4_K_M model on an"
         " RTX 3090, 55-57 % of the card's bandwidth, and about 197 with a 9B one on an H200, about"
         " 20 %.",

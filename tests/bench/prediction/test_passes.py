@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthrus_gguf.bench.prediction import passes
+from orthrus_gguf.bench.prediction import passes, shapes
 from orthrus_gguf.bench.prediction.cards import CARDS, IDEAL
 from orthrus_gguf.bench.prediction.passes import (
     Activations,
@@ -138,7 +138,46 @@ def test_by_hand() -> None:
     assert parts.weights == pytest.approx(N_WEIGHTS * 8.5 / 8 / 936e9 * 1e3, rel=1e-3)
     assert parts.attention == 0
     assert parts.launches == pytest.approx(330 * 1.5e-3)
-    assert parts.total == parts.weights + parts.attention + parts.launches
+    assert parts.small == pytest.approx(36 * 4 * 1.1e-3)
+    assert 0 < parts.tails < 0.05 * parts.weights
+    assert parts.total == parts.weights + parts.tails + parts.small + parts.launches
+
+
+def test_latencies() -> None:
+    """What an audit of the kernels expects beside memory, per AR step at 512 (milliseconds): small
+    kernels 0.2, nodes 0.45-0.5; attention, two steps of at least a microsecond, 0.1-0.2. On an
+    H200, programs that do not fill the card and wait for their wgmmas: 0.15-0.5."""
+    for card in ("rtx-3090", "h200"):
+        parts = PredictedCurve(CARDS[card], CONFIG, "q4_k_m").parts(1, 0, 512)
+        assert parts.small == pytest.approx(0.2, abs=0.05)
+        assert 0.45 <= parts.launches <= 0.5
+        assert 0.1 <= parts.attention <= 0.2
+        assert (0.15 if card == "h200" else 0.05) < parts.tails < 0.5
+    at_32k = PredictedCurve(CARDS["h200"], CONFIG, "q4_k_m").parts(1, 0, 32_768)
+    assert 60 < 1e3 * at_32k.attention / 36 < 85, "microseconds a layer"
+
+
+def test_known_cards() -> None:
+    """What is derived from SMs and clocks is what NVIDIA states (TFLOPS, TOPS)."""
+    stated = {"rtx-3090": (71, 284), "rtx-4090": (165.2, 660.6), "rtx-5090": (209.5, 838)}
+    for name, (fp16, int8) in stated.items():
+        assert CARDS[name].fp16_mma == pytest.approx(fp16 * 1e12, rel=0.005)
+        assert CARDS[name].int8_mma == pytest.approx(int8 * 1e12, rel=0.005)
+    for card in CARDS.values():
+        assert card.capability >= 80
+        assert card.capability not in range(100, 120)
+
+
+def test_splits_and_chunks_are_those_of_the_kernels() -> None:
+    pytest.importorskip("triton")
+    from orthrus_kernels.attention import attention
+    from orthrus_kernels.products import dispatch
+
+    assert (attention.CHUNK, attention.LANES) == (passes._CHUNK, passes._LANES)
+    for config in SHAPES.values():
+        for columns, k, _ in shapes.product_shapes(config, 1)[:2]:
+            if k >= 4096:
+                assert shapes.split_for(columns) == dispatch.split_for(columns, k)
 
 
 def test_views_have_weights_of_their_own() -> None:
