@@ -43,7 +43,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("environment", 50),
+    Stage("environment", 75),
     Stage("demo", 130),
     Stage("generation", 120, model=True),
     Stage("contexts", 80, model=True),

@@ -1,14 +1,15 @@
 """Run the kernels' launch code with a driver that compiles for one card and launches nothing.
 
-    python launch_without_gpu.py products|passes|needed
+    python launch_without_gpu.py products|passes|needed|cached
 
 The interpreter binds arguments in its own way, and the offline compiler takes signatures from the
 cases: only this shows that what the wrappers pass is what the real launcher takes, and that it
 compiles. `products` runs the products' functions on small matrices for sm_86; `passes` a pass of
 every kind of a whole tiny model, for sm_90. Prints the names of the kernels that compiled. `needed`
 compiles nothing: it prints, as JSON, what 8B and others launch on four cards, as the launcher
-specialises it, and what passes launch that are not among the usual ones. Run as a process of its
-own, without TRITON_INTERPRET.
+specialises it, and what passes launch that are not among the usual ones. `cached` compiles a kernel
+ahead and then launches it, and prints how many kernels triton's cache holds after each. Run as a
+process of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from orthrus_kernels.packing.quant_tensor import Layout
 from orthrus_kernels.products.dequantize import dequantize
 from orthrus_kernels.products.dispatch import Tile
 from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
-from orthrus_kernels.tools.launches import CompileOnly, recorded
+from orthrus_kernels.tools.launches import CompileOnly, cache_folder, recorded
 from quant_rows import random_rows
 from synthetic_model import model_shape, planned_tensors, write_model
 from triton.runtime.jit import JITFunction
@@ -147,17 +148,31 @@ def needed() -> None:
     print(json.dumps({"needed": found, "beyond": beyond}))
 
 
+def cached() -> None:
+    """Compiled ahead: the launch finds it in triton's cache."""
+
+    def held() -> int:
+        return len(list(cache_folder().rglob("*.cubin")))
+
+    weight = pack(random_rows(T.Q8_0, 64, 256), T.Q8_0, 256)
+    with recorded(86) as launches:
+        dequantize(weight)
+    (launch,) = launches
+    launch.compile()
+    counts = [held()]
+    watch_launches(86)
+    dequantize(weight)
+    print(*counts, held())
+
+
 RUNS: dict[str, tuple[int, Callable[[], None]]] = {
     "products": (86, products),
     "passes": (90, passes),
 }
 
 
-def main() -> None:
-    if sys.argv[1] == "needed":
-        needed()
-        return
-    capability, run = RUNS[sys.argv[1]]
+def watch_launches(capability: int) -> None:
+    """From now on launches compile, for this card, and go no further; their names are printed."""
     triton.runtime.driver.set_active(CompileOnly(capability))
     launch = JITFunction.run
 
@@ -167,6 +182,15 @@ def main() -> None:
         return kernel
 
     JITFunction.run = compile_only
+
+
+def main() -> None:
+    others = {"needed": needed, "cached": cached}
+    if sys.argv[1] in others:
+        others[sys.argv[1]]()
+        return
+    capability, run = RUNS[sys.argv[1]]
+    watch_launches(capability)
     run()
 
 

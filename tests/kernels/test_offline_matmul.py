@@ -197,6 +197,13 @@ def test_launches_bind_their_arguments(
     assert set(run_python(compiler_path, LAUNCHES, run).split()) == kernels
 
 
+def test_launches_find_what_was_compiled_ahead(
+    compiler_path: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert run_python(compiler_path, LAUNCHES, "cached") == "_dequantize_a16\n1 1\n"
+
+
 def test_the_oldest_compiler_keeps_its_budgets() -> None:
     if not (OLDEST_TRITON / "triton").is_dir():
         pytest.skip(f"{OLDEST_TRITON} is missing: `make test` installs triton 3.6.0 there")

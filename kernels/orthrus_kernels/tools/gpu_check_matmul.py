@@ -77,8 +77,10 @@ Case = tuple[Machine, GGMLQuantizationType, Layout]
 
 def smoke_checks(machine: Machine) -> Iterator[Check]:
     """The two types of a Q4_K_M file, in the layout that the runtime takes here."""
-    for kind in (_T.Q4_K, _T.Q6_K):
-        yield from case_checks((machine, kind, layout_for(kind, machine.capability)))
+    kinds = (_T.Q4_K, _T.Q6_K)
+    yield from _checked(
+        machine, [(machine, kind, layout_for(kind, machine.capability)) for kind in kinds]
+    )
 
 
 def other_checks(machine: Machine) -> Iterator[Check]:

@@ -202,8 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load_table(options.card),
             options.prompt_rows,
         )
-    failures = 0
+    failures, parent = 0, os.getppid()
     for done, (line, problem) in enumerate(compile_all(launches, options.jobs), 1):
+        if os.getppid() != parent:  # whoever loaded the model is gone
+            return 1
         failures += problem is not None
         if problem is not None:
             print(problem, file=sys.stderr, flush=True)
