@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from synthetic_model import planned_tensors
 
 from orthrus_gguf.cli.inspect import main as inspect_main
+from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.cuda import fit
@@ -91,3 +93,9 @@ def test_the_table_of_a_file(demo_file: DemoFile, capsys: pytest.CaptureFixture[
     assert "for 5,000 tokens" in lines[6]
     assert inspect_main([str(demo_file("q8_0")), "--gpu", "--json"]) == 0
     assert '"cards_gib": [8, 12, 16, 24]' in capsys.readouterr().out
+
+
+def test_heads_without_kernels_are_one_line() -> None:
+    config = replace(SHAPES["qwen3-0.6b"], head_dim=112)
+    with pytest.raises(OrthrusError, match="heads of 112 elements have no CUDA kernel"):
+        context_table(config, {}, 1000)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from orthrus_kernels.attention.kv_cache import FORMATS, QBLOCK, KvPlanes, cache_entry, new_planes
+from orthrus_kernels.attention.kv_cache import (
+    FORMATS,
+    HEAD_DIMS,
+    QBLOCK,
+    KvPlanes,
+    cache_entry,
+    new_planes,
+)
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
@@ -13,6 +20,15 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.passes import check_path
 from orthrus_gguf.runtime.protocol import Checkpoint
+
+
+def check_head_size(config: ModelConfig) -> None:
+    """Raise OrthrusError for heads that no kernel takes."""
+    if config.head_dim not in HEAD_DIMS:
+        raise OrthrusError(
+            f"{config.name}: heads of {config.head_dim} elements have no CUDA kernel "
+            f"(expected {', '.join(map(str, HEAD_DIMS))}); use --runtime cpu"
+        )
 
 
 def check_cache_types(config: ModelConfig, type_k: str, type_v: str) -> None:

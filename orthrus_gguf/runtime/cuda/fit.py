@@ -10,7 +10,7 @@ from orthrus_kernels.attention.kv_cache import QBLOCK
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.cuda.cache import check_cache_types
+from orthrus_gguf.runtime.cuda.cache import check_cache_types, check_head_size
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
 from orthrus_gguf.runtime.cuda.memory_plan import GIB, cache_sizes, plan_memory
 from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS
@@ -51,7 +51,9 @@ def context_table(
     target: int,
     cards: Sequence[int] = CARDS,
 ) -> list[ContextFit]:
-    """For each of CACHES that the model can have: what fits on cards of so many GiB."""
+    """For each of CACHES that the model can have: what fits on cards of so many GiB. Raises
+    OrthrusError for heads without kernels."""
+    check_head_size(config)
     plan = plan_weights(config, tensors, _CAPABILITY)
     table = []
     for types in CACHES:
@@ -78,6 +80,7 @@ def fitting_context(
     machine: instead of the device, for tests.
     """
     config = file.config
+    check_head_size(config)
     check_cache_types(config, *cache_types)
     machine = find_machine(device) if machine is None else machine
     free = machine.free_bytes()

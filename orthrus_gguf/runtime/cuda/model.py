@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from orthrus_kernels.attention.kv_cache import HEAD_DIMS
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
@@ -19,7 +18,7 @@ from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cuda.arrange import Arrangement, arrange, check_tokens
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
-from orthrus_gguf.runtime.cuda.cache import CudaCache, check_cache_types
+from orthrus_gguf.runtime.cuda.cache import CudaCache, check_cache_types, check_head_size
 from orthrus_gguf.runtime.cuda.compiling import kernels_compiled
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
 from orthrus_gguf.runtime.cuda.graphs import Capture, Graphs, capture_for
@@ -114,11 +113,7 @@ class CudaModel:
         memory, before anything is allocated.
         """
         config = file.config
-        if config.head_dim not in HEAD_DIMS:
-            raise OrthrusError(
-                f"{file.paths[0]}: heads of {config.head_dim} elements have no CUDA kernel "
-                f"(expected {', '.join(map(str, HEAD_DIMS))}); use --runtime cpu"
-            )
+        check_head_size(config)
         if prompt_rows < 1:
             raise OrthrusError(f"-b {prompt_rows}: expected at least 1 row per batch")
         check_cache_types(config, cache_type_k, cache_type_v)
