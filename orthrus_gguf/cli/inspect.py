@@ -114,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
 def _gpu(report: Report, context: int | None, *, as_json: bool) -> int:
     found = gpu_fit(report, context)
     if as_json:
-        _print_json({"cards_gib": list(found.cards), "caches": [vars(fit) for fit in found.fits]})
+        print_json({"cards_gib": list(found.cards), "caches": [vars(fit) for fit in found.fits]})
     else:
         print(text.gpu_text(found), end="")
     return 0
