@@ -316,3 +316,17 @@ def test_threads_can_change_between_passes(demo_file: DemoFile) -> None:
         with pytest.raises(OrthrusError, match="cannot start"):
             model.use_threads(0)
         assert ", 3 threads" in model.description
+
+
+def test_assumed_rows_take_memory_like_others(demo_file: DemoFile) -> None:
+    """Else passes at long contexts would be timed on a single page of zeros."""
+    with loaded(demo_file("f16")) as model:
+        cache = model.new_cache(40_000)
+        n_bytes = cache.keys.nbytes + cache.values.nbytes
+        before = resident_bytes()
+        cache.assume(20_000)
+        cache.assume(10_000)
+        assert cache.length == 30_000
+        assert resident_bytes() - before > 0.7 * n_bytes
+        append(model, cache, [5])
+        assert cache.length == 30_001

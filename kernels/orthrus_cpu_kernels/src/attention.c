@@ -13,10 +13,21 @@
 #include "steps.h"
 
 #define CHUNK 16 // panels: 256 columns
-#ifdef ORTHRUS_PORTABLE
-#define TOGETHER 1 // packed rows at once
+
+// Chains of sums that run side by side, so that none waits for its last step: packed rows times
+// panels, or times vectors of a value. EACH_SPLIT: of rows and those others, more rows first.
+#if defined(ORTHRUS_PORTABLE)
+#define CHAINS 1
+#define EACH_SPLIT(do)                                                                             \
+    do (1, 1)
+#elif defined(ORTHRUS_AVX512VNNI)
+#define CHAINS 8
+#define EACH_SPLIT(do)                                                                             \
+    do (8, 1) do(4, 2) do(2, 4) do(1, 8)
 #else
-#define TOGETHER 4
+#define CHAINS 4
+#define EACH_SPLIT(do)                                                                             \
+    do (4, 1) do(2, 2) do(1, 4)
 #endif
 
 typedef struct {
@@ -59,78 +70,90 @@ static int lanes_of(const Row *row, int panel, int first) {
     return n < 0 ? 0 : n > LANES ? LANES : n;
 }
 
-// Scores of `count` packed rows against one panel of keys.
-INLINE void score(const int type, const Head *h, int packed, const int count, const uint8_t *keys,
-                  float *to, size_t stride) {
-    const float *q[TOGETHER];
-    vf sum[TOGETHER];
-    for (int m = 0; m < count; m++) {
-        q[m] = query(h, packed + m);
-        sum[m] = f_set(0.0f);
-    }
+// to[m][panel] = scores of `count` packed rows against `panels` panels of keys.
+INLINE void score(const int type, const Head *h, int packed, const int count, const int panels,
+                  const uint8_t *keys, float *to, size_t stride) {
+    const size_t bytes = LANES * column_bytes(type, h->d);
+    const float *q[CHAINS];
+    vf sum[CHAINS][CHAINS]; // [panel][row]
+    for (int m = 0; m < count; m++) q[m] = query(h, packed + m);
+    for (int p = 0; p < panels; p++)
+        for (int m = 0; m < count; m++) sum[p][m] = f_set(0.0f);
     for (int block = 0; block < h->d; block += 32) {
         int stop = block + 32 < h->d ? block + 32 : h->d;
-        vf of_block = key_scale(type, keys, block);
-        for (int i = block; i < stop; i++) {
-            vf k = key_elements(type, keys, i, of_block);
-            for (int m = 0; m < count; m++) sum[m] = f_fma(k, f_set(q[m][i]), sum[m]);
-        }
+        vf of_block[CHAINS];
+        for (int p = 0; p < panels; p++) of_block[p] = key_scale(type, keys + p * bytes, block);
+        for (int i = block; i < stop; i++)
+            for (int p = 0; p < panels; p++) {
+                vf k = key_elements(type, keys + p * bytes, i, of_block[p]);
+                for (int m = 0; m < count; m++) sum[p][m] = f_fma(k, f_set(q[m][i]), sum[p][m]);
+            }
     }
     vf scale = f_set(h->step->scale);
-    for (int m = 0; m < count; m++) f_store(to + m * stride, f_mul(sum[m], scale));
+    for (int p = 0; p < panels; p++)
+        for (int m = 0; m < count; m++)
+            f_store(to + m * stride + p * LANES, f_mul(sum[p][m], scale));
 }
 
-// Scores of all packed rows.
-INLINE void score_all(const int type, const Head *h, const uint8_t *keys, float *to,
+// Scores of all packed rows against panels that follow one another.
+INLINE void score_all(const int type, const Head *h, int panels, const uint8_t *keys, float *to,
                       size_t stride) {
+    const size_t bytes = LANES * column_bytes(type, h->d);
     int m = 0;
-    for (; m + TOGETHER <= h->packed; m += TOGETHER)
-        score(type, h, m, TOGETHER, keys, to + m * stride, stride);
-    for (; TOGETHER > 1 && m < h->packed; m++) score(type, h, m, 1, keys, to + m * stride, stride);
+#define ROWS(n, at_once)                                                                           \
+    for (; h->packed - m >= n; m += n) {                                                           \
+        int p = 0;                                                                                 \
+        for (; p + at_once <= panels; p += at_once)                                                \
+            score(type, h, m, n, at_once, keys + p * bytes, to + m * stride + p * LANES, stride);  \
+        for (; at_once > 1 && p < panels; p++)                                                     \
+            score(type, h, m, n, 1, keys + p * bytes, to + m * stride + p * LANES, stride);        \
+    }
+    EACH_SPLIT(ROWS)
+#undef ROWS
 }
 
-// acc [count][d] += weights of `columns` columns times their values, 32 elements at a time.
-INLINE void mix(const int type, const uint8_t *values, int d, int columns, const float *weights,
-                size_t stride, const int count, float *acc) {
+// acc [count][d] += weights of `columns` columns times their values, from element e on.
+INLINE void mix(const int type, const uint8_t *values, int d, int e, const int vectors, int columns,
+                const float *weights, size_t stride, const int count, float *acc) {
     const size_t bytes = column_bytes(type, d);
-    for (int e = 0; e < d; e += 2 * LANES) {
-        const int two = e + LANES < d;
-        vf a[TOGETHER], b[TOGETHER];
+    vf sum[CHAINS][CHAINS]; // [row][vector]
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < vectors; v++) sum[m][v] = f_load(acc + m * d + e + v * LANES);
+    for (int c = 0; c < columns; c++) {
+        vf value[CHAINS];
+        for (int v = 0; v < vectors; v++)
+            value[v] = value_elements(type, values + c * bytes, e + v * LANES);
         for (int m = 0; m < count; m++) {
-            a[m] = f_load(acc + m * d + e);
-            b[m] = two ? f_load(acc + m * d + e + LANES) : a[m];
-        }
-        for (int c = 0; c < columns; c++) {
-            const uint8_t *v = values + (size_t)c * bytes;
-            vf low = value_elements(type, v, e);
-            vf high = two ? value_elements(type, v, e + LANES) : low;
-            for (int m = 0; m < count; m++) {
-                vf w = f_set(weights[m * stride + c]);
-                a[m] = f_fma(low, w, a[m]);
-                b[m] = f_fma(high, w, b[m]);
-            }
-        }
-        for (int m = 0; m < count; m++) {
-            f_store(acc + m * d + e, a[m]);
-            if (two) f_store(acc + m * d + e + LANES, b[m]);
+            vf w = f_set(weights[m * stride + c]);
+            for (int v = 0; v < vectors; v++) sum[m][v] = f_fma(value[v], w, sum[m][v]);
         }
     }
+    for (int m = 0; m < count; m++)
+        for (int v = 0; v < vectors; v++) f_store(acc + m * d + e + v * LANES, sum[m][v]);
 }
 
-// The same for all packed rows.
+// The same for all packed rows and all elements.
 INLINE void mix_all(const int type, const Head *h, const uint8_t *values, int columns,
                     const float *weights, size_t stride, float *acc) {
-    int m = 0;
-    for (; m + TOGETHER <= h->packed; m += TOGETHER)
-        mix(type, values, h->d, columns, weights + m * stride, stride, TOGETHER, acc + m * h->d);
-    for (; TOGETHER > 1 && m < h->packed; m++)
-        mix(type, values, h->d, columns, weights + m * stride, stride, 1, acc + m * h->d);
+    int m = 0, d = h->d;
+#define ROWS(n, at_once)                                                                           \
+    for (; h->packed - m >= n; m += n) {                                                           \
+        const float *w = weights + m * stride;                                                     \
+        int e = 0;                                                                                 \
+        for (; e + at_once * LANES <= d; e += at_once * LANES)                                     \
+            mix(type, values, d, e, at_once, columns, w, stride, n, acc + m * d);                  \
+        for (; at_once > 1 && e < d; e += LANES)                                                   \
+            mix(type, values, d, e, 1, columns, w, stride, n, acc + m * d);                        \
+    }
+    EACH_SPLIT(ROWS)
+#undef ROWS
 }
 
 // Functions of their own per type, so that the type is a constant inside.
 #define OF_TYPE(T)                                                                                 \
-    static void score_##T(const Head *h, const uint8_t *keys, float *to, size_t stride) {          \
-        score_all(T_##T, h, keys, to, stride);                                                     \
+    static void score_##T(const Head *h, int panels, const uint8_t *keys, float *to,               \
+                          size_t stride) {                                                         \
+        score_all(T_##T, h, panels, keys, to, stride);                                             \
     }                                                                                              \
     static void mix_##T(const Head *h, const uint8_t *values, int columns, const float *weights,   \
                         size_t stride, float *acc) {                                               \
@@ -141,12 +164,12 @@ OF_TYPE(F16)
 OF_TYPE(Q8_0)
 OF_TYPE(Q4_0)
 
-static void score_panel(const Head *h, const uint8_t *keys, float *to, size_t stride) {
+static void score_panels(const Head *h, int panels, const uint8_t *keys, float *to, size_t stride) {
     switch (h->type_k) {
-    case T_F32: score_F32(h, keys, to, stride); break;
-    case T_F16: score_F16(h, keys, to, stride); break;
-    case T_Q8_0: score_Q8_0(h, keys, to, stride); break;
-    default: score_Q4_0(h, keys, to, stride); break;
+    case T_F32: score_F32(h, panels, keys, to, stride); break;
+    case T_F16: score_F16(h, panels, keys, to, stride); break;
+    case T_Q8_0: score_Q8_0(h, panels, keys, to, stride); break;
+    default: score_Q4_0(h, panels, keys, to, stride); break;
     }
 }
 
@@ -190,25 +213,31 @@ static void soften(const Row *row, int panel, int panels, int first, float *scor
     *top = peak;
 }
 
+// How many of the panels p .. of a chunk lie side by side, at most `most`, and where they begin.
+static int side_by_side(int panel, int p, int panels, int first, int from, int most, int *at) {
+    int in_first = panel + p < first;
+    *at = in_first ? panel + p : from + panel + p - first;
+    int run = in_first && first - panel < panels ? first - panel - p : panels - p;
+    return run < most ? run : most;
+}
+
 static void chunk(const Head *h, int panel, int panels, int first, int from, float *scores,
                   float *tops, float *totals, float *acc) {
     size_t stride = CHUNK * LANES, d = (size_t)h->d;
-    for (int p = 0; p < panels; p++) {
-        int at = panel + p < first ? panel + p : from + panel + p - first;
+    // So few at a time that they stay in the first cache for all rows.
+    int most = h->packed < CHAINS ? CHUNK : 4;
+    for (int p = 0, at, run; p < panels; p += run) {
+        run = side_by_side(panel, p, panels, first, from, most, &at);
         const uint8_t *keys = h->keys + (size_t)at * LANES * column_bytes(h->type_k, h->d);
-        score_panel(h, keys, scores + p * LANES, stride);
+        score_panels(h, run, keys, scores + p * LANES, stride);
     }
     for (int m = 0; m < h->packed; m++)
         soften(row_of(h, m), panel, panels, first, scores + m * stride, h->d, &tops[m], &totals[m],
                acc + m * d);
-    // The two parts lie apart; within each, values follow one another.
-    for (int p = 0; p < panels;) {
-        int in_first = panel + p < first;
-        int run = in_first && first - panel < panels ? first - panel - p : panels - p;
-        int at = in_first ? panel + p : from + panel + p - first;
+    for (int p = 0, at, run; p < panels; p += run) {
+        run = side_by_side(panel, p, panels, first, from, most, &at);
         const uint8_t *values = h->values + (size_t)at * LANES * column_bytes(h->type_v, h->d);
         mix_columns(h, values, run * LANES, scores + p * LANES, stride, acc);
-        p += run;
     }
 }
 
