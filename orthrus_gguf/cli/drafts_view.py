@@ -41,6 +41,13 @@ def paint(text: str, origin: Origin) -> str:
     return text if colour is None else f"\x1b[{colour}m{text}\x1b[0m"
 
 
+def legend(*, colours: bool) -> str:
+    """What the colours mean, on one line; nothing where there are none."""
+    if not colours:
+        return ""
+    return ": " + ", ".join(paint(MEANINGS[origin], origin) for origin in COLOURS)
+
+
 def text_origins(result: Result) -> list[Origin]:
     """Origin of every output token; the first comes out of the prompt's pass."""
     found = [Origin.PLAIN, *(origin for cycle in result.cycles for origin in origins(cycle))]

@@ -21,6 +21,7 @@ from orthrus_gguf.cli.finished import explain, explanation_json, result_json, st
 from orthrus_gguf.cli.llama_flags import HelpLlama, foreign
 from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.piped import piped_text
+from orthrus_gguf.cli.twice import answer_twice
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.engine import Generation, Request
 from orthrus_gguf.errors import OrthrusError
@@ -153,6 +154,11 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         help="colour the text by how it came about (drafted, corrected, plain), and sum it up",
     )
     group.add_argument(
+        "--twice",
+        action="store_true",
+        help="answer plainly first, then with drafts in colours, and compare texts and speed",
+    )
+    group.add_argument(
         "--no-perf",
         "--no-show-timings",
         action="store_true",
@@ -179,7 +185,11 @@ def _run(args: argparse.Namespace) -> int:
         raise OrthrusError("--json and --json-stream: both print to stdout; leave one of them out")
     if (args.json or args.json_stream) and args.show_drafts:
         raise OrthrusError("--show-drafts: --json prints no text to colour; leave one of them out")
+    if args.twice and (args.json or args.json_stream):
+        raise OrthrusError("--twice: it shows both answers, not JSON; leave one of the flags out")
     prompt = _prompt(args)
+    if args.twice and prompt is None:
+        raise OrthrusError("--twice: answers one prompt; give it with -p, -f or through a pipe")
     if args.system_prompt_file is not None:
         if args.system_prompt is not None:
             raise OrthrusError("give the system message with -sys or with -sysf, not with both")
@@ -256,6 +266,8 @@ def unescape(text: str) -> str:
 def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -> int:
     """One prompt, one answer."""
     request = loaded.request(loaded.render(messages))
+    if args.twice:
+        return answer_twice(loaded, request)
     generation = loaded.start(request)
     if args.json or args.json_stream:
         return _answer_json(loaded, request, generation, args)
