@@ -40,7 +40,7 @@ def test_both_answers_and_a_verdict(
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"), [(("--json", "-p", "x"), "not JSON"), ((), "answers one prompt")]
+    ("flags", "message"), [(("--json", "-p", "x"), "not JSON"), ((), "no prompt")]
 )
 def test_what_makes_no_sense(
     demo_file: DemoFile,
