@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
 from contextlib import suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that somebody has open cannot be removed anyway
+    LOCKS = False
+else:
+    LOCKS = True
 
 
 def temporary_path(target: Path, process: int) -> Path:
@@ -34,7 +40,7 @@ def remove_leftovers(target: Path) -> None:
 def _is_alive(process: int) -> bool:
     """True if another process of that number lives. In containers, numbers repeat: ours may be
     that of the dead one, and a lock tells whether it is in use by this very process."""
-    if process == os.getpid():
+    if process == os.getpid() or not LOCKS:  # (a signal 0 would be a Ctrl-C on Windows)
         return False
     try:
         os.kill(process, 0)
@@ -45,12 +51,22 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def lock(descriptor: int) -> None:
+    """Mark an open file as in use, where there are locks. Raises OSError if somebody else has."""
+    if LOCKS:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _remove_unlocked(path: Path) -> None:
     """Remove a regular file that nobody has locked. Raises OSError."""
+    if not LOCKS:
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            path.unlink()
+        return
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
             path.unlink()
     finally:
         os.close(descriptor)

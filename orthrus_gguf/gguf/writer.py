@@ -9,7 +9,6 @@ killed process leaves behind is removed by the next one that writes the same fil
 from __future__ import annotations
 
 import errno
-import fcntl
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.gguf.leftovers import remove_leftovers, temporary_path
+from orthrus_gguf.gguf.leftovers import lock, remove_leftovers, temporary_path
 
 #: Bytes to write before the disk is given its next share.
 _SYNC_BYTES = 1 << 28
@@ -202,7 +201,7 @@ class _Output:
             self._ours = False
             raise
         with suppress(OSError):  # not every file system has locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
 
     def write_tensors(self, progress: Callable[[int], object]) -> None:
         """Stream the data of all tensors."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -102,7 +103,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 def memory_bytes(root: Path = ROOT) -> int:
     """Memory that this process can hope for: the machine's, cut to the control group's limit."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = _physical_bytes()
 
     def version2(folder: Path) -> float | None:
         text = _read(folder / "memory.max")
@@ -114,6 +115,30 @@ def memory_bytes(root: Path = ROOT) -> int:
 
     limit = _tightest(root, "memory", version2, version1)
     return total if limit is None else min(total, int(limit))
+
+
+def _physical_bytes() -> int:
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    class Status(ctypes.Structure):  # MEMORYSTATUSEX
+        _fields_ = (
+            ("length", ctypes.c_uint32),
+            ("load", ctypes.c_uint32),
+            *((name, ctypes.c_uint64) for name in ("total", "free", "a", "b", "c", "d", "e")),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    ctypes.CDLL("kernel32").GlobalMemoryStatusEx(ctypes.byref(status))
+    return int(status.total)
+
+
+def private_memory(n_bytes: int) -> mmap.mmap:
+    """Zeroed memory, which the system commits page by page when it is touched. Private, since that
+    is what huge pages are for. Raises OSError."""
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows knows no other
+        return mmap.mmap(-1, n_bytes)
+    return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _tightest(

@@ -13,7 +13,7 @@ from orthrus_cpu_kernels.library import LANES, LAYER_CACHE
 
 from orthrus_gguf.runtime.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.runtime.host_cache import HostCache
-from orthrus_gguf.runtime.limits import memory_bytes
+from orthrus_gguf.runtime.limits import memory_bytes, private_memory
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,7 @@ def _reserve(layout: CacheLayout, capacity: int, rows: int, n_bytes: int) -> NDA
     available = memory_bytes()
     if n_bytes <= available:
         try:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            return np.frombuffer(mmap.mmap(-1, n_bytes, flags=flags), np.uint8)
+            return np.frombuffer(private_memory(n_bytes), np.uint8)
         except OSError:
             pass
     raise layout.too_large(capacity, rows, n_bytes, available)

@@ -17,6 +17,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.protocol import View
 
 #: Panels that one task of repacking takes.
@@ -81,9 +82,7 @@ class Weights:
         sizes = {info.name: packed_bytes(kernels, info) for info in matrices}
         total = sum(sizes.values())
         try:
-            # Private, since huge pages are for private memory.
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-            self._memory = mmap.mmap(-1, max(total, 1), flags=flags)
+            self._memory = private_memory(max(total, 1))
         except OSError as error:
             raise OrthrusError(
                 f"{file.paths[0]}: {total / 2**30:.1f} GiB for repacked weights cannot be"

@@ -16,7 +16,7 @@ from orthrus_gguf.ggml.tensors import ALIGNMENT, Tensors, array_at
 from orthrus_gguf.runtime.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.runtime.ggml.cache_layout import transposed
 from orthrus_gguf.runtime.host_cache import HostCache
-from orthrus_gguf.runtime.limits import memory_bytes
+from orthrus_gguf.runtime.limits import memory_bytes, private_memory
 
 _serials = itertools.count()
 
@@ -106,7 +106,7 @@ def _reserve(layout: CacheLayout, capacity: int, rows: int) -> mmap.mmap:
     available = memory_bytes()
     if n_bytes <= available:
         try:
-            return mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            return private_memory(n_bytes)
         except OSError:
             pass
     raise layout.too_large(capacity, rows, n_bytes, available)
