@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, json_text, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -71,6 +72,12 @@ def _parser() -> Parser:
         help="compare with this file of the same model: KL divergence, agreement, differences",
     )
     group.add_argument(
+        "--kl-runtime",
+        choices=[name.value for name in RuntimeName],
+        help="run --kl-base on this runtime (default: the same): what arithmetic costs, where both"
+        " files are one",
+    )
+    group.add_argument(
         "--differences",
         type=options.natural,
         default=5,
@@ -100,7 +107,9 @@ def _run(args: argparse.Namespace) -> int:
         content = "".join(map(_read, texts))
         tokens = tokenizer.encode(content)
         windows = _windows(tokens, tokenizer, args)
-        model = _load(file, args, resources)
+        if args.kl_runtime is not None and args.kl_base is None:
+            raise OrthrusError("--kl-runtime: name the file with --kl-base")
+        model = _load(file, args, options.runtime_settings(args), resources)
         base = None if args.kl_base is None else _base(content, tokens, args, resources)
         text = _score(windows, model, base, args.batch_size)
         head = {
@@ -143,13 +152,15 @@ def _tokenizer(file: ModelFile) -> Tokenizer:
     return load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
 
 
-def _load(file: ModelFile, args: argparse.Namespace, resources: ExitStack) -> Model:
+def _load(
+    file: ModelFile, args: argparse.Namespace, settings: RuntimeSettings, resources: ExitStack
+) -> Model:
     if args.ctx_size > file.config.n_ctx_train:
         say(
             f"-c {args.ctx_size}: {file.paths[0]} was trained on {file.config.n_ctx_train} tokens"
             " of context only"
         )
-    return resources.enter_context(closing(load_model(file, options.runtime_settings(args))))
+    return resources.enter_context(closing(load_model(file, settings)))
 
 
 def _base(
@@ -162,7 +173,12 @@ def _base(
             f"--kl-base {args.kl_base}: its vocabulary cuts the text into other tokens, so the two"
             " cannot be compared; name a file of the same model"
         )
-    return _load(file, args, resources)
+    settings = options.runtime_settings(args)
+    if args.kl_runtime is not None:
+        settings = replace(settings, name=RuntimeName(args.kl_runtime))
+        if settings.name is RuntimeName.REFERENCE:  # whose cache is in f32 only
+            settings = replace(settings, cache_type_k=None, cache_type_v=None)
+    return _load(file, args, settings, resources)
 
 
 def _score(windows: list[list[int]], model: Model, base: Model | None, batch: int) -> Text:

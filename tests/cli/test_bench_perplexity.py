@@ -101,3 +101,16 @@ def test_bad_input(run: Any, demo_file: DemoFile, tmp_path: Path, name: str) -> 
     assert (code, out, err.count("\n")) == (1, "", 1), err
     assert err.startswith("orthrus-bench perplexity: error: ")
     assert message in err
+
+
+def test_one_file_on_two_runtimes(run: Any, demo_file: DemoFile) -> None:
+    file = str(demo_file("q4_k_m"))
+    flags = (file, TEXT, "-c", "32", "--chunks", "4", "-o", "json", "--kl-base", file)
+    same = json.loads(run(*flags)[1])["kl"]
+    assert same["largest"] == 0
+    for runtime in ("cpu", "ggml"):
+        kl = json.loads(run(*flags, "--runtime", runtime, "--kl-runtime", "reference")[1])["kl"]
+        assert 0 < kl["mean"]["value"] < 1e-3, "both round activations, the reference does not"
+    code, _, err = run(file, TEXT, "--kl-runtime", "cpu")
+    assert code == 1
+    assert "name the file with --kl-base" in err
