@@ -101,6 +101,12 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens to generate (default: -1, until the text or the context ends)",
     )
+    _add_text_options(group)
+    _add_output_options(group)
+
+
+def _add_text_options(group: argparse._ArgumentGroup) -> None:
+    """What is text and what is not."""
     group.add_argument(
         "--stop",
         "-r",
@@ -139,6 +145,10 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help=r"turn \n \t \r \" \' \\ in -p, -sys and --stop into what they stand for",
     )
+
+
+def _add_output_options(group: argparse._ArgumentGroup) -> None:
+    """How the answer is shown."""
     group.add_argument("--json", action="store_true", help="print one JSON object, not the text")
     group.add_argument(
         "--json-stream",

@@ -66,19 +66,25 @@ def test_passes_are_the_same_on_all_objects(
                 assert_same(run_here(kernels, case), wanted, name)
 
 
-def test_neon_gives_the_bits_of_portable_c(
-    build: ModuleType, driver: Make, cases: list[Case], expected: list[list[NDArray[Any]]]
+@pytest.mark.parametrize(
+    "name", ["neoni8mm", "neon", pytest.param("portable", marks=pytest.mark.slow)]
+)
+def test_arm_gives_the_bits_of_portable_c(
+    build: ModuleType,
+    driver: Make,
+    cases: list[Case],
+    expected: list[list[NDArray[Any]]],
+    name: str,
 ) -> None:
     if shutil.which(GCC_ARM) is None or shutil.which(QEMU) is None:
         pytest.skip(
             "NEON needs a cross compiler and an emulator: apt-get install gcc-aarch64-linux-gnu"
             " libc6-dev-arm64-cross qemu-user"
         )
-    for name, flags in build.targets("aarch64").items():
-        command = driver(GCC_ARM, *flags, "-O1", "-static")
-        found = run_driver([QEMU, *command], cases)
-        for case, ours, wanted in zip(cases, found, expected, strict=True):
-            assert_same(ours, wanted, f"{name} (aarch64), {case.name}")
+    command = driver(GCC_ARM, *build.targets("aarch64")[name], "-O1", "-static")
+    found = run_driver([QEMU, *command], cases)
+    for case, ours, wanted in zip(cases, found, expected, strict=True):
+        assert_same(ours, wanted, f"{name} (aarch64), {case.name}")
 
 
 @pytest.fixture
