@@ -219,6 +219,34 @@ def write_heads(
     return write_gguf(path, "orthrus", keys | dict(metadata or {}), weights | dict(tensors or {}))
 
 
+def write_drafter(
+    path: Path,
+    arch: str = "dflash",
+    *,
+    taps: tuple[int, ...] = (1, 2),
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Any] | None = None,
+) -> Path:
+    """A DFlash drafter for the tiny model, which reads the inputs of layers `taps`; other arguments
+    as for write_model."""
+    keys = {
+        **shape_keys(arch),
+        **tokenizer_keys(),
+        f"{arch}.block_size": np.uint32(BLOCK_SIZE),
+        f"{arch}.target_layers": np.array(taps, np.int32),
+        "tokenizer.ggml.mask_token_id": np.uint32(MASK),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (N_EMBD, len(taps) * N_EMBD),
+        "enc.output_norm.weight": (N_EMBD,),
+        "output_norm.weight": (N_EMBD,),
+    }
+    for layer in range(N_LAYERS):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in layer_shapes().items()}
+    weights = {name: random_weights(f"draft.{name}", shape) for name, shape in shapes.items()}
+    return write_gguf(path, arch, keys | dict(metadata or {}), weights | dict(tensors or {}))
+
+
 def write_gguf(
     path: Path, arch: str, metadata: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> Path:

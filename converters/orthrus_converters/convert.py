@@ -10,6 +10,7 @@ import gguf
 
 from orthrus_converters import metadata, tokenizer_files
 from orthrus_converters.checkpoint import Checkpoint, check_folder, open_checkpoint
+from orthrus_converters.drafter import is_drafter, plan_drafter
 from orthrus_converters.encode import Job
 from orthrus_converters.file_types import FileType, lossless_type, uniform_file_type
 from orthrus_converters.hf_config import read_config, unknown_fields
@@ -64,6 +65,12 @@ def plan_checkpoint(request: Request, source: FolderSource, imatrix: Imatrix | N
     check_folder(folder)
     check_outputs(request, inputs_of(folder))
     config_file = JsonFile.read(folder / CONFIG)
+    if is_drafter(config_file):
+        return plan_drafter(request, source, config_file, imatrix)
+    if request.target is not None:
+        raise OrthrusError(
+            f"--target {request.target}: goes with a drafter, and {folder} is a model; leave it out"
+        )
     checkpoint = open_checkpoint(folder)
     check_outputs(request, checkpoint.files)
     _check_heads(checkpoint, config_file, request)

@@ -30,6 +30,7 @@ def plan_conversion(request: Request) -> Plan:
     assert request.source is not None
     source = resolve(request.source, request.revision)
     if isinstance(source, FileSource):
+        _refuse_target(request)
         return plan_gguf(request, source.path, imatrix)
     return plan_checkpoint(request, source, imatrix)
 
@@ -51,6 +52,13 @@ def _imatrix(request: Request) -> Imatrix | None:
     return read_imatrix(request.imatrix)
 
 
+def _refuse_target(request: Request) -> None:
+    if request.target is not None:
+        raise OrthrusError(
+            f"--target {request.target}: goes with a drafter's checkpoint only; leave it out"
+        )
+
+
 def _check_flags(request: Request) -> None:
     """Raise OrthrusError for combinations that have no meaning."""
     choice = request.choice
@@ -58,6 +66,8 @@ def _check_flags(request: Request) -> None:
         raise OrthrusError(
             "expected MODEL and OUT.gguf, or --base, --heads and OUT.gguf; see --help"
         )
+    if request.merge or request.base is not None:
+        _refuse_target(request)
     if request.merge:
         others = request.split or request.base or request.imatrix or choice != TypeChoice()
         if others:

@@ -28,11 +28,12 @@ SYNTHETIC_TYPE = "q4_k_m"
 EXAMPLES = (
     f"{PROGRAM} MODEL OUT.gguf [--type TYPE] [--imatrix FILE] [--split]",
     f"{PROGRAM} --base BASE.gguf --heads CHECKPOINT_OR_GGUF OUT.gguf",
+    f"{PROGRAM} DRAFTER OUT.gguf --target MODEL [--type TYPE]",
     f"{PROGRAM} --merge BASE.gguf OUT.gguf [--heads HEADS.gguf]",
     f"{PROGRAM} --synthetic NAME OUT.gguf [--type TYPE] [--seed N]",
 )
 DESCRIPTION = f"""\
-Convert a model to GGUF: Qwen3, Qwen2 and Llama, with or without Orthrus heads.
+Convert a model to GGUF: Qwen3, Qwen2 and Llama, with or without Orthrus heads; and DFlash drafters.
 
 MODEL is a folder with safetensors, the id of a repository on the Hugging Face Hub, or a GGUF file.
 By default the new file holds base model and diffusion heads in MODEL's own types, so that nothing
@@ -131,6 +132,12 @@ def _add_packing_flags(parser: Parser) -> None:
     group.add_argument(
         "--heads", metavar="HEADS", help="with --base: folder, repository id or GGUF with heads"
     )
+    group.add_argument(
+        "--target",
+        metavar="TARGET",
+        help="of a DFlash drafter: the model that it drafts for, whose tokens go into the file"
+        " (folder, repository id or GGUF)",
+    )
 
 
 def _add_synthetic_flags(parser: Parser) -> None:
@@ -197,6 +204,7 @@ def make_request(args: argparse.Namespace) -> Request:
         merge=args.merge,
         base=args.base,
         heads=args.heads,
+        target=args.target,
         revision=args.revision,
         allow_requantize=args.allow_requantize,
         overwrite=args.overwrite,

@@ -20,7 +20,7 @@ class Request:
     """What to convert, as the flags say.
 
     source: a folder, a GGUF file, or the id of a repository (of revision `revision`). None where
-    `base` and `heads` are given instead. heads: like source.
+    `base` and `heads` are given instead. heads: like source. target: of a drafter, likewise.
     """
 
     source: str | None
@@ -31,6 +31,7 @@ class Request:
     merge: bool = False
     base: Path | None = None
     heads: str | None = None
+    target: str | None = None
     revision: str | None = None
     allow_requantize: bool = False
     overwrite: bool = False

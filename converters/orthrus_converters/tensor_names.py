@@ -27,7 +27,7 @@ _GLOBAL = {
     OUTPUT_NORM: "model.norm.weight",
 }
 #: Parts of a layer in their order in the file; a weight stands before its bias.
-_LAYER = {
+LAYER_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -87,7 +87,7 @@ def match_weights(
         if hf_name in checkpoint.tensors
     }
     for name, source in weights.items():
-        _check_weight(source, shapes[name])
+        check_weight(source, shapes[name])
     if config.architecture.pairing is Pairing.ADJACENT:
         weights = {name: _paired(name, source, config) for name, source in weights.items()}
     return computed | weights
@@ -112,7 +112,7 @@ def _hf_name(name: str) -> str:
     if name in _GLOBAL:
         return _GLOBAL[name]
     _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
+    return f"model.layers.{layer}.{LAYER_PARTS[part]}.{kind}"
 
 
 def _position(name: str) -> tuple[int, int, int, str]:
@@ -120,7 +120,7 @@ def _position(name: str) -> tuple[int, int, int, str]:
     if not name.startswith("blk."):
         return 2 * (name == OUTPUT_NORM), list(_GLOBAL).index(name), 0, ""
     _, layer, part, kind = name.split(".")
-    return 1, int(layer), list(_LAYER).index(part), "" if kind == "weight" else kind
+    return 1, int(layer), list(LAYER_PARTS).index(part), "" if kind == "weight" else kind
 
 
 def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -> None:
@@ -146,8 +146,8 @@ def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -
 def _check_tied(tensors: Mapping[str, SourceTensor]) -> None:
     """Raise OrthrusError unless the stored head is the copy of the embedding that it should be."""
     head, embedding = tensors[_LM_HEAD], tensors[_GLOBAL[TOKEN_EMBD]]
-    _check_weight(head, embedding.shape)
-    _check_weight(embedding, embedding.shape)
+    check_weight(head, embedding.shape)
+    check_weight(embedding, embedding.shape)
     chunks = zip(read_chunks(head, _COMPARED), read_chunks(embedding, _COMPARED), strict=True)
     if head.dtype != embedding.dtype or not all(np.array_equal(a, b) for a, b in chunks):
         raise OrthrusError(
@@ -156,7 +156,8 @@ def _check_tied(tensors: Mapping[str, SourceTensor]) -> None:
         )
 
 
-def _check_weight(source: SourceTensor, shape: tuple[int, ...]) -> None:
+def check_weight(source: SourceTensor, shape: tuple[int, ...]) -> None:
+    """Raise OrthrusError unless a weight is there, in this shape and in a type that we read."""
     if not source.n_elements:
         raise OrthrusError(
             f"{source.path}: weight {source.name} is empty: training with DeepSpeed's ZeRO-3 "

@@ -11,6 +11,11 @@ BASE_ARCHITECTURE = "orthrus.base_architecture"
 BLOCK_SIZE = "orthrus.diffusion.block_size"
 MASK_TOKEN_ID = "tokenizer.ggml.mask_token_id"
 
+#: Of a drafter (`general.architecture` `dflash`): rows of its block, and the layers of the target
+#: whose input it reads (n_layers: what the last one writes).
+DFLASH_BLOCK_SIZE = "dflash.block_size"
+DFLASH_TARGET_LAYERS = "dflash.target_layers"
+
 #: Of files with random weights (bool, and the seed they were made from).
 SYNTHETIC = "orthrus.synthetic"
 SYNTHETIC_SEED = "orthrus.synthetic.seed"

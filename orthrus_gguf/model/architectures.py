@@ -53,4 +53,7 @@ LLAMA = Architecture(
     "llama", qk_norms=False, qkv_biases=False, pairing=Pairing.ADJACENT, freq_base=10_000.0
 )
 
+#: Of a drafter's network (`drafter.py`): what Qwen3 has, but no model by itself.
+DFLASH = Architecture("dflash", qk_norms=True, qkv_biases=False, pairing=Pairing.HALVES)
+
 ARCHITECTURES = {arch.name: arch for arch in (QWEN3, QWEN2, LLAMA)}

@@ -14,7 +14,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.reader import Value
-from orthrus_gguf.model.architectures import ARCHITECTURES, QWEN3, Architecture
+from orthrus_gguf.model.architectures import ARCHITECTURES, DFLASH, QWEN3, Architecture
 
 # Sanity limits, far above any model and far below what could exhaust memory by itself.
 MAX_LAYERS = 1024
@@ -101,18 +101,24 @@ class ModelConfig:
         n_vocab: int,
         tied: bool,
         has_heads: bool,
+        layers: Architecture | None = None,
     ) -> ModelConfig:
         """The config of a file, with every value checked.
 
         path: the file, for error messages and as a stand-in for a missing name.
         n_vocab: rows of `token_embd.weight`. tied: no `output.weight`.
         has_heads: whether the block size and the mask token are required, or left out.
+        layers: what they have, where the file is no model and the caller has looked at what else it
+            says (`drafter.py`).
         Raises OrthrusError for a key that is missing, of the wrong type, out of range, or that
         contradicts another.
         """
         fields = Fields(metadata, path)
-        arch, record = architecture(fields)
-        _check_neutral(fields, arch)
+        if layers is None:
+            arch, record = architecture(fields)
+            _check_neutral(fields, arch)
+        else:
+            arch, record = layers.name, layers
         _check_vocabulary(fields, n_vocab)
         llm, attention = gguf.Keys.LLM, gguf.Keys.Attention
         key = partial(keys.model_key, arch=arch)
@@ -167,6 +173,11 @@ def architecture(fields: Fields) -> tuple[str, Architecture]:
     known = ", ".join(map(repr, ARCHITECTURES))
     if prefix in ARCHITECTURES:
         return prefix, ARCHITECTURES[prefix]
+    if prefix == DFLASH.name:
+        raise OrthrusError(
+            f"{fields.path}: is a drafter ({prefix}), which drafts for another model; open that"
+            f" model, with --drafter {fields.path}"
+        )
     if prefix != keys.ARCH_ORTHRUS:
         raise fields.error(
             key,

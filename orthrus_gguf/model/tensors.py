@@ -17,6 +17,10 @@ OUTPUT_NORM = "output_norm.weight"
 #: Divides the frequency of each pair of RoPE (`Rope.freq_factors`).
 ROPE_FREQS = "rope_freqs.weight"
 
+#: Of a drafter: what it makes of what the target's layers read.
+FEATURES = "fc.weight"
+FEATURES_NORM = "enc.output_norm.weight"
+
 _TYPES = gguf.GGMLQuantizationType
 FLOAT_TYPES = frozenset({_TYPES.F32, _TYPES.F16, _TYPES.BF16})
 _NOT_WEIGHTS = frozenset({_TYPES.I8, _TYPES.I16, _TYPES.I32, _TYPES.I64})
@@ -45,6 +49,17 @@ def diffusion_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     twins = {twin_of(name): shape for name, shape in _attention_shapes(config).items()}
     return _per_layer(config, twins)
+
+
+def drafter_tensors(config: ModelConfig, n_taps: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape (numpy order) of a drafter's network that reads `n_taps` layers of its target:
+    whatever lies between the target's embedding and its output."""
+    return {
+        FEATURES: (config.n_embd, n_taps * config.n_embd),
+        FEATURES_NORM: (config.n_embd,),
+        OUTPUT_NORM: (config.n_embd,),
+        **_per_layer(config, _layer_shapes(config)),
+    }
 
 
 def twin_of(name: str) -> str:
