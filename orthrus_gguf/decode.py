@@ -101,7 +101,7 @@ def decode(
     The cache holds all of the sequence's tokens but the last one, the anchor. Each cycle's tokens
     are appended before it is yielded.
     """
-    drafters = policy.drafters(sequence.config)
+    drafters = policy.drafters(sequence)
     limit = len(sequence.tokens) + max_tokens
     while (most := limit - len(sequence.tokens)) > 0:
         cycle, _ = drive(model, run_cycle(sequence, policy, drafters, most, clock), clock)
@@ -213,24 +213,27 @@ def run_together(
     choices = model.forward([segment for segments in wanted for segment in segments])
     seconds = clock() - before
     rows = [_rows(segments) for segments in wanted]
-    total = sum([ar + diffusion for ar, diffusion in rows])
+    total = sum([sum(counts) for counts in rows])
     found, first = [], 0
-    for segments, (ar, diffusion) in zip(wanted, rows, strict=True):
-        cost = Pass(ar, diffusion, segments[0].start, seconds, total - ar - diffusion)
+    for segments, (ar, diffusion, drafter) in zip(wanted, rows, strict=True):
+        company = total - ar - diffusion - drafter
+        cost = Pass(ar, diffusion, segments[0].start, seconds, company, drafter)
         found.append(Done(choices[first : first + len(segments)], cost))
         first += len(segments)
     return found
 
 
-def _rows(segments: Sequence[Segment]) -> tuple[int, int]:
-    """AR and diffusion rows of some segments."""
-    ar = diffusion = 0
+def _rows(segments: Sequence[Segment]) -> tuple[int, int, int]:
+    """Rows of some segments: AR, diffusion, and of a drafter's network."""
+    ar = diffusion = drafter = 0
     for segment in segments:
         if segment.view is View.AR:
             ar += len(segment.tokens)
-        else:
+        elif segment.view is View.DIFFUSION:
             diffusion += len(segment.tokens)
-    return ar, diffusion
+        else:
+            drafter += len(segment.tokens)
+    return ar, diffusion, drafter
 
 
 def _taps(drafters: Sequence[Drafter]) -> tuple[int, ...]:

@@ -11,9 +11,11 @@ from typing import Any
 
 from orthrus_gguf.decode import PROMPT_BATCH, Done, prefill, run_cycle, run_together
 from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.drafter import Drafter
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import Model, Segment
 from orthrus_gguf.sampling import Choice, LogProbs, Sampler, SamplingSettings
 from orthrus_gguf.stats import Statistics, Timings, count
@@ -91,6 +93,9 @@ class Session:
         self.n_ctx = n_ctx
         self.prompt_batch = prompt_batch
         self._cache: Any = model.new_cache(n_ctx)
+        self._draft_cache = (
+            model.new_draft_cache(n_ctx) if isinstance(model, ModelWithDrafter) else None
+        )
         self._held: list[int] = []
 
     def generate(
@@ -117,13 +122,17 @@ class Session:
             )
         return Generation(self, request, on_progress, during_prompt or nullcontext())
 
-    def prepare(self, prompt: Sequence[int]) -> int:
+    def prepare(self, prompt: Sequence[int], drafters: Sequence[Drafter] = ()) -> int:
         """Go back to the longest useful prefix of `prompt` that is held; return its length.
 
-        At least the last prompt token is left to be processed, since its logits are needed.
+        At least the last prompt token is left to be processed, since its logits are needed. What a
+        drafter among `drafters` was not told of is left too: it reads taps of every row.
         """
+        known = len(prompt) - 1
+        if self._draft_cache is not None and any(drafter.taps for drafter in drafters):
+            known = min(known, self._draft_cache.known(prompt))
         common = 0
-        for held, wanted in zip(self._held, prompt[:-1], strict=False):
+        for held, wanted in zip(self._held, prompt[:known], strict=False):
             if held != wanted:
                 break
             common += 1
@@ -294,7 +303,6 @@ class Generation:
         limit = room if request.max_tokens < 0 else min(room, request.max_tokens)
         if limit == 0:
             return
-        self._cached = self._prompt_held = session.prepare(request.prompt)
         sequence = TokenSequence(
             session.model.config,
             session._cache,
@@ -302,9 +310,11 @@ class Generation:
             list(request.prompt),
             request.top,
             request.constraint,
+            session._draft_cache,
         )
         policy = request.policy
-        drafters = policy.drafters(session.model.config)
+        drafters = policy.drafters(sequence)
+        self._cached = self._prompt_held = session.prepare(request.prompt, drafters)
         end = len(request.prompt) + limit
         with self._during_prompt:
             first = yield from prefill(

@@ -356,7 +356,7 @@ def choices_of(
     model: ToyModel, sequence: TokenSequence, policy: Policy, most: int
 ) -> list[LogProbs | None]:
     """Decode `most` tokens; what was said of each."""
-    drafters, found = policy.drafters(model.config), []
+    drafters, found = policy.drafters(sequence), []
     end = len(sequence.tokens) + most
     while (left := end - len(sequence.tokens)) > 0:
         _, choices = drive(model, run_cycle(sequence, policy, drafters, left))

@@ -272,7 +272,7 @@ def test_passes_tell_how_much_company_they_had() -> None:
     model = ToyModel()
     sequences = [model.sequence([1, 2, i], GREEDY) for i in range(3)]
     policies = [FixedPolicy(parse(p), model.config) for p in ("ar", "two-pass@4", "ar")]
-    drafters = [policy.drafters(model.config) for policy in policies]
+    drafters = [p.drafters(s) for p, s in zip(policies, sequences, strict=True)]
     for sequence in sequences:
         drive(model, prefill(sequence))
     steps = [

@@ -40,8 +40,9 @@ from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis, Pass
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Source
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.plan import MOST_AT_HAND, block_rows
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Branches, Tree, best_first
-from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.protocol import View
 
 #: Blocks carried by one pass at most.
 MAX_BLOCKS = 8
@@ -61,6 +62,10 @@ NEWEST_HOST = 0.1
 
 #: The rate and the tables of costs are computed anew after this many cycles.
 REFRESH = 8
+
+#: What a pass of a drafter's own network is taken to cost before one has run, in single-row passes,
+#: and the weight of the newest one. (They always have the same number of rows.)
+NETWORK_GUESS, NEWEST = 0.4, 0.1
 
 #: What statistics keep per cycle of plain decoding (half is gone after 140).
 RELAX = 0.995
@@ -116,6 +121,7 @@ class Controller:
         self._acceptance = Acceptance(self._widest)
         self._passes: dict[Source, DraftPass] = {}
         self._promised: dict[Source, Floats] = {}
+        self._networks: dict[Source, float] = {}  # seconds of their passes
         self._carrying: Carrying | None = None
         self._added = 0.0
         self._lost = self._elapsed = self._host = 0.0
@@ -123,7 +129,7 @@ class Controller:
         self._age = 0
         self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
 
-    def drafters(self, config: ModelConfig) -> list[Drafter]:
+    def drafters(self, sequence: TokenSequence) -> list[Drafter]:
         verify = self._current(0).verify
         best = max((rows * verify[1]) / verify[rows] for rows in range(2, len(verify)))
         names = {
@@ -131,7 +137,7 @@ class Controller:
             for name in self._names
             if registry.KINDS[name].margin <= 1 or best >= PERFECT_MUST_BRING
         }
-        return registry.make_drafters(config, names)
+        return registry.make_drafters(sequence, names)
 
     def choose(
         self, drafts: Sequence[Draft], passes: Sequence[DraftPass], room: int, context: int
@@ -244,7 +250,10 @@ class Controller:
         self._age += 1
         self._acceptance.observe(cycle)
         for done in cycle.passes:
-            self._costs.observe(done)
+            if done.drafter_rows:
+                self._observe_network(cycle.draft.source, done)
+            else:
+                self._costs.observe(done)
         if not cycle.drafts:
             self._acceptance.relax(RELAX)
         elif self._carrying is not None and cycle.guesses:
@@ -255,6 +264,13 @@ class Controller:
         if len(cycle.passes) > 1 or cycle.drafts or cycle.guesses:
             plain = tables.verify[1] + self._host
             self._lost += cycle.seconds - len(cycle.tokens) * plain
+
+    def _observe_network(self, source: Source, done: Pass) -> None:
+        """Learn what a pass of a drafter's own network takes: of one that it had for itself."""
+        if not (done.company or done.ar_rows or done.diffusion_rows):
+            known = self._networks.setdefault(source, done.seconds)
+            # One that was held up must not change the plan.
+            self._networks[source] += NEWEST * (min(done.seconds, 2 * known) - known)
 
     def _first_carrying(self, context: int) -> Carrying:
         """What is taken to be usual before any block was carried: two blocks of half the size."""
@@ -355,7 +371,11 @@ class Controller:
         """What a kind of draft pass promises now, verified as chains."""
         accept = self._acceptance.of_source(offer.source, offer.most)
         widths = np.arange(1, offer.most + 1)
-        seconds = [self._costs.seconds(0, offer.rows(int(width)), context) for width in widths]
+        if offer.view is View.DRAFTER:
+            guess = NETWORK_GUESS * self._costs.seconds(1, 0, context)
+            seconds = [self._networks.get(offer.source, guess)] * offer.most
+        else:
+            seconds = [self._costs.seconds(0, offer.rows(int(width)), context) for width in widths]
         return Drafting(np.array(sums(accept)[1:]), widths, np.array(seconds))
 
     def _expected(self, source: Source) -> list[float]:

@@ -8,7 +8,6 @@ from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source, read_draft
 from orthrus_gguf.drafting.drafter import DraftPass, Results
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.protocol import Choices, Segment
 
 BLOCK = Source("block", "draft pass", "#0072B2", 0.7)
@@ -19,10 +18,11 @@ class BlockDrafter:
 
     taps = ()
 
-    def __init__(self, config: ModelConfig) -> None:
-        if config.block_size is None:
+    def __init__(self, sequence: TokenSequence) -> None:
+        size = sequence.config.block_size
+        if size is None:
             raise ValueError("the model has no diffusion heads")
-        self._size = config.block_size
+        self._size = size
         self._pass = DraftPass(BLOCK, self._size, self._rows, self._segments, _read)
 
     def propose(self, tokens: Sequence[int], room: int) -> tuple[DraftPass]:

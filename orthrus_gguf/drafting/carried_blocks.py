@@ -14,7 +14,7 @@ from orthrus_gguf.drafting.block import BLOCK
 from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
 from orthrus_gguf.drafting.draft import Draft, Source, read_draft
 from orthrus_gguf.drafting.drafter import Results
-from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.runtime.protocol import Choices
 
 LAST = Source("carried A", "carried, guess A", "#E69F00", 0.6)
@@ -76,7 +76,7 @@ class CarriedBlocks:
 
     taps = ()
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, sequence: TokenSequence) -> None:
         self._drafts: list[Draft] = []
 
     def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:

@@ -16,7 +16,7 @@ from orthrus_gguf.runtime.protocol import Segment
 class Pass:
     """One forward pass of a cycle: its rows by view, the context it saw, how long it took.
 
-    company: rows of other sequences in the same pass.
+    company: rows of other sequences in the same pass. drafter_rows: of a drafter's own network.
     """
 
     ar_rows: int
@@ -24,6 +24,7 @@ class Pass:
     context: int
     seconds: float
     company: int = 0
+    drafter_rows: int = 0
 
 
 class Guess(Enum):

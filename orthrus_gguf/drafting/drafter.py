@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.runtime.protocol import Choices, Segment
+from orthrus_gguf.runtime.protocol import Choices, Segment, View
 
 
 @dataclass(frozen=True)
 class DraftPass:
     """A pass that would bring a draft.
 
-    most: the most tokens it can bring. rows: diffusion rows that it takes to bring so many.
+    most: the most tokens it can bring. rows: that it takes to bring so many, all of one view.
     segments: what to run, for so many. read: the draft, from the choices of those segments.
     width: tokens wanted, set by the policy that orders it.
     """
@@ -30,11 +30,11 @@ class DraftPass:
     segments: Callable[[TokenSequence, int], list[Segment]]
     read: Callable[[Sequence[Choices]], Draft]
     width: int = 0
+    view: View = View.DIFFUSION
 
     def ordered(self, width: int) -> DraftPass:
         """The pass for `width` tokens, or as many as it can bring."""
-        most = self.most
-        return DraftPass(self.source, most, self.rows, self.segments, self.read, min(width, most))
+        return replace(self, width=min(width, self.most))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.drafter import Results
-from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.drafting.sequence import TokenSequence
 
 LOOKUP = Source("lookup", "look-up", "#D55E00", 0.7, margin=1.1)
 
@@ -31,7 +31,7 @@ class LookupDrafter:
 
     taps = ()
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, sequence: TokenSequence) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 

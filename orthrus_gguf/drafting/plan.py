@@ -14,6 +14,7 @@ from orthrus_gguf.drafting.carried_blocks import hypotheses
 from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tail import TAIL
 from orthrus_gguf.drafting.tree import NO_TREE, Tree, best_first
 from orthrus_gguf.errors import OrthrusError, did_you_mean
@@ -95,7 +96,7 @@ class Plan:
 
     @property
     def drafts(self) -> bool:
-        """Whether it is a fixed plan that drafts with the diffusion view."""
+        """Whether it is a fixed plan that drafts in passes of its own."""
         return self.strategy in (Strategy.TWO_PASS, Strategy.FUSED)
 
     @property
@@ -114,22 +115,30 @@ class Plan:
     def fitted(self, config: ModelConfig) -> Plan:
         """The plan with its defaults for this model filled in.
 
-        Raises OrthrusError when the model has no diffusion heads, or the width fits no block.
+        Two-pass drafts with a drafter's network where there are no diffusion heads. Raises
+        OrthrusError when the model has neither, or the width fits no block.
         """
+        if self.strategy is not None and config.drafter_block is None:
+            for name in self.also:
+                if registry.KINDS[name].network:
+                    raise OrthrusError(
+                        f"strategy {self.text!r}: +{name} needs a drafter; name one with --drafter"
+                    )
         if not self.drafts:
             return self
-        block = config.block_size
-        if not config.has_heads or block is None:
+        fused = self.strategy is Strategy.FUSED
+        block = config.block_size if config.has_heads or fused else config.drafter_block
+        if block is None:
+            other = "" if fused else ", or a drafter with --drafter"
             raise OrthrusError(
                 f"strategy {self.text!r}: {config.name} has no diffusion heads; name a heads file"
-                " with --heads, or use ar or auto"
+                f" with --heads{other}, or use ar or auto"
             )
         if self.width is not None and not 1 <= self.width <= block:
             raise OrthrusError(
                 f"strategy {self.text!r}: the width must lie in 1..{block}, the block size of"
                 f" {config.name}"
             )
-        fused = self.strategy is Strategy.FUSED
         return replace(
             self,
             width=block - 1 if self.width is None else self.width,
@@ -228,20 +237,23 @@ class FixedPolicy:
         self._width = self.plan.width or MOST_AT_HAND
         self._tail_failed = False
 
-    def drafters(self, config: ModelConfig) -> list[Drafter]:
+    def drafters(self, sequence: TokenSequence) -> list[Drafter]:
         plan = self.plan
         self._tail_failed = False
         names = set(plan.also)
         if plan.drafts:
             names |= {"block", "tail"}
+            if not sequence.config.has_heads:
+                names |= {name for name, kind in registry.KINDS.items() if kind.network}
         if plan.strategy is Strategy.FUSED:
             names.add("carried")
-        return registry.make_drafters(config, names | {"tail"} if names else names)
+        return registry.make_drafters(sequence, names | {"tail"} if names else names)
 
     def choose(
         self, drafts: Sequence[Draft], passes: Sequence[DraftPass], room: int, context: int
     ) -> Draft | DraftPass:
-        usable = [draft for draft in drafts if self._usable(draft)]
+        rests = {TAIL, BLOCK, *(offer.source for offer in passes)}
+        usable = [draft for draft in drafts if draft.source not in rests or self._may_go_on(draft)]
         if room == 0:
             return NO_DRAFT
         if usable:
@@ -253,10 +265,9 @@ class FixedPolicy:
             return NO_DRAFT
         return passes[0].ordered(min(self._width, room))
 
-    def _usable(self, draft: Draft) -> bool:
-        if draft.source not in (BLOCK, TAIL):
-            return True
-        return self.plan.tail and draft.confidence[0] >= SURE and not self._tail_failed
+    def _may_go_on(self, rest: Draft) -> bool:
+        """Whether what an earlier draft left is used, rather than drafting again."""
+        return self.plan.tail and rest.confidence[0] >= SURE and not self._tail_failed
 
     def shape(
         self, draft: Draft, anchor: int, room: int, context: int

@@ -8,14 +8,14 @@ from typing import Protocol
 from orthrus_gguf.drafting.cycle import Cycle, Hypothesis
 from orthrus_gguf.drafting.draft import Draft
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.model.config import ModelConfig
 
 
 class Policy(Protocol):
     """Decides what the cycles of one sequence do."""
 
-    def drafters(self, config: ModelConfig) -> Sequence[Drafter]:
+    def drafters(self, sequence: TokenSequence) -> Sequence[Drafter]:
         """New drafters for a sequence that is about to be decoded."""
         ...
 

@@ -11,21 +11,24 @@ from dataclasses import dataclass
 
 from orthrus_gguf.drafting.block import BlockDrafter
 from orthrus_gguf.drafting.carried_blocks import CarriedBlocks
+from orthrus_gguf.drafting.dflash import DFlashDrafter
 from orthrus_gguf.drafting.drafter import Drafter
 from orthrus_gguf.drafting.lookup import LOOKUP, LookupDrafter
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tail import TailDrafter
-from orthrus_gguf.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Kind:
-    """make: a drafter for a new sequence. heads: whether it needs diffusion heads. optional: plans
+    """make: a drafter for a new sequence. heads: whether it needs diffusion heads. network: whether
+    it needs one of its own beside the model (`TokenSequence.draft_cache`). optional: plans
     name it, as `+name`, or leave it to `auto`, which goes without it at `+no-name`; the others come
     with the strategies. words: what an optional one drafts, for help texts. margin: of its source
     (`Source.margin`)."""
 
-    make: Callable[[ModelConfig], Drafter]
+    make: Callable[[TokenSequence], Drafter]
     heads: bool = False
+    network: bool = False
     optional: bool = True
     words: str = ""
     margin: float = 1.0
@@ -38,6 +41,7 @@ KINDS: dict[str, Kind] = {
     "lookup": Kind(
         LookupDrafter, words="what followed the last tokens before", margin=LOOKUP.margin
     ),
+    "dflash": Kind(DFlashDrafter, network=True, words="with the network of --drafter"),
     "block": Kind(BlockDrafter, heads=True, optional=False),
 }
 
@@ -47,10 +51,11 @@ def optional_names() -> tuple[str, ...]:
     return tuple(name for name, kind in KINDS.items() if kind.optional)
 
 
-def make_drafters(config: ModelConfig, names: set[str]) -> list[Drafter]:
-    """New drafters of these kinds, as far as the model has what they need."""
+def make_drafters(sequence: TokenSequence, names: set[str]) -> list[Drafter]:
+    """New drafters of these kinds, as far as there is what they need."""
+    heads, network = sequence.config.has_heads, sequence.draft_cache is not None
     return [
-        kind.make(config)
+        kind.make(sequence)
         for name, kind in KINDS.items()
-        if name in names and (config.has_heads or not kind.heads)
+        if name in names and (heads or not kind.heads) and (network or not kind.network)
     ]

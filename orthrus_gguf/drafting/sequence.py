@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.beside import DraftCache
 from orthrus_gguf.runtime.protocol import (
     Cache,
     Draw,
     Masks,
     Segment,
+    View,
     ar_segment,
     diffusion_segment,
 )
@@ -28,7 +30,8 @@ class TokenSequence:
 
     cache: of its committed tokens; behind a prompt it holds all of them but the last, the anchor.
     tokens: committed so far, the prompt's first. top: see `Draw.top`.
-    constraint: what may be drawn (a grammar).
+    constraint: what may be drawn (a grammar). draft_cache: of the drafter's network beside the
+    model, where there is one.
     """
 
     config: ModelConfig
@@ -37,6 +40,7 @@ class TokenSequence:
     tokens: list[int]
     top: int = 0
     constraint: Constraint | None = None
+    draft_cache: DraftCache | None = None
 
     @property
     def start(self) -> int:
@@ -80,4 +84,22 @@ class TokenSequence:
             min(rows, config.block_size),
             self.start + len(ahead),
             draw=Draw(self.sampler, self.tokens, ahead, detail=True),
+        )
+
+    def drafter_segment(self, tokens: int) -> Segment:
+        """A block of the drafter's network behind the committed tokens, of which `tokens` are asked
+        for: its row i says the token i positions behind the anchor. Always a whole block: its rows
+        see one another, and were trained so."""
+        cache = self.draft_cache
+        if cache is None:
+            raise ValueError("there is no drafter beside the model")
+        return diffusion_segment(
+            cache,
+            self.tokens[-1],
+            cache.mask_token,
+            cache.block_size,
+            self.start,
+            wanted=range(1, tokens + 1),
+            draw=Draw(self.sampler, self.tokens, detail=True),
+            view=View.DRAFTER,
         )

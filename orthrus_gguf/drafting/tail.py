@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.drafter import Results
-from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.drafting.sequence import TokenSequence
 
 TAIL = Source("tail", "stale tail", "#CC79A7", 0.4)
 
@@ -22,7 +22,7 @@ class TailDrafter:
 
     taps = ()
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, sequence: TokenSequence) -> None:
         self._rest: Draft | None = None
 
     def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:

@@ -69,7 +69,10 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and constants of one model, with or without Orthrus heads (sizes in elements)."""
+    """Shape and constants of one model, with or without Orthrus heads (sizes in elements).
+
+    drafter_block: rows of the blocks of a drafter's own network beside it; None without.
+    """
 
     name: str
     n_layers: int
@@ -86,6 +89,7 @@ class ModelConfig:
     block_size: int | None
     mask_token: int | None
     architecture: Architecture = QWEN3
+    drafter_block: int | None = None
 
     @property
     def has_heads(self) -> bool:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import Protocol
 
 import gguf
 import numpy as np
@@ -32,6 +33,27 @@ from orthrus_gguf.model.tensors import (
 )
 
 ADAPTER = gguf.GGUFType.ADAPTER
+
+
+class WeightFile(Protocol):
+    """An open file that weights are read from: a model's, or a drafter's."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def paths(self) -> tuple[Path, ...]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def data(self, name: str) -> NDArray[np.uint8]:
+        """See `ModelFile.data`."""
+        ...
+
+    def release(self, name: str) -> None:
+        """See `ModelFile.release`."""
+        ...
 
 
 class ModelFile:

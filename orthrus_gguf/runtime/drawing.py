@@ -58,7 +58,7 @@ def draw_choices(segment: Segment, logits: Logits) -> tuple[Choice | None, ...]:
         )
 
     found: list[Choice | None] = [None] * len(wanted)
-    if segment.view is View.DIFFUSION:
+    if segment.view is not View.AR:
         drawn: list[int] = []
         for i in range(len(wanted)):
             choice = found[i] = choose(wanted.start + i, drawn)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -13,7 +14,9 @@ from orthrus_cpu_kernels.library import Kernels, NoKernelsError, load
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.cpu.weights import why_not
 from orthrus_gguf.runtime.cuda.presence import (
     INSTALL,
@@ -59,10 +62,13 @@ def load_model(
     file: ModelFile,
     settings: RuntimeSettings,
     *,
+    drafter: DrafterFile | None = None,
     on_progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Model:
     """Load `file` on the runtime that `settings` name. Imports only what that runtime needs.
+
+    drafter: to run beside it; the model is then a `ModelWithDrafter`.
 
     on_progress: called while weights are read, by runtimes that copy them.
     say: receives one line when AUTO leaves a GPU unused, and how far the compiling of kernels is;
@@ -77,11 +83,15 @@ def load_model(
             f"{settings.name.value}"
         )
     if settings.name is RuntimeName.REFERENCE:
-        return _load_reference(file, settings)
+        return _load_reference(file, settings, drafter)
+    if settings.name is RuntimeName.CPU:
+        return _load_cpu(file, settings, say or _to_stderr, drafter)
+    if drafter is not None:
+        raise OrthrusError(
+            f"--drafter: not on --runtime {settings.name.value} yet; use --runtime cpu"
+        )
     if settings.name is RuntimeName.CUDA:
         return _load_cuda(file, settings, on_progress, say or _to_stderr)
-    if settings.name is RuntimeName.CPU:
-        return _load_cpu(file, settings, say or _to_stderr)
     return _load_ggml(file, settings)
 
 
@@ -136,16 +146,28 @@ def kernels_for(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> Kerne
     return why_not(config, tensors, kernels) or kernels
 
 
-def _load_cpu(file: ModelFile, settings: RuntimeSettings, say: Callable[[str], None]) -> Model:
-    """The native kernels, or ggml in their place, with a line that says why."""
+def _load_cpu(
+    file: ModelFile,
+    settings: RuntimeSettings,
+    say: Callable[[str], None],
+    drafter: DrafterFile | None,
+) -> Model:
+    """The native kernels, or ggml in their place, with a line that says why; it runs no drafter."""
     kernels = kernels_for(file.config, file.tensors)
+    if drafter is not None and not isinstance(kernels, str):
+        kernels = kernels_for(drafter.config, drafter.tensors)
     if isinstance(kernels, str):
+        if drafter is not None:
+            raise OrthrusError(
+                f"--drafter {drafter.paths[0]}: needs the native kernels, which cannot run it:"
+                f" {kernels}; convert model and drafter to another type, or leave it out"
+            )
         say(f"running on ggml, which is slower: {kernels}")
         return _load_ggml(file, settings)
     from orthrus_gguf.runtime.cpu.model import CpuModel
 
     threads = usable_threads(settings.threads, say)
-    return CpuModel.load(
+    model = CpuModel.load(
         file,
         kernels,
         threads=threads,
@@ -153,6 +175,15 @@ def _load_cpu(file: ModelFile, settings: RuntimeSettings, say: Callable[[str], N
         cache_type_k=settings.cache_type_k or "f16",
         cache_type_v=settings.cache_type_v or "f16",
     )
+    if drafter is None:
+        return model
+    from orthrus_gguf.runtime.cpu.drafter import CpuNetwork
+
+    with ExitStack() as stack:
+        stack.callback(model.close)
+        network = CpuNetwork(drafter, model)
+        stack.pop_all()
+    return ModelWithDrafter(model, network)
 
 
 def _load_ggml(file: ModelFile, settings: RuntimeSettings) -> Model:
@@ -188,7 +219,9 @@ def _load_cuda(
     )
 
 
-def _load_reference(file: ModelFile, settings: RuntimeSettings) -> Model:
+def _load_reference(
+    file: ModelFile, settings: RuntimeSettings, drafter: DrafterFile | None
+) -> Model:
     if importlib.util.find_spec("torch") is None:
         raise OrthrusError(
             "--runtime reference needs PyTorch: pip install 'orthrus-gguf[reference]'"
@@ -202,4 +235,9 @@ def _load_reference(file: ModelFile, settings: RuntimeSettings) -> Model:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    return ReferenceModel(file)
+    model = ReferenceModel(file)
+    if drafter is None:
+        return model
+    from orthrus_gguf.runtime.reference_drafter import ReferenceNetwork
+
+    return ModelWithDrafter(model, ReferenceNetwork(drafter, model))

@@ -12,6 +12,8 @@ at once.
   `0 .. start-1` and the whole block, in both directions. Nothing of it is stored. When the same
   pass holds an AR segment of the same cache, "the cache rows" include that segment's rows, which is
   what lets verification and the next draft share a pass.
+- A `View.DRAFTER` segment is a block too, but of a drafter's own network (`beside.py`): it sees
+  what that was told of the sequence, and itself.
 - An AR segment may be a *tree*: alternatives for the same positions, verified in one pass. Each of
   its rows but the first has a parent in the segment, sees the cache and its ancestors, and sits one
   position after its parent. Row-invariant as ever: the bits of a row are those it gives when its
@@ -41,10 +43,16 @@ Masks = NDArray[np.uint32]
 
 
 class View(Enum):
-    """Which of the two sets of attention weights a row uses."""
+    """What computes a row: one of the model's two sets of attention weights, or the network of a
+    drafter beside it."""
 
     AR = "ar"
     DIFFUSION = "diffusion"
+    DRAFTER = "drafter"
+
+
+#: Views that a model has weights for.
+OWN_VIEWS = (View.AR, View.DIFFUSION)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +80,7 @@ class Draw:
 class Segment:
     """Rows of one view and one sequence, consecutive unless they are a tree.
 
-    cache: of the sequence.
+    cache: of the sequence; of a drafter's block, what the drafter's network knows of it.
     tokens: token ids, one per row (never empty).
     start: position of the first row; equally the number of cache rows that the first row sees.
     wanted: the rows that are asked about, as a range over the segment's rows. Runtimes skip the
@@ -83,7 +91,7 @@ class Segment:
     taps: layers whose input is asked for, see `Choices.taps`.
     """
 
-    cache: Cache
+    cache: Rows
     view: View
     tokens: tuple[int, ...]
     start: int
@@ -156,7 +164,7 @@ def path_to(row: int, parents: Sequence[int]) -> list[int]:
 
 
 def ar_segment(
-    cache: Cache,
+    cache: Rows,
     tokens: Sequence[int],
     start: int,
     *,
@@ -173,7 +181,7 @@ def ar_segment(
 
 
 def diffusion_segment(
-    cache: Cache,
+    cache: Rows,
     anchor: int,
     mask: int,
     rows: int,
@@ -181,11 +189,13 @@ def diffusion_segment(
     *,
     wanted: range | None = None,
     draw: Draw | None = None,
+    view: View = View.DIFFUSION,
 ) -> Segment:
-    """A diffusion block `[anchor, mask, ..., mask]` of `rows` rows, its anchor at `start`."""
+    """A block `[anchor, mask, ..., mask]` of `rows` rows, its anchor at `start`. view: of the
+    model's own heads, or of a drafter's network."""
     tokens = (anchor,) + (mask,) * (rows - 1)
     asked = range(rows) if wanted is None else wanted
-    return Segment(cache, View.DIFFUSION, tokens, start, asked, None, draw)
+    return Segment(cache, view, tokens, start, asked, None, draw)
 
 
 @dataclass(frozen=True)
@@ -195,9 +205,8 @@ class Checkpoint:
     length: int
 
 
-class Cache(Protocol):
-    """What a sequence has committed of the AR view, shared by both views: keys and values, or the
-    state of a recurrent layer."""
+class Rows(Protocol):
+    """What the rows of a segment come behind."""
 
     @property
     def length(self) -> int:
@@ -208,6 +217,11 @@ class Cache(Protocol):
     def capacity(self) -> int:
         """Largest number of rows (the context size)."""
         ...
+
+
+class Cache(Rows, Protocol):
+    """What a sequence has committed of the AR view, shared by both views: keys and values, or the
+    state of a recurrent layer."""
 
     def commit(self, rows: Sequence[int]) -> None:
         """Keep `rows` of the AR segment that the last pass on this cache ran, and drop its others.
@@ -301,6 +315,8 @@ def check_segments(segments: Sequence[Segment]) -> None:
     for segment in segments:
         cache = segment.cache
         known = id(cache) in ends
+        if segment.view is View.DRAFTER:
+            raise ValueError("a drafter's block, and there is no drafter beside the model")
         if segment.view is View.AR:
             if known:
                 raise ValueError("an AR segment must be the first and only one of its cache")

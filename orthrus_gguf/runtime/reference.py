@@ -8,7 +8,7 @@ the cache and its block.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,7 +20,8 @@ from torch import Tensor
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import Rope
-from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.file import ModelFile, WeightFile
+from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
@@ -72,10 +73,11 @@ class ReferenceModel:
 
     def __init__(self, file: ModelFile) -> None:
         self.config = file.config
-        self.embedding = _weight(file, "token_embd")
-        self.layers = [_layer(file, i) for i in range(file.config.n_layers)]
-        self.output_norm = _weight(file, "output_norm")
-        self.output = self.embedding if file.config.tied else _weight(file, "output")
+        views = {View.AR: "", **({View.DIFFUSION: "_diff"} if file.config.has_heads else {})}
+        self.embedding = weight(file, TOKEN_EMBD)
+        self.layers = [layer_weights(file, i, views) for i in range(file.config.n_layers)]
+        self.output_norm = weight(file, OUTPUT_NORM)
+        self.output = self.embedding if file.config.tied else weight(file, OUTPUT)
         self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.head_dim)
 
     @property
@@ -260,18 +262,19 @@ def rope_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
     return blended, rope.attn_factor * (1 + 0.1 * math.log(rope.factor))
 
 
-def _layer(file: ModelFile, index: int) -> Layer:
+def layer_weights(file: WeightFile, index: int, views: Mapping[View, str]) -> Layer:
+    """A layer. views: each with the suffix of its tensors."""
     prefix = f"blk.{index}."
-    attention = {View.AR: _attention(file, prefix, "")}
-    if file.config.has_heads:
-        attention[View.DIFFUSION] = _attention(file, prefix, "_diff")
+    attention = {view: _attention(file, prefix, suffix) for view, suffix in views.items()}
     names = ("attn_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
-    return Layer(attention=attention, **{name: _weight(file, prefix + name) for name in names})
+    return Layer(
+        attention=attention, **{name: weight(file, f"{prefix}{name}.weight") for name in names}
+    )
 
 
-def _attention(file: ModelFile, prefix: str, suffix: str) -> Attention:
+def _attention(file: WeightFile, prefix: str, suffix: str) -> Attention:
     def part(name: str, kind: str = "weight") -> Tensor:
-        return _weight(file, f"{prefix}attn_{name}{suffix}", kind)
+        return weight(file, f"{prefix}attn_{name}{suffix}.{kind}")
 
     arch = file.config.architecture
     return Attention(
@@ -281,9 +284,9 @@ def _attention(file: ModelFile, prefix: str, suffix: str) -> Attention:
     )
 
 
-def _weight(file: ModelFile, name: str, kind: str = "weight") -> Tensor:
+def weight(file: WeightFile, name: str) -> Tensor:
     """One tensor in float32, in numpy's (row-major) shape."""
-    info = file.tensors[f"{name}.{kind}"]
+    info = file.tensors[name]
     rows = math.prod(info.shape[:-1])
-    values = dequantize(file.data(info.name).reshape(rows, -1), info.type)
+    values = dequantize(file.data(name).reshape(rows, -1), info.type)
     return torch.from_numpy(np.array(values, dtype=np.float32).reshape(info.shape))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_model import BLOCK, VOCAB, ToyModel, greedy_continuation, toy_config
+from toy_model import BLOCK, VOCAB, ToyModel, greedy_continuation
 
 from orthrus_gguf.auto.acceptance import BEHIND_SECOND, Acceptance, sums
 from orthrus_gguf.auto.controller import LOSS_CREDIT, LOSS_SHARE, Controller
@@ -348,7 +348,8 @@ def test_plain_rows_in_company_say_nothing_of_single_rows() -> None:
 def test_models_without_heads_look_up() -> None:
     machine = Machine(0.05)
     controller = Controller(machine, None)
-    sources = [type(d).__name__ for d in controller.drafters(toy_config(heads=False))]
+    sequence = ToyModel(heads=False).sequence([1], GREEDY)
+    sources = [type(d).__name__ for d in controller.drafters(sequence)]
     assert {"TailDrafter", "LookupDrafter"} <= {*sources}
     assert not {"BlockDrafter", "CarriedBlocks"} & {*sources}
     assert controller.choose([], [], 5, 10) is NO_DRAFT
@@ -360,11 +361,11 @@ def test_models_without_heads_look_up() -> None:
 
 
 def test_what_takes_time_on_the_host_is_only_asked_where_rows_are_cheap() -> None:
-    config = toy_config(heads=False)
+    sequence = ToyModel(heads=False).sequence([1], GREEDY)
     for per_row, asked in ((0.05, True), (0.6, True), (0.9, False)):
-        made = Controller(Machine(per_row), None).drafters(config)
+        made = Controller(Machine(per_row), None).drafters(sequence)
         assert ("LookupDrafter" in [type(d).__name__ for d in made]) is asked
-    without = Controller(Machine(0.05), None, without=["lookup"]).drafters(config)
+    without = Controller(Machine(0.05), None, without=["lookup"]).drafters(sequence)
     assert "LookupDrafter" not in [type(d).__name__ for d in without]
     assert "TailDrafter" in [type(d).__name__ for d in without]
 

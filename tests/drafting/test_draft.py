@@ -129,7 +129,7 @@ def test_plain_decoding_may_carry_a_block_at_its_anchor() -> None:
 def test_what_is_left_of_a_draft(
     accepted: int, committed: list[int], left: tuple[int, ...], source: Source | None
 ) -> None:
-    drafter = TailDrafter(ToyModel().config)
+    drafter = TailDrafter(ToyModel().sequence([1], GREEDY))
     drafter.committed([1, *committed], outcome(accepted, committed), Results())
     proposed = drafter.propose([1, *committed], 9)
     if source is None:
@@ -207,7 +207,7 @@ def test_blocks_are_where_their_guesses_put_them() -> None:
 
 
 def test_carried_blocks_offer_what_came_true() -> None:
-    drafter = CarriedBlocks(ToyModel().config)
+    drafter = CarriedBlocks(ToyModel().sequence([1], GREEDY))
     assert not drafter.propose([1], 9)
     guesses = (
         Hypothesis(Guess.LAST, 0, 1, 0.4, 2),

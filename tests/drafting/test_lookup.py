@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toy_model import toy_config
+from toy_model import ToyModel
 
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft
 from orthrus_gguf.drafting.drafter import Results
 from orthrus_gguf.drafting.lookup import LENGTHS, LOOKUP, MOST, LookupDrafter
+from orthrus_gguf.sampling import SamplingSettings
 
 
 def found(drafter: LookupDrafter, tokens: list[int], room: int) -> Draft | None:
@@ -21,7 +22,7 @@ def found(drafter: LookupDrafter, tokens: list[int], room: int) -> Draft | None:
 
 
 def made() -> LookupDrafter:
-    return LookupDrafter(toy_config(heads=False))
+    return LookupDrafter(ToyModel(heads=False).sequence([1], SamplingSettings()))
 
 
 def by_hand(tokens: list[int]) -> int | None:

@@ -33,7 +33,6 @@ from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.engine import Request, Result, Session
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.protocol import Choices, Segment
 from orthrus_gguf.sampling import SamplingSettings
 
@@ -49,14 +48,14 @@ class Endless(ToyTokenizer):
 
 ENDLESS: Any = Endless()
 
-Register = Callable[[Callable[[ModelConfig], Drafter]], None]
+Register = Callable[[Callable[[TokenSequence], Drafter]], None]
 
 
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Register:
     """Makes a drafter known as `toy`."""
 
-    def add(make: Callable[[ModelConfig], Drafter]) -> None:
+    def add(make: Callable[[TokenSequence], Drafter]) -> None:
         monkeypatch.setitem(registry.KINDS, "toy", registry.Kind(make))
 
     return add
@@ -67,8 +66,8 @@ class Silent:
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
+    def __init__(self, sequence: TokenSequence) -> None:
+        pass
 
     def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft | DraftPass]:
         assert room >= 1
@@ -133,7 +132,7 @@ def test_it_is_spelt(register: Register) -> None:
     register(Oracle)
     for text in ("ar+toy", "two-pass@3+lookup+toy+tail", "fused+toy", "auto+no-toy"):
         assert parse(text).text == text
-    with pytest.raises(OrthrusError, match=r"ar takes \+lookup, \+toy, not \+tail"):
+    with pytest.raises(OrthrusError, match=r"ar takes \+lookup, \+dflash, \+toy, not \+tail"):
         parse("ar+tail")
 
 
@@ -256,7 +255,7 @@ def test_nobody_is_asked_for_the_last_token(register: Register) -> None:
     register(Asked)
     generated("ar+toy", ToyModel(heads=False), 5)
     assert rooms == [3, 2, 1]
-    assert offered([Asked(ToyModel().config)], [1, 2], 0) == ([], [])
+    assert offered([Asked(ToyModel().sequence([1, 2], GREEDY))], [1, 2], 0) == ([], [])
 
 
 # --- taps ---
@@ -266,17 +265,17 @@ def test_nobody_is_asked_for_the_last_token(register: Register) -> None:
 class Reader:
     """Reads what the residual stream holds at some layers, in its own order."""
 
-    config: ModelConfig
+    sequence: TokenSequence
     taps: tuple[int, ...] = (2, 0)
     seen: list[tuple[int, int]] = field(default_factory=list)
 
     def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft | DraftPass]:
-        return Oracle(self.config).propose(tokens, room)
+        return Oracle(self.sequence).propose(tokens, room)
 
     def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
         assert results.taps is not None
         planes, rows, width = results.taps.shape
-        assert (planes, width) == (len(self.taps), self.config.n_embd)
+        assert (planes, width) == (len(self.taps), self.sequence.config.n_embd)
         if cycle is not None:
             assert (results.start, rows) == (cycle.start, cycle.accepted + 1)
         for row in range(rows):
@@ -296,11 +295,11 @@ def test_taps_are_those_of_the_committed_rows(
     what was refused. Beside a drafter that reads other layers."""
     readers: list[Reader] = []
 
-    def make(config: ModelConfig, taps: tuple[int, ...]) -> Reader:
-        readers.append(Reader(config, taps))
+    def make(sequence: TokenSequence, taps: tuple[int, ...]) -> Reader:
+        readers.append(Reader(sequence, taps))
         return readers[-1]
 
-    register(lambda config: make(config, (2, 0)))
+    register(lambda sequence: make(sequence, (2, 0)))
     monkeypatch.setitem(registry.KINDS, "other", registry.Kind(lambda c: make(c, (1,))))
     plan = plan.replace("+toy", "+toy+other")
     prompt = (5, 4, 3, 2, 1)
@@ -321,8 +320,8 @@ def test_what_the_cache_held_already_is_not_told_again(register: Register) -> No
     """A second prompt that goes on from the first: rows from where it starts to differ."""
     readers: list[Reader] = []
 
-    def make(config: ModelConfig) -> Reader:
-        readers.append(Reader(config))
+    def make(sequence: TokenSequence) -> Reader:
+        readers.append(Reader(sequence))
         return readers[-1]
 
     register(make)

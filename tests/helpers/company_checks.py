@@ -9,7 +9,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ggml_models import append, back_to, cache_of
@@ -19,6 +19,7 @@ from segment_lists import mixed, of_one_sequence
 
 from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.protocol import (
+    Cache,
     Logits,
     Segment,
     View,
@@ -76,7 +77,7 @@ def assert_committed_rows_are_its_own(
     model: AnyModel, segment: Segment, data: st.DataObject
 ) -> None:
     """Any path of a segment that ran in company, against the same tokens one by one."""
-    cache, start = segment.cache, segment.start
+    cache, start = cast(Cache, segment.cache), segment.start
     assert cache.length == start
     row = data.draw(st.integers(-1, len(segment) - 1))
     path = list(range(row + 1))

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
-from orthrus_gguf.runtime.protocol import View, ar_segment, diffusion_segment
+from orthrus_gguf.runtime.protocol import OWN_VIEWS, View, ar_segment, diffusion_segment
 from orthrus_gguf.runtime.reference import Layer, ReferenceModel
 
 CAPACITY, BUCKET = 64, 12
@@ -102,7 +102,7 @@ class KernelPass:
         half = h.shape[1] // 2
         parts = []
         for part in (slice(0, half), slice(half, None)):
-            ar, block = (h[:, part] @ weights(view)[:, part].T for view in View)
+            ar, block = (h[:, part] @ weights(view)[:, part].T for view in OWN_VIEWS)
             parts.append(torch.where((rows.views == DIFFUSION)[:, None], block, ar))
         return torch.stack(parts)
 
@@ -115,7 +115,7 @@ class KernelPass:
         qkv = self._by_view(
             h, rows, lambda view: torch.cat([views[view].q, views[view].k, views[view].v])
         )
-        norms = torch.stack([self._norms(layer, view) for view in View])
+        norms = torch.stack([self._norms(layer, view) for view in OWN_VIEWS])
         q = torch.empty(BUCKET, c.n_head, c.head_dim, dtype=torch.float16)
         heads = HeadWeights(norms, None, False, c.rms_eps)
         finish_qkv(qkv, heads, rows, q, self.caches, index, *self.blocks)

@@ -125,14 +125,14 @@ def test_every_weight_type_with_every_cache_type(make: Make, weights: str) -> No
 @pytest.fixture
 def careless(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scale of attention that depends on how many rows there are, in its last bits."""
-    add = Builder._add
+    add = Builder.add
 
     def wrong(self: Builder, op: int, tasks: int, **values: Any) -> None:
         if "scale" in values:
             values["scale"] *= 1 + (self.shape.rows > 1) * 2.0**-22
         add(self, op, tasks, **values)
 
-    monkeypatch.setattr(Builder, "_add", wrong)
+    monkeypatch.setattr(Builder, "add", wrong)
 
 
 @pytest.mark.usefixtures("careless")

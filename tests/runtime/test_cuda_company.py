@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.trees import tree_layout
-from orthrus_gguf.runtime.protocol import Logits, Segment, View, ar_segment, depths, path_to
+from orthrus_gguf.runtime.protocol import Cache, Logits, Segment, View, ar_segment, depths, path_to
 
 TOKENS: list[int] = np.random.default_rng(0).integers(0, 300, 400).tolist()
 MASK = 319
@@ -81,7 +82,7 @@ def test_company_changes_nothing(model: CudaModel, data: st.DataObject) -> None:
             path = list(range(row + 1))
             if segment.parents is not None and path:
                 path = path_to(row, segment.parents)
-            segment.cache.commit(path)
+            cast(Cache, segment.cache).commit(path)
             paths[number] = [segment.tokens[i] for i in path]
     if not paths:
         return

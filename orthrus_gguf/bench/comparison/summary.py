@@ -33,7 +33,7 @@ class Activity(Enum):
 
 def activity(done: Pass) -> Activity:
     """What a pass was for, by its rows."""
-    if done.diffusion_rows:
+    if done.diffusion_rows or done.drafter_rows:
         return Activity.FUSED if done.ar_rows else Activity.DRAFT
     return Activity.VERIFY if done.ar_rows > 1 else Activity.PLAIN
 
@@ -169,10 +169,12 @@ class ObservedCost:
 
 
 def observed_costs(turns: Iterable[Turn]) -> list[ObservedCost]:
-    """The passes that ran, by shape, in the order of their rows. context: mean tokens held."""
+    """The model's passes that ran, by shape, in the order of their rows (those of a drafter's own
+    network are on no curve of it). context: mean tokens held."""
     groups: dict[tuple[int, int], list[Pass]] = {}
     for done in passes(turns):
-        groups.setdefault((done.ar_rows, done.diffusion_rows), []).append(done)
+        if not done.drafter_rows:
+            groups.setdefault((done.ar_rows, done.diffusion_rows), []).append(done)
     return [
         ObservedCost(
             *rows,

@@ -15,6 +15,7 @@ from orthrus_gguf.drafting.cycle import Cycle, Hypothesis
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.plan import FixedPolicy, Plan, parse
+from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.model.config import ModelConfig
 
@@ -39,8 +40,8 @@ class Bandit:
         self._rng = np.random.default_rng(0)
         self._arm, self._cycles, self._tokens, self._seconds = 0, 0, 0, 0.0
 
-    def drafters(self, config: ModelConfig) -> list[Drafter]:
-        return registry.make_drafters(config, {"block", "carried"})
+    def drafters(self, sequence: TokenSequence) -> list[Drafter]:
+        return registry.make_drafters(sequence, {"block", "carried"})
 
     def choose(
         self, drafts: Sequence[Draft], passes: Sequence[DraftPass], room: int, context: int

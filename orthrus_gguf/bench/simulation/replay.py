@@ -15,6 +15,7 @@ from orthrus_gguf.bench.simulation.recording import Text
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.protocol import (
+    OWN_VIEWS,
     Checkpoint,
     Choices,
     Logits,
@@ -91,7 +92,7 @@ class ReplayModel:
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         check_segments(segments)
-        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in View)
+        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in OWN_VIEWS)
         self._clock.now += self._costs.seconds(ar, diffusion, segments[0].cache.length)
         answers = ((self._answer(segment), segment.wanted) for segment in segments)
         return [Choices(rows[wanted.start : wanted.stop]) for rows, wanted in answers]

@@ -117,7 +117,7 @@ class Builder:
     def build(self) -> ctypes.Array[Step]:
         """All layers; the head where rows are wanted."""
         b, shape, config = self.buffers, self.shape, self.config
-        self._add(
+        self.add(
             k.EMBED, shape.rows, matrices=[self.weights.token_embd], y=b.x, row=b.row.ctypes.data
         )
         last = config.n_layers - 1
@@ -132,7 +132,7 @@ class Builder:
             if stop:
                 return k.steps_array(self.steps)
             if index == last and shape.wanted < shape.rows and not whole:
-                self._add(
+                self.add(
                     k.PICK, shape.wanted, x=b.x, y=b.picked, width=config.n_embd,
                     index=b.index.ctypes.data,
                 )  # fmt: skip
@@ -141,33 +141,33 @@ class Builder:
         if config.n_layers in shape.taps:
             self._keep(b.tap(config.n_layers), b.x)
         if config.n_layers + 1 in shape.taps:
-            self._norm(x, rows, self.weights.output_norm, [])
+            self.norm(x, rows, self.weights.output_norm, [])
             self._keep(b.tap(config.n_layers + 1), b.normed)
         if whole:
-            self._add(
+            self.add(
                 k.PICK, shape.wanted, x=b.x, y=b.picked, width=config.n_embd,
                 index=b.index.ctypes.data,
             )  # fmt: skip
             x, rows = b.picked, shape.wanted
         if rows:
-            forms = self._norm(x, rows, self.weights.output_norm, [self.weights.output])
-            self._products(forms, [(self.weights.output, None)], 0, rows, b.logits)
+            forms = self.norm(x, rows, self.weights.output_norm, [self.weights.output])
+            self.products(forms, [(self.weights.output, None)], 0, rows, b.logits)
         return k.steps_array(self.steps)
 
     def _attend(self, layer: Layer, index: int, *, store_only: bool) -> None:
         b, shape, c = self.buffers, self.shape, self.config
         used = [layer.attention[view] for view, _, _ in shape.views()]
-        forms = self._norm(
+        forms = self.norm(
             b.x, shape.rows, layer.attn_norm, [m for a in used for m in (a.q, a.k, a.v)]
         )
         for view, first, rows in shape.views():
             a = layer.attention[view]
             matrices = [(a.q, a.biases[0]), (a.k, a.biases[1]), (a.v, a.biases[2])]
-            self._products(forms, matrices, first, rows, b.qkv)
-            self._heads(a, index, first, rows)
+            self.products(forms, matrices, first, rows, b.qkv)
+            self.heads(a, index, first, rows)
         if store_only:
             return
-        self._add(
+        self.add(
             k.ATTENTION, shape.groups * c.n_head_kv, x=b.qkv, y=b.mixed, groups=shape.groups,
             row=b.row.ctypes.data, cache=b.caches[index].ctypes.data, group=b.group.ctypes.data,
             scale=1 / math.sqrt(c.head_dim),
@@ -175,11 +175,12 @@ class Builder:
         forms = self._quantize(b.mixed, shape.rows, [a.output for a in used])
         for view, first, rows in shape.views():
             output = layer.attention[view].output
-            self._products(forms, [(output, None)], first, rows, b.x, add=True)
+            self.products(forms, [(output, None)], first, rows, b.x, add=True)
 
-    def _heads(self, a: Attention, index: int, first: int, rows: int) -> None:
+    def heads(self, a: Attention, index: int, first: int, rows: int) -> None:
+        """Norm and turn the heads of rows; their keys and values into the cache of a layer."""
         b = self.buffers
-        self._add(
+        self.add(
             k.HEADS, rows, y=b.qkv[first:], epsilon=self.config.rms_eps,
             weight=_address(a.q_norm), weight_k=_address(a.k_norm),
             adjacent=self.config.architecture.pairing is Pairing.ADJACENT,
@@ -188,26 +189,26 @@ class Builder:
 
     def _mlp(self, layer: Layer, x: Floats, rows: int) -> None:
         b = self.buffers
-        forms = self._norm(x, rows, layer.ffn_norm, [layer.gate, layer.up])
+        forms = self.norm(x, rows, layer.ffn_norm, [layer.gate, layer.up])
         if len(forms) == 1:
-            self._add(
+            self.add(
                 k.GATED, _tasks(layer.gate.panels), q=forms[self._form(layer.gate)], rows=rows,
                 y=b.gated, matrices=[layer.gate, layer.up],
             )  # fmt: skip
         else:
             for matrix, y in ((layer.gate, b.gated), (layer.up, b.other)):
                 own = {self._form(matrix): forms[self._form(matrix)]}
-                self._products(own, [(matrix, None)], 0, rows, y)
-            self._add(k.SILU, rows, x=b.other, y=b.gated, width=self.config.n_ff)
+                self.products(own, [(matrix, None)], 0, rows, y)
+            self.add(k.SILU, rows, x=b.other, y=b.gated, width=self.config.n_ff)
         forms = self._quantize(b.gated, rows, [layer.down])
-        self._products(forms, [(layer.down, None)], 0, rows, x, add=True)
+        self.products(forms, [(layer.down, None)], 0, rows, x, add=True)
 
     def _form(self, matrix: Matrix) -> int:
         form = self.kernels.form(matrix.type)
         assert form is not None
         return form
 
-    def _norm(
+    def norm(
         self, x: Floats, rows: int, weight: Floats, readers: Sequence[Matrix]
     ) -> dict[int, int]:
         """Norms of rows, in the forms that `readers` take: form → address of the rows."""
@@ -218,9 +219,9 @@ class Builder:
         }  # fmt: skip
         if len(forms) == 1:
             (form,) = forms
-            self._add(k.NORM, rows, q=self.buffers.q[form].ctypes.data, form=form, **common)
+            self.add(k.NORM, rows, q=self.buffers.q[form].ctypes.data, form=form, **common)
             return {form: self.buffers.q[form].ctypes.data}
-        self._add(k.NORM, rows, y=self.buffers.normed, **common)
+        self.add(k.NORM, rows, y=self.buffers.normed, **common)
         return self._quantize(self.buffers.normed, rows, readers, width=self.config.n_embd)
 
     def _quantize(
@@ -232,10 +233,10 @@ class Builder:
             form = self._form(matrix)
             if form not in found:
                 found[form] = self.buffers.q[form].ctypes.data
-                self._add(k.QUANTIZE, rows, x=x, q=found[form], form=form, width=width or matrix.k)
+                self.add(k.QUANTIZE, rows, x=x, q=found[form], form=form, width=width or matrix.k)
         return found
 
-    def _products(
+    def products(
         self,
         forms: dict[int, int],
         matrices: Sequence[tuple[Matrix, Floats | None]],
@@ -259,7 +260,7 @@ class Builder:
                 while mine and mine[0][2] == run[-1][2] + run[-1][0].panels * LANES:
                     run.append(mine.pop(0))
                 bytes_ = self.kernels.row_bytes(form, run[0][0].k)
-                self._add(
+                self.add(
                     k.PRODUCT, sum(_tasks(m.panels) for m, _, _ in run), rows=rows, count=len(run),
                     q=q + first * bytes_, y=y[first:, run[0][2] :], add=add,
                     matrices=[m for m, _, _ in run], biases=[bias for _, bias, _ in run],
@@ -267,12 +268,12 @@ class Builder:
 
     def _keep(self, to: Floats, x: Floats) -> None:
         """Copy all rows."""
-        self._add(
+        self.add(
             k.PICK, self.shape.rows, x=x, y=to, width=self.config.n_embd,
             index=_every_row(self.buffers.rows).ctypes.data,
         )  # fmt: skip
 
-    def _add(
+    def add(
         self,
         op: int,
         tasks: int,
@@ -283,6 +284,7 @@ class Builder:
         biases: Iterable[Floats | None] = (),
         **values: Any,
     ) -> None:
+        """A step; see `library.Step`."""
         c = self.config
         step = Step(op=op, tasks=tasks)
         step.n_head, step.n_head_kv, step.head_dim = c.n_head, c.n_head_kv, c.head_dim

@@ -16,7 +16,8 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Matrix
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.file import WeightFile
+from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.protocol import View
 
@@ -74,7 +75,7 @@ class Weights:
     types: of the matrices.
     """
 
-    def __init__(self, file: ModelFile, kernels: Kernels, threads: int) -> None:
+    def __init__(self, file: WeightFile, kernels: Kernels, threads: int) -> None:
         """Raises OrthrusError when memory does not suffice."""
         self._kernels = kernels
         matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
@@ -98,19 +99,29 @@ class Weights:
                 self._matrices[info.name] = self._place(file, info, at, pool)
                 at += sizes[info.name]
                 file.release(info.name)
-        config = file.config
-        self.token_embd = self._matrices["token_embd.weight"]
-        self.output = self._matrices.get("output.weight", self.token_embd)
-        self.output_norm = _vector(file, "output_norm.weight")
-        self.layers = [self._layer(file, f"blk.{index}.") for index in range(config.n_layers)]
+        self._arrange(file)
 
     def close(self) -> None:
         """Let go of the memory; matrices must not be used afterwards."""
         self._matrices.clear()
         del self._block, self._memory
 
+    def _arrange(self, file: WeightFile) -> None:
+        """Which tensor is what."""
+        self.token_embd = self._matrices[TOKEN_EMBD]
+        self.output = self._matrices.get(OUTPUT, self.token_embd)
+        heads = {View.DIFFUSION: "_diff"} if file.config.has_heads else {}
+        self._arrange_layers(file, {View.AR: "", **heads})
+
+    def _arrange_layers(self, file: WeightFile, views: Mapping[View, str]) -> None:
+        """views: each with the suffix of its tensors."""
+        self.output_norm = vector(file, OUTPUT_NORM)
+        self.layers = [
+            self._layer(file, f"blk.{index}.", views) for index in range(file.config.n_layers)
+        ]
+
     def _place(
-        self, file: ModelFile, info: TensorInfo, at: int, pool: ThreadPoolExecutor
+        self, file: WeightFile, info: TensorInfo, at: int, pool: ThreadPoolExecutor
     ) -> Matrix:
         columns, k = info.shape
         panels = -(-columns // LANES)
@@ -125,35 +136,33 @@ class Weights:
         list(pool.map(repack, range(0, panels, PANELS)))
         return Matrix(number, k, columns, panels, address)
 
-    def _layer(self, file: ModelFile, prefix: str) -> Layer:
-        attention = {View.AR: self._attention(file, prefix, "")}
-        if file.config.has_heads:
-            attention[View.DIFFUSION] = self._attention(file, prefix, "_diff")
+    def _layer(self, file: WeightFile, prefix: str, views: Mapping[View, str]) -> Layer:
         return Layer(
-            attention,
-            _vector(file, f"{prefix}attn_norm.weight"),
-            _vector(file, f"{prefix}ffn_norm.weight"),
+            {view: self._attention(file, prefix, suffix) for view, suffix in views.items()},
+            vector(file, f"{prefix}attn_norm.weight"),
+            vector(file, f"{prefix}ffn_norm.weight"),
             *(self._matrices[f"{prefix}ffn_{name}.weight"] for name in ("gate", "up", "down")),
         )
 
-    def _attention(self, file: ModelFile, prefix: str, suffix: str) -> Attention:
+    def _attention(self, file: WeightFile, prefix: str, suffix: str) -> Attention:
         arch = file.config.architecture
         q, k, v, output = (
             self._matrices[f"{prefix}attn_{name}{suffix}.weight"]
             for name in ("q", "k", "v", "output")
         )
         biases = [
-            _vector(file, f"{prefix}attn_{name}{suffix}.bias") if arch.qkv_biases else None
+            vector(file, f"{prefix}attn_{name}{suffix}.bias") if arch.qkv_biases else None
             for name in "qkv"
         ]
         norms = [
-            _vector(file, f"{prefix}attn_{name}_norm{suffix}.weight") if arch.qk_norms else None
+            vector(file, f"{prefix}attn_{name}_norm{suffix}.weight") if arch.qk_norms else None
             for name in "qk"
         ]
         return Attention(q, k, v, output, (biases[0], biases[1], biases[2]), norms[0], norms[1])
 
 
-def _vector(file: ModelFile, name: str) -> Floats:
+def vector(file: WeightFile, name: str) -> Floats:
+    """A tensor of one dimension as floats."""
     info = file.tensors[name]
     data = quants.dequantize(file.data(name), GGMLQuantizationType(info.type))
     return np.array(data.reshape(math.prod(info.shape)), dtype=np.float32)

@@ -30,7 +30,7 @@ from orthrus_gguf.runtime.cuda.weight_plan import (
     WeightPlan,
 )
 from orthrus_gguf.runtime.cuda.weights import Embedding, Layer, Product, Weights
-from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.protocol import OWN_VIEWS
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _head_weights(
     """Norms and biases of both views. Without heads the second view's are never read, but have a
     place."""
     arch = config.architecture
-    suffixes = [SUFFIX[view] if view in wanted.qkv else "" for view in View]
+    suffixes = [SUFFIX[view] if view in wanted.qkv else "" for view in OWN_VIEWS]
     norms = biases = None
     if arch.qk_norms:
         norms = torch.stack(

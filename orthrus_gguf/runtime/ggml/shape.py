@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.protocol import OWN_VIEWS, View
 
 
 class Share(NamedTuple):
@@ -77,7 +77,7 @@ class Shape(NamedTuple):
     def spans(self) -> list[Span]:
         """The rows of the views present, in order."""
         found, row = [], 0
-        for view in View:
+        for view in OWN_VIEWS:
             groups, count = [], 0
             for number, share in enumerate(self.shares):
                 own_first = 0 if view is View.AR else share.ar_rows

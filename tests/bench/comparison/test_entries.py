@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from toy_model import BLOCK, toy_config
+from toy_model import BLOCK, ToyModel, toy_config
 
 from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.auto.costs import CostCurve, RunningCosts
@@ -12,6 +12,7 @@ from orthrus_gguf.drafting.draft import Draft
 from orthrus_gguf.drafting.lookup import LOOKUP
 from orthrus_gguf.drafting.plan import FUSED_BLOCKS, FixedPolicy, Plan, Strategy, parse, parse_all
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.sampling import SamplingSettings
 
 AR, TWO_PASS, FUSED = Strategy
 
@@ -64,9 +65,10 @@ def test_controllers_are_made_one_per_entry() -> None:
     assert (plain.name, learns.name, simple.name) == ("ar", "auto", "auto+no-lookup")
     assert isinstance(learns.policy, Controller)
     assert isinstance(simple.policy, Controller)
-    config, text = toy_config(), [1, 2, 3, 4, 1, 2, 3]
+    text = [1, 2, 3, 4, 1, 2, 3]
+    sequence = ToyModel().sequence(text, SamplingSettings())
     for entry, looks_up in ((learns, True), (simple, False)):
-        offers = [o for d in entry.policy.drafters(config) for o in d.propose(text, 4)]
+        offers = [o for d in entry.policy.drafters(sequence) for o in d.propose(text, 4)]
         drafts = [offer.source for offer in offers if isinstance(offer, Draft)]
         assert drafts.count(LOOKUP) == looks_up
 

@@ -22,7 +22,7 @@ from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.ggml.model import GgmlModel
-from orthrus_gguf.runtime.protocol import Choices, Model, Segment, View
+from orthrus_gguf.runtime.protocol import OWN_VIEWS, Choices, Model, Segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
 N_NEW = 40
@@ -113,7 +113,7 @@ class Timed:
         self._model, self._costs, self._clock = model, costs, clock
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
-        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in View)
+        ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in OWN_VIEWS)
         self._clock.now += self._costs.seconds(ar, diffusion, segments[0].cache.length)
         return self._model.forward(segments)
 

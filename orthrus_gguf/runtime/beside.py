@@ -1,0 +1,179 @@
+"""A drafter's own network beside a model: one `Model` of both.
+
+The network reads what some layers of the model read (taps) at every committed row, makes keys and
+values of it, and drafts in blocks that see those. Its cache follows the text: it is told what was
+committed, and goes back where the text does. Runtimes bring the network (`Network`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.cache_layout import BATCH_ROWS
+from orthrus_gguf.runtime.protocol import Choices, Logits, Model, Segment, View
+
+Taps = NDArray[np.float32]
+
+
+class Network(Protocol):
+    """A drafter's network on one runtime, loaded for one model there."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its own sizes; block size and mask token are of its blocks."""
+        ...
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Layers of the model whose input it reads (`Segment.taps`)."""
+        ...
+
+    def new_cache(self, capacity: int) -> Any:
+        """An empty cache (`protocol.Cache`). Raises OrthrusError when it cannot fit."""
+        ...
+
+    def inject(self, cache: Any, taps: Taps) -> None:
+        """Put rows behind those that a cache of it holds. taps: [taps, rows, n_embd]."""
+        ...
+
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        """As `Model.forward`, for diffusion blocks on caches of it."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+class DraftCache:
+    """What a drafter's network knows of one sequence.
+
+    Taps wait until a draft is wanted, or until they fill a pass: where nobody drafts, following the
+    text costs little.
+    """
+
+    def __init__(self, network: Network, capacity: int) -> None:
+        """capacity: tokens of the context. Raises OrthrusError when it cannot fit."""
+        config = network.config
+        assert config.block_size is not None
+        assert config.mask_token is not None
+        self.taps, self.block_size, self.mask_token = (
+            network.taps,
+            config.block_size,
+            config.mask_token,
+        )
+        self._network, self._cache, self._capacity = network, network.new_cache(capacity), capacity
+        self._tokens: list[int] = []
+        self._waiting: list[Taps] = []
+
+    @property
+    def length(self) -> int:
+        """Rows that it was told of: positions `0 .. length-1`."""
+        return len(self._tokens)
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many of the first `tokens` it was told of."""
+        pairs = zip(self._tokens, tokens, strict=False)
+        unlike = (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
+        return next(unlike, min(len(self._tokens), len(tokens)))
+
+    def follow(self, tokens: Sequence[int], start: int, taps: Taps) -> None:
+        """Learn of the committed rows from `start` on. What it held behind `start` is gone; rows
+        before it that it was not told of stay unknown, and it learns nothing (`length` tells).
+
+        tokens: all that are committed. taps: [taps, rows, n_embd].
+        """
+        if start > self.length:
+            return
+        if start < self.length:
+            self._flush()
+            self._cache.restore(self._cache.checkpoint(start))
+            del self._tokens[start:]
+        rows = taps.shape[1]
+        self._tokens += tokens[start : start + rows]
+        self._waiting.append(taps)
+        if self.length - self._cache.length >= BATCH_ROWS:
+            self._flush()
+
+    def assume(self, rows: int) -> None:
+        """See `Cache.assume`."""
+        self._flush()
+        self._cache.assume(rows)
+        self._tokens += [0] * rows
+
+    def ready(self) -> Any:
+        """The network's cache, with all rows that it was told of."""
+        self._flush()
+        return self._cache
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        taps = np.concatenate(self._waiting, axis=1)
+        self._waiting = []
+        for first in range(0, taps.shape[1], BATCH_ROWS):
+            self._network.inject(self._cache, taps[:, first : first + BATCH_ROWS])
+
+
+class ModelWithDrafter:
+    """See `protocol.Model`. The drafter's blocks run behind the model's pass."""
+
+    def __init__(self, model: Model, network: Network) -> None:
+        """Owns both."""
+        self._model, self._network = model, network
+        self.config = replace(model.config, drafter_block=network.config.block_size)
+
+    @property
+    def description(self) -> str:
+        return f"{self._model.description}, with drafter {self._network.config.name}"
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """See `Threaded`; empty where the runtime is none."""
+        return getattr(self._model, "thread_counts", ())
+
+    def use_threads(self, count: int) -> None:
+        """See `Threaded.use_threads`. The network runs on the model's threads."""
+        self._model.use_threads(count)  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        self._network.close()
+        self._model.close()
+
+    def new_cache(self, capacity: int) -> Any:
+        return self._model.new_cache(capacity)
+
+    def new_draft_cache(self, capacity: int) -> DraftCache:
+        """What the drafter will know of a sequence of up to `capacity` tokens; nothing yet."""
+        return DraftCache(self._network, capacity)
+
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        """See `Model.forward`."""
+        if all(segment.view is not View.DRAFTER for segment in segments):
+            return self._model.forward(segments)
+        blocks = [_of_network(s) for s in segments if s.view is View.DRAFTER]
+        others = [s for s in segments if s.view is not View.DRAFTER]
+        rest = iter(self._model.forward(others) if others else ())
+        drafted = iter(self._network.forward(blocks))
+        return [next(drafted if s.view is View.DRAFTER else rest) for s in segments]
+
+    def logits(self, segments: Sequence[Segment]) -> list[Logits]:
+        """See `Model.logits`; of the model alone."""
+        return self._model.logits(segments)
+
+
+def _of_network(segment: Segment) -> Segment:
+    """The block as the network sees it."""
+    if not isinstance(segment.cache, DraftCache):
+        raise TypeError(f"expected a drafter's cache, found {segment.cache}")
+    return replace(segment, view=View.DIFFUSION, cache=segment.cache.ready())

@@ -1,0 +1,107 @@
+"""A DFlash drafter's network on the native kernels: their products, attention and cache."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from contextlib import ExitStack
+
+import numpy as np
+from numpy.typing import NDArray
+from orthrus_cpu_kernels import library as k
+from orthrus_cpu_kernels.library import Kernels, Step
+
+from orthrus_gguf.model.drafter import DrafterFile
+from orthrus_gguf.model.file import WeightFile
+from orthrus_gguf.model.rope import frequencies
+from orthrus_gguf.model.tensors import FEATURES, FEATURES_NORM
+from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout
+from orthrus_gguf.runtime.cpu.cache import CpuCache
+from orthrus_gguf.runtime.cpu.model import CpuModel
+from orthrus_gguf.runtime.cpu.rows import Angles, place_chain
+from orthrus_gguf.runtime.cpu.steps import Buffers, Builder, Shape
+from orthrus_gguf.runtime.cpu.weights import Weights, vector
+from orthrus_gguf.runtime.host_model import HostModel
+from orthrus_gguf.runtime.protocol import View
+
+
+class DraftWeights(Weights):
+    """A network's weights: attention for blocks only; embedding and output are the target's.
+
+    features: one vector per row, of what the target's layers read; features_norm: of it.
+    """
+
+    def __init__(self, file: WeightFile, kernels: Kernels, threads: int, target: Weights) -> None:
+        self._target = target
+        super().__init__(file, kernels, threads)
+
+    def _arrange(self, file: WeightFile) -> None:
+        self.token_embd, self.output = self._target.token_embd, self._target.output
+        self.features = self._matrices[FEATURES]
+        self.features_norm = vector(file, FEATURES_NORM)
+        self._arrange_layers(file, {View.DIFFUSION: ""})
+
+
+class CpuNetwork(CpuModel):
+    """See `beside.Network`. Runs on the threads of its target, one pass of either at a time."""
+
+    def __init__(self, file: DrafterFile, target: CpuModel) -> None:
+        """Raises OrthrusError when memory does not suffice."""
+        ours, config = target._layout, file.config
+        layout = CacheLayout(
+            ours.type_k, ours.type_v, config.n_layers, config.n_head_kv, config.head_dim
+        )
+        HostModel.__init__(self, config, layout, BATCH_ROWS)
+        self._lock, self._pool, self._kernels = target._lock, target._pool, target._kernels
+        self.taps, self.thread_counts = file.target_layers, ()
+        weights = DraftWeights(file, self._kernels, self._pool.threads, target._weights)
+        self._weights = self._draft_weights = weights
+        stack = ExitStack()
+        stack.callback(weights.close)
+        self._own(stack)
+        self._buffers = Buffers(self._kernels, config, BATCH_ROWS + self._block_rows)
+        self._shapes = OrderedDict()
+        self._angles = Angles(*frequencies(config.rope, config.head_dim))
+        wide = weights.features
+        form = self._kernels.form(wide.type)
+        assert form is not None
+        self._joined = np.zeros((BATCH_ROWS, wide.k), np.float32)
+        self._quantized = np.zeros((BATCH_ROWS, self._kernels.row_bytes(form, wide.k)), np.uint8)
+        self._injections: dict[int, ctypes.Array[Step]] = {}
+
+    def inject(self, cache: CpuCache, taps: NDArray[np.float32]) -> None:
+        """See `Network.inject`. At most BATCH_ROWS rows."""
+        with self._lock:
+            self._check_open()
+            b, rows = self._buffers, taps.shape[1]
+            self._joined[:rows] = np.concatenate(list(taps), axis=1)
+            b.caches[:, 0] = cache.layers
+            table = b.row[:rows]
+            table["cache"] = 0
+            place = place_chain(cache.length, rows)
+            place.fill(table, [])
+            self._angles.point(table, place.positions)
+            if rows not in self._injections:
+                self._injections[rows] = self._injection(rows)
+            self._pool.run(self._injections[rows])
+            cache.hold(rows)
+            cache.commit(range(rows))
+
+    def _injection(self, rows: int) -> ctypes.Array[Step]:
+        """Steps from joined taps to keys and values in every layer's cache. The features are not
+        normed as the rows of blocks are (`attn_norm`)."""
+        b, c, weights = self._buffers, self.config, self._draft_weights
+        builder = Builder(self._kernels, c, weights, b, Shape(0, rows, 0, 0))
+        form = self._kernels.form(weights.features.type)
+        assert form is not None
+        q = self._quantized.ctypes.data
+        builder.add(k.QUANTIZE, rows, x=self._joined, q=q, form=form, width=weights.features.k)
+        builder.products({form: q}, [(weights.features, None)], 0, rows, b.x)
+        layers = [layer.attention[View.DIFFUSION] for layer in weights.layers]
+        readers = [matrix for a in layers for matrix in (a.k, a.v)]
+        forms = builder.norm(b.x, rows, weights.features_norm, readers)
+        keys = b.qkv[:, c.n_head * c.head_dim :]
+        for index, a in enumerate(layers):
+            builder.products(forms, [(a.k, None), (a.v, None)], 0, rows, keys)
+            builder.heads(a, index, 0, rows)  # q, which is of no use, too
+        return k.steps_array(builder.steps)

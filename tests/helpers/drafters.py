@@ -1,0 +1,41 @@
+"""The demo drafter beside the demo model, on any runtime, for tests."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+from orthrus_converters.cli import main as convert
+
+from orthrus_gguf.model.drafter import DrafterFile
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.beside import ModelWithDrafter
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+
+FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny-dflash-stdlib"
+
+
+@functools.cache
+def drafter_file(type_name: str = "f32") -> Path:
+    """The demo drafter as a GGUF, without tokens."""
+    path = Path(mkdtemp()) / f"drafter-{type_name}.gguf"
+    assert convert([str(FOLDER), str(path), "--type", type_name]) == 0
+    return path
+
+
+@contextmanager
+def loaded_pair(
+    target: Path, drafter: Path, runtime: RuntimeName, **settings: Any
+) -> Iterator[ModelWithDrafter]:
+    """A model with a drafter beside it, on one thread."""
+    with ExitStack() as stack:
+        file = stack.enter_context(ModelFile.open(target))
+        beside = stack.enter_context(DrafterFile.open(drafter, file.config, file.metadata))
+        asked = RuntimeSettings(runtime, threads=1, **settings)
+        model = stack.enter_context(closing(load_model(file, asked, drafter=beside)))
+        assert isinstance(model, ModelWithDrafter)
+        yield model
