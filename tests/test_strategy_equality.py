@@ -47,6 +47,8 @@ LONG_PAIRS = [
 class Costs:
     """Costs that change from pass to pass, so that the controller tries everything."""
 
+    drafter = 0.0
+
     def __init__(self, seed: int) -> None:
         self._rng = random.Random(seed)
 

@@ -17,6 +17,8 @@ from typing import Any
 from orthrus_gguf import __version__
 from orthrus_gguf.auto.costs import CostCurve, RunningCosts
 from orthrus_gguf.drafting.cycle import Pass
+from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import (
     Draw,
     Model,
@@ -79,8 +81,10 @@ def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_co
         draft, mixed = timer.seconds(0, block), timer.seconds(block, block)
     else:
         block = 0
+    drafter = timer.drafter_seconds(model) if isinstance(model, ModelWithDrafter) else 0.0
     per_token = timer.per_token(rows, seconds)
-    return CostCurve(tuple(rows), tuple(seconds), NEAR, per_token, block, draft, mixed, threads)
+    views = block, draft, mixed
+    return CostCurve(tuple(rows), tuple(seconds), NEAR, per_token, *views, threads, drafter)
 
 
 def fastest_threads(model: Threaded, seconds: Callable[[int, int], float]) -> int:
@@ -153,7 +157,18 @@ class _Timer:
         First runs may compile kernels, second ones capture graphs. A run that beats all before it
         by far says so: another one follows, and what they took beyond the best is not charged.
         """
-        segments = self._segments(ar_rows, diffusion_rows)
+        return self._fastest(self._segments(ar_rows, diffusion_rows))
+
+    def drafter_seconds(self, model: ModelWithDrafter) -> float:
+        """The same, of a block of the drafter's network."""
+        cache = model.new_draft_cache(self._capacity)
+        cache.assume(self._near)
+        sampler = Sampler(SamplingSettings(temperature=0))
+        history = [0] * (self._near + 1)
+        sequence = TokenSequence(model.config, self._cache, sampler, history, draft_cache=cache)
+        return self._fastest([sequence.drafter_segment(cache.block_size - 1)])
+
+    def _fastest(self, segments: list[Segment]) -> float:
         times: list[float] = []
         while (
             len(times) < 2
@@ -255,6 +270,10 @@ class MachineCosts:
     def curve(self) -> CostCurve:
         return self._running.curve
 
+    @property
+    def drafter(self) -> float:
+        return self._running.drafter
+
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return self._running.seconds(ar_rows, diffusion_rows, context)
 
@@ -321,7 +340,8 @@ def _curve(data: Any) -> CostCurve:
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         raise ValueError("its fields are not those of a cost curve")
     rows, seconds, per_token = data["rows"], data["seconds"], data["per_token"]
-    plain = [data[name] for name in ("context", "draft_rows", "draft", "mixed", "threads")]
+    names = ["context", "draft_rows", "draft", "mixed", "threads", "drafter"]
+    plain = [data[name] for name in names]
     lists = all(isinstance(values, list) for values in (rows, seconds, per_token))
     if not lists or not all(_number(value) for value in [*rows, *seconds, *per_token, *plain]):
         raise ValueError("its values are not numbers")

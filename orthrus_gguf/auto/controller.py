@@ -63,8 +63,8 @@ NEWEST_HOST = 0.1
 #: The rate and the tables of costs are computed anew after this many cycles.
 REFRESH = 8
 
-#: What a pass of a drafter's own network is taken to cost before one has run, in single-row passes,
-#: and the weight of the newest one. (They always have the same number of rows.)
+#: What a pass of a drafter's own network is taken to cost where it was not measured, in single-row
+#: passes, until one has run; and the weight of the newest one. (All have the same number of rows.)
 NETWORK_GUESS, NEWEST = 0.4, 0.1
 
 #: What statistics keep per cycle of plain decoding (half is gone after 140).
@@ -268,9 +268,10 @@ class Controller:
     def _observe_network(self, source: Source, done: Pass) -> None:
         """Learn what a pass of a drafter's own network takes: of one that it had for itself."""
         if not (done.company or done.ar_rows or done.diffusion_rows):
-            known = self._networks.setdefault(source, done.seconds)
+            known = self._networks.get(source, self._costs.drafter or done.seconds)
             # One that was held up must not change the plan.
-            self._networks[source] += NEWEST * (min(done.seconds, 2 * known) - known)
+            newest = min(done.seconds, 2 * known)
+            self._networks[source] = known + NEWEST * (newest - known)
 
     def _first_carrying(self, context: int) -> Carrying:
         """What is taken to be usual before any block was carried: two blocks of half the size."""
@@ -372,7 +373,7 @@ class Controller:
         accept = self._acceptance.of_source(offer.source, offer.most)
         widths = np.arange(1, offer.most + 1)
         if offer.view is View.DRAFTER:
-            guess = NETWORK_GUESS * self._costs.seconds(1, 0, context)
+            guess = self._costs.drafter or NETWORK_GUESS * self._costs.seconds(1, 0, context)
             seconds = [self._networks.get(offer.source, guess)] * offer.most
         else:
             seconds = [self._costs.seconds(0, offer.rows(int(width)), context) for width in widths]

@@ -19,6 +19,11 @@ MISFIT = 1.4
 class Costs(Protocol):
     """Seconds of a pass, for the controller."""
 
+    @property
+    def drafter(self) -> float:
+        """Of a block of a drafter's own network; 0 where that is not known."""
+        ...
+
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float: ...
 
     def observe(self, done: Pass) -> None: ...
@@ -32,6 +37,7 @@ class CostCurve:
     `draft_rows` diffusion rows there; mixed: of one with `draft_rows` rows of both views each.
     per_token: seconds that each token of context adds, in a pass of the fewest and of the most
     rows of `rows`. threads: of the CPU, which were the fastest; 0 where nothing was to be chosen.
+    drafter: of a block of a drafter's own network, 0 without one.
     """
 
     rows: tuple[int, ...]
@@ -42,6 +48,7 @@ class CostCurve:
     draft: float = 0.0
     mixed: float = 0.0
     threads: int = 0
+    drafter: float = 0.0
 
     def at(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         """Seconds of a pass."""
@@ -79,6 +86,10 @@ class RunningCosts:
         self.curve = curve
         self._small = self._large = 1.0
         self._counts = [0, 0]
+
+    @property
+    def drafter(self) -> float:
+        return self._large * self.curve.drafter
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         large = ar_rows + diffusion_rows > 1

@@ -23,6 +23,7 @@ from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
@@ -125,6 +126,11 @@ def run_benchmark(model: Model, settings: BenchmarkSettings) -> Iterator[Measure
     }
     if model.config.has_heads:
         passes |= {f"diffusion {n}": start.block_segment(n) for n in settings.rows}
+    if isinstance(model, ModelWithDrafter):
+        start.draft_cache = model.new_draft_cache(settings.context)
+        start.draft_cache.assume(depth)
+        block = start.draft_cache.block_size
+        passes[f"drafter {block}"] = start.drafter_segment(block - 1)
     for test, segment in passes.items():
         yield timed(test, len(segment), partial(model.forward, [segment]))
 

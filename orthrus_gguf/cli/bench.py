@@ -13,7 +13,7 @@ import io
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from orthrus_gguf.cli import (
     bench_synthetic,
     options,
 )
+from orthrus_gguf.cli.drafter import add_drafter_option, open_drafter
 from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import say
@@ -46,7 +47,8 @@ EXAMPLES = ("orthrus-bench model.gguf", "orthrus-bench compare model.gguf")
 DESCRIPTION = """\
 Measure prompt speed (pp), generation speed (tg), with the columns of llama-bench (t/s: mean and
 standard deviation), and the time of passes of several rows, in the AR view ("ar 16") and as a
-diffusion block ("diffusion 16"): medians over repetitions.
+diffusion block ("diffusion 16"), or as a block of --drafter ("drafter 16"): medians over
+repetitions.
 
   orthrus-bench model.gguf -p 0 -n 0 --rows 1,8,16,32 -d 4096 -o json
   orthrus-bench --synthetic qwen3-8b --type Q4_K_M      (a model of random weights, made first)
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = base_parser(PROGRAM, EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
+    add_drafter_option(parser)
     group = parser.add_argument_group("tests")
 
     def add(*flags: str, default: int, text: str) -> None:
@@ -134,10 +137,10 @@ def _bench(path: str, args: argparse.Namespace) -> int:
         repetitions=args.repetitions,
         batch=args.batch_size,
     )
-    with (
-        open_model(path, args, say) as file,
-        closing(load_model(file, options.runtime_settings(args))) as model,
-    ):
+    with open_model(path, args, say) as file, ExitStack() as resources:
+        drafter, _ = open_drafter(args.drafter, file, resources)
+        loaded = load_model(file, options.runtime_settings(args), drafter=drafter)
+        model = resources.enter_context(closing(loaded))
         results = []
         for measurement in run_benchmark(model, settings):
             results.append(measurement)

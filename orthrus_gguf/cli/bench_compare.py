@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from orthrus_gguf.bench.comparison import plots, prompts, tables
 from orthrus_gguf.bench.comparison.entries import DEFAULT, default, entries, spread
 from orthrus_gguf.bench.comparison.runner import Turn, run_turns, warm_up
 from orthrus_gguf.cli import bench_synthetic, options
+from orthrus_gguf.cli.drafter import add_drafter_option, open_drafter
 from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.loaded import identity, say
@@ -66,6 +67,7 @@ def _parser() -> Parser:
     # Sampling flags that this command lacks: unset, as if they had not been given.
     parser.set_defaults(**{field: None for _, field, _, _ in options.SAMPLING_FLAGS})
     options.add_model_options(parser)
+    add_drafter_option(parser)
     _add_choice(parser.add_argument_group("what to compare"))
     _add_generation(parser.add_argument_group("generation"))
     group = parser.add_argument_group("output")
@@ -143,16 +145,17 @@ def _run(args: argparse.Namespace) -> int:
     named = None if args.strategies is None else parse_all(args.strategies)
     if args.plots is not None:
         _prepare_folder(args.plots)
-    with open_model(path, args, say) as file:
+    with open_model(path, args, say) as file, ExitStack() as resources:
+        drafter, config = open_drafter(args.drafter, file, resources)
         file.prefetch(heads=True)
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
         chosen = prompts.encode(texts, tokenizer, template)
         n_ctx = _context(file, chosen, args.n_gen)
         sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
-        named = spread(named or default(file.config), args.widths)
+        named = spread(named or default(config), args.widths)
         settings = replace(options.runtime_settings(args), context=n_ctx)
-        with closing(load_model(file, settings)) as model:
+        with closing(load_model(file, settings, drafter=drafter)) as model:
             session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
             costs = partial(MachineCosts, model, identity(file), say)
             turns = _compare(session, named, costs, chosen, sampling, args)

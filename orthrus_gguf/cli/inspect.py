@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.drafter import add_drafter_option
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.parts import open_gguf
@@ -52,6 +53,7 @@ def _parser() -> Parser:
     parser = base_parser("orthrus-inspect", EXAMPLES, DESCRIPTION)
     parser.add_argument("file", nargs="?", metavar="FILE.gguf", help="the file")
     parser.add_argument("--heads", metavar="HEADS.gguf", help="diffusion heads of a split model")
+    add_drafter_option(parser)
     parser.add_argument(
         "-c",
         "--ctx-size",
@@ -89,7 +91,7 @@ def _parser() -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     if args.diff is not None:
-        if args.file is not None or args.heads is not None:
+        if args.file is not None or args.heads is not None or args.drafter is not None:
             raise OrthrusError("--diff compares the two files after it; name no others")
         return _diff(*args.diff, as_json=args.json)
     if args.file is None:
@@ -99,6 +101,7 @@ def _run(args: argparse.Namespace) -> int:
         args.heads,
         context=args.ctx_size,
         cache_types=(args.cache_type_k, args.cache_type_v),
+        drafter=args.drafter,
     )
     if args.gpu:
         return _gpu(report, args.ctx_size, as_json=args.json)

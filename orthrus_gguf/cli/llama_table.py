@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[Status, str, str], ...] = (
         """
         -h --help --usage; --version; -v --verbose --log-verbose; --list-devices;
         -m --model FNAME $LLAMA_ARG_MODEL; -hf -hfr --hf-repo REPO $LLAMA_ARG_HF_REPO;
-        -dev --device DEV $LLAMA_ARG_DEVICE;
+        -dev --device DEV $LLAMA_ARG_DEVICE; -md --model-draft --spec-draft-model FNAME;
         -t --threads N $LLAMA_ARG_THREADS; -b --batch-size N $LLAMA_ARG_BATCH;
         -ctk --cache-type-k TYPE $LLAMA_ARG_CACHE_TYPE_K;
         -ctv --cache-type-v TYPE $LLAMA_ARG_CACHE_TYPE_V; -c --ctx-size N $LLAMA_ARG_CTX_SIZE;
@@ -273,10 +273,9 @@ GROUPS: tuple[tuple[Status, str, str], ...] = (
     ),
     (
         Status.REFUSED,
-        "drafts come from the model's own heads (--heads for a split model); see "
+        "drafts come from the model's own heads (--heads for a split model) or from --drafter; see "
         "--strategy and --draft-width",
         """
-        -md --model-draft --spec-draft-model FNAME;
         -hfd -hfrd --hf-repo-draft --spec-draft-hf REPO;
         -td --threads-draft --spec-draft-threads N;
         -tbd --threads-batch-draft --spec-draft-threads-batch N;

@@ -16,10 +16,11 @@ from tqdm import tqdm
 from orthrus_gguf.auto.calibration import MachineCosts
 from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.drafter import open_drafter
 from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.drafting.registry import optional_names
+from orthrus_gguf.drafting.registry import KINDS, optional_names
 from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
@@ -104,12 +105,13 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
-    plan = _plan(args, file.config)
+    drafter, config = open_drafter(args.drafter, file, resources)
+    plan = _plan(args, config)
     settings = resolve(options.runtime_settings(args), say)
     n_ctx = args.ctx_size or fitting_context(file, settings, file.config.n_ctx_train, say)
     settings = replace(settings, context=n_ctx)
     with loading_bar() as on_progress:
-        model = load_model(file, settings, on_progress=on_progress, say=say)
+        model = load_model(file, settings, drafter=drafter, on_progress=on_progress, say=say)
     resources.enter_context(closing(model))
     costs = MachineCosts(model, identity(file), say)
     costs.recall()  # the number of threads that was measured serves every strategy
@@ -199,6 +201,9 @@ def _plan(args: argparse.Namespace, config: ModelConfig) -> Plan:
     """What the flags ask for. Raises OrthrusError for what makes no sense, naming the flag."""
     name = _strategy_name(args)
     wanted = {drafter: getattr(args, drafter.replace("-", "_")) for drafter in optional_names()}
+    for drafter, said in wanted.items():
+        if said and KINDS[drafter].network and config.drafter_block is None:
+            raise OrthrusError(f"--{drafter}: needs a drafter; name its file with --drafter")
     if name == AUTO:
         _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
         return Plan(None, also=tuple(n for n, said in wanted.items() if said is False))
@@ -208,14 +213,17 @@ def _plan(args: argparse.Namespace, config: ModelConfig) -> Plan:
     else:
         two_pass = strategy is Strategy.TWO_PASS
         _refuse(args, name, "--draft-blocks" if two_pass else "--draft-tree")
-        if not config.has_heads:
+        block = config.block_size
+        if not config.has_heads and two_pass:
+            block = config.drafter_block
+        if block is None:
             raise OrthrusError(
                 f"strategy {name}: {config.name} has no diffusion heads; use --strategy ar, or name"
-                " a heads file with --heads"
+                f" a heads file with --heads{', or a drafter with --drafter' if two_pass else ''}"
             )
-        if width is not None and not 1 <= width <= (config.block_size or 0):
+        if width is not None and not 1 <= width <= block:
             raise OrthrusError(
-                f"--draft-width {width}: must lie in 1..{config.block_size}, the model's block size"
+                f"--draft-width {width}: must lie in 1..{block}, the model's block size"
             )
     if not 0 <= args.draft_cut < 1:
         raise OrthrusError(f"--draft-cut {args.draft_cut}: expected a probability, 0 <= P < 1")

@@ -16,6 +16,7 @@ from pathlib import Path
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.chat_commands import Statistics
+from orthrus_gguf.cli.drafter import add_drafter_option
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.finished import explain, explanation_json, result_json, statistics_block
 from orthrus_gguf.cli.llama_flags import HelpLlama, foreign
@@ -36,6 +37,7 @@ Generate text with a GGUF model: Qwen3, Qwen2 or Llama, faster with Orthrus head
 stdout, everything else to stderr. Flags are llama.cpp's: --help-llama tells what each does here.
 
   orthrus-run base.gguf --heads heads.gguf -f prompt.txt -n 200 --temp 0
+  orthrus-run qwen3-8b.gguf --drafter dflash.gguf (a stock model, with a DFlash drafter)
   orthrus-run -hf Qwen/Qwen3-1.7B-GGUF:Q8_0       (a model from the Hugging Face Hub)
   cat notes.txt | orthrus-run model.gguf -p "Sum this up:"
   orthrus-run model.gguf                          (a chat; /help there tells more)"""
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = base_parser("orthrus-run", EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
+    add_drafter_option(parser)
     add_prompt_options(parser)
     options.add_decoding_options(parser)
     options.add_sampling_options(parser)

@@ -14,6 +14,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.parts import check_whole, open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.inspection.anatomy import anatomy_json
+from orthrus_gguf.inspection.drafter import DrafterReport, inspect_drafter
 from orthrus_gguf.inspection.summary import Summary, Tally, summarize
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
@@ -49,7 +50,7 @@ class Report:
     files: the file, or base and heads. tensors: with the file that each lies in.
     config: of the model; None where this is no whole model that can run, and `problem` says why.
     memory, cache_per_token (bytes), runtime (`cpu` or `ggml`, whose memory it is): empty and None
-    without a config.
+    without a config. drafter: beside the model.
     """
 
     files: tuple[GGUFFile, ...]
@@ -61,6 +62,7 @@ class Report:
     cache_per_token: float | None
     memory: tuple[MemoryNeed, ...]
     runtime: str | None = None
+    drafter: DrafterReport | None = None
 
 
 def inspect(
@@ -69,10 +71,12 @@ def inspect(
     *,
     context: int | None = None,
     cache_types: tuple[str, str] = ("f16", "f16"),
+    drafter: str | Path | None = None,
 ) -> Report:
     """Look at a GGUF file of any architecture, or at a base and its Orthrus heads.
 
     context: tokens to show the memory for, besides the usual ones. cache_types: of keys and values.
+    drafter: of the model.
     Raises OrthrusError if a file cannot be read, if heads do not belong to their base, or if the
     model cannot use these cache types. The files are closed again: read tensors by their offsets.
     """
@@ -80,6 +84,10 @@ def inspect(
         paths = [path] if heads is None else [path, heads]
         files = tuple(stack.enter_context(_open(one)) for one in paths)
         config, problem = _config(*files)
+        beside = None
+        if drafter is not None:
+            target = stack.enter_context(ModelFile.open(path, heads))
+            beside = inspect_drafter(drafter, target, cache_types)
     tensors = tuple(
         (file.path_of(name), info) for file in files for name, info in file.tensors.items()
     )
@@ -104,7 +112,9 @@ def inspect(
             )
             for tokens in sorted(contexts | ({context} if context else set()))
         )
-    return Report(files, tensors, summary, config, problem, cache_types, per_token, needs, runtime)
+    return Report(
+        *(files, tensors, summary, config, problem, cache_types, per_token, needs, runtime), beside
+    )
 
 
 def _open(path: str | Path) -> GGUFFile:
@@ -168,6 +178,7 @@ def report_json(report: Report) -> dict[str, Any]:
         ],
         "cache_types": list(report.cache_types),
         "cache_bytes_per_token": report.cache_per_token,
+        "drafter": None if report.drafter is None else report.drafter.to_json(),
         "memory_runtime": report.runtime,
         "memory": [{**vars(need), "total": need.total} for need in report.memory],
     }

@@ -77,6 +77,9 @@ def report_text(report: Report, width: int, *, all_tensors: bool = False) -> str
             parts.append(table("all tensors", _tensor_rows([info for _, info in report.tensors])))
         parts.append(table("sizes", _size_rows(report)))
     parts.append(_memory(report, width))
+    if report.drafter is not None:
+        title = f"drafter {visible(report.drafter.name)}, besides"
+        parts.append(table(title, [("part", "what"), *report.drafter.rows]))
     return "\n".join(parts)
 
 

@@ -32,6 +32,8 @@ GREEDY = SamplingSettings(temperature=0)
 class Machine:
     """Costs in closed form, and the clock that they drive."""
 
+    drafter = 0.0
+
     def __init__(self, per_row: float, *, misjudged: float = 1.0) -> None:
         """per_row: cost of a row beyond the first, in single-row passes. misjudged: by what factor
         passes of several rows really take longer than the controller is told.

@@ -113,9 +113,9 @@ def test_texts_that_differ_are_one_line_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def broken(*args: Any) -> Any:
+    def broken(*args: Any, **settings: Any) -> Any:
         """A runtime that is wrong in passes of several AR rows, behind the prompt."""
-        loaded: Any = load_model(*args)
+        loaded: Any = load_model(*args, **settings)
         forward = loaded.forward
 
         def wrong(segments: Any) -> Any:

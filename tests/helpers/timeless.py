@@ -12,6 +12,8 @@ from orthrus_gguf.drafting.cycle import Cycle, Pass
 class StraightCosts:
     """Seconds of passes as a straight line; what was observed is ignored."""
 
+    drafter = 0.0
+
     def __init__(self, per_row: float) -> None:
         """per_row: of every row but the first, in single-row passes (of a millisecond)."""
         self.per_row = per_row

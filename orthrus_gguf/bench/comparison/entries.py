@@ -12,8 +12,10 @@ from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 
-#: What is compared unless the caller says otherwise, with diffusion heads and without.
+#: What is compared unless the caller says otherwise, with diffusion heads, with a drafter's network
+#: instead, and without either.
 DEFAULT = ("ar", "two-pass", "fused", "auto")
+DEFAULT_WITH_DRAFTER = ("ar", "two-pass", "auto")
 DEFAULT_WITHOUT_HEADS = ("ar", "auto")
 
 
@@ -27,7 +29,10 @@ class Entry:
 
 def default(config: ModelConfig) -> list[Plan]:
     """What is compared on this model unless the caller says otherwise."""
-    return [parse(name) for name in (DEFAULT if config.has_heads else DEFAULT_WITHOUT_HEADS)]
+    names: tuple[str, ...] = DEFAULT if config.has_heads else DEFAULT_WITHOUT_HEADS
+    if config.drafter_block is not None and not config.has_heads:
+        names = DEFAULT_WITH_DRAFTER
+    return [parse(name) for name in names]
 
 
 def spread(plans: Sequence[Plan], widths: Sequence[int]) -> list[Plan]:

@@ -13,6 +13,8 @@ FLAT = 1e-3
 class FlatCosts:
     """Rows are free, so tokens per second are tokens per forward."""
 
+    drafter = 0.0
+
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return FLAT
 
@@ -25,6 +27,7 @@ class CurveCosts:
 
     def __init__(self, curve: CostCurve, before: int) -> None:
         self._curve, self._before = curve, before
+        self.drafter = curve.drafter
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return self._curve.at(ar_rows, diffusion_rows, context + self._before)
@@ -41,6 +44,7 @@ class CardCosts:
 
     def __init__(self, curve: PredictedCurve, before: int) -> None:
         self._curve, self._before = curve, before
+        self.drafter = 0.0
         self._known: dict[tuple[int, int, int], float] = {}
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:

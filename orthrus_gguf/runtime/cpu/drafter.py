@@ -67,7 +67,9 @@ class CpuNetwork(CpuModel):
         assert form is not None
         self._joined = np.zeros((BATCH_ROWS, wide.k), np.float32)
         self._quantized = np.zeros((BATCH_ROWS, self._kernels.row_bytes(form, wide.k)), np.uint8)
-        self._injections: dict[int, ctypes.Array[Step]] = {}
+        # Those that cycles need are there from the start: the first draft is to be no dearer.
+        rows = range(1, (config.block_size or 0) + 1)
+        self._injections = {count: self._injection(count) for count in rows}
 
     def inject(self, cache: CpuCache, taps: NDArray[np.float32]) -> None:
         """See `Network.inject`. At most BATCH_ROWS rows."""

@@ -1,0 +1,142 @@
+"""`--drafter` of orthrus-run, -bench and -inspect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drafters import drafter_file
+
+from orthrus_gguf.cli import bench, inspect, run
+from tests.tiny_model import write_drafter
+
+DemoFile = Callable[..., Path]
+RAW = ("--raw", "-p", "class Parser(", "-n", "40", "--temp", "0", "-t", "1", "--json")
+
+
+@pytest.fixture
+def base(demo_file: DemoFile) -> Path:
+    """The demo model without heads."""
+    return demo_file("f32", split=True)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
+    """What it prints."""
+    capsys.readouterr()  # of conversions
+    assert run.main([*map(str, argv), *RAW]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def error(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
+    """The one line that it ends with."""
+    capsys.readouterr()
+    assert run.main([*map(str, argv), *RAW]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--strategy", "two-pass"),
+        ("--draft-width", "3"),
+        ("--draft-tree", "16", "--strategy", "two-pass"),
+        ("--strategy", "ar", "--dflash"),
+        ("--strategy", "ar", "--dflash", "--lookup", "-ctk", "q8_0", "-ctv", "q4_0"),
+        ("--runtime", "reference", "--strategy", "two-pass"),
+    ],
+)
+def test_runs_with_it(
+    base: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The text is that of the same flags without drafts; and DFlash drafted."""
+    same = [f for f in flags if f in ("-ctk", "q8_0", "-ctv", "q4_0", "--runtime", "reference")]
+    plain = answer(capsys, base, "--no-heads", "--strategy", "ar", *same)
+    found = answer(capsys, base, "--no-heads", "--drafter", drafter_file(), *flags)
+    assert found["text"] == plain["text"]
+    assert found["stats"]["sources"]["dflash"]["accepted"] >= 15
+
+
+def test_llama_cpps_names(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, base, "--no-heads", "-md", drafter_file("q8_0"), "--draft-width", "7")
+    assert "dflash" in str(found["stats"])
+
+
+def test_beside_heads(demo_file: DemoFile, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two-pass drafts with the heads, unless the drafter is named."""
+    for more, source in (((), "block"), (("--dflash",), "dflash")):
+        flags = ("--drafter", drafter_file(), "--strategy", "two-pass", *more)
+        found = answer(capsys, demo_file("f32"), *flags)
+        assert [*found["stats"]["sources"]] == [source]
+
+
+def test_auto(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = answer(capsys, base, "--no-heads", "--strategy", "ar")
+    for flags in ((), ("--no-dflash",)):
+        found = answer(capsys, base, "--no-heads", "--drafter", drafter_file(), *flags)
+        assert found["text"] == plain["text"]
+    assert "dflash" not in str(found["stats"])
+
+
+def test_bad_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = write_drafter(tmp_path / "other.gguf")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(drafter_file().read_bytes()[:100_000])
+    for path, message in (
+        (other, "the model has 4096 tokens"),
+        (base, "expected 'dflash', found 'qwen3'"),
+        (cut, "cut.gguf"),
+        (tmp_path / "none.gguf", "none.gguf: no such file"),
+    ):
+        assert message in error(capsys, base, "--no-heads", "--drafter", path)
+    assert "--drafter" in error(capsys, drafter_file())
+    for flags, message in (
+        (("--strategy", "two-pass"), "or a drafter with --drafter"),
+        (("--dflash",), "--dflash: needs a drafter"),
+        (("--dflash", "--strategy", "ar"), "--dflash: needs a drafter"),
+        (("--drafter", drafter_file(), "--draft-width", "9"), "must lie in 1..8"),
+        (("--drafter", drafter_file(), "--strategy", "fused"), "no diffusion heads"),
+        (("--drafter", drafter_file(), "--runtime", "ggml"), "not on --runtime ggml yet"),
+    ):
+        assert message in error(capsys, base, "--no-heads", *flags)
+
+
+def test_compare(base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"code": ["def parse(", "class A:"]}))
+    argv = ["compare", str(base), "--no-heads", "--drafter", str(drafter_file()), "-n", "24"]
+    argv += ["--prompts", str(prompts), "-t", "1", "-o", "json"]
+    assert bench.main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = {summary["strategy"] for summary in found["summaries"]}
+    assert names == {"ar", "two-pass@7", "auto"}
+    assert "with drafter" in found["runtime"]
+
+
+def test_bench_times_its_blocks(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(base), "--no-heads", "--drafter", str(drafter_file()), "-p", "0", "-n", "0"]
+    assert bench.main([*argv, "--rows", "1", "-r", "1", "-t", "1", "-d", "9", "-o", "json"]) == 0
+    tests = [test["test"] for test in json.loads(capsys.readouterr().out)["tests"]]
+    assert tests == ["ar 1", "drafter 8"]
+
+
+def test_inspect(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [str(base), "--drafter", str(drafter_file("q8_0"))]
+    assert inspect.main(argv) == 0
+    assert "the inputs of layers 1, 3" in capsys.readouterr().out
+    assert inspect.main([*argv, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["drafter"]
+    assert (found["block_size"], found["n_layers"]) == (8, 2)
+    assert found["cache_per_token"] == 2 * 2 * 128 * 2
+    assert 1.3e6 < found["weights"] < 1.5e6
+    assert inspect.main([str(drafter_file())]) == 0
+    assert "is a drafter (dflash)" in capsys.readouterr().out
+    assert inspect.main([str(base), "--drafter", str(write_drafter(tmp_path / "o.gguf"))]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
