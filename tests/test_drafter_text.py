@@ -1,0 +1,201 @@
+"""The text never depends on a drafter: every plan, tree and cache type, side by side, on sessions
+that go on, and with a drafter whose weights are damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from drafters import drafter_file, loaded_pair
+from timeless import Timeless
+from toy_model import ToyTokenizer
+
+from orthrus_gguf.drafting.plan import FixedPolicy, parse
+from orthrus_gguf.drafting.policy import Policy
+from orthrus_gguf.engine import Generation, Request, Result, Session, Together
+from orthrus_gguf.runtime.beside import ModelWithDrafter
+from orthrus_gguf.runtime.load import RuntimeName
+from orthrus_gguf.sampling import SamplingSettings
+
+DemoFile = Callable[..., Path]
+GOLDEN = Path(__file__).resolve().parent / "golden" / "dflash.json"
+PROMPTS: list[list[int]] = [case["prompt_ids"] for case in json.loads(GOLDEN.read_text())["cases"]]
+GREEDY = SamplingSettings(temperature=0)
+TOKENS = 32
+
+#: Plans for a stock model with a drafter, and such as heads beside it allow.
+PLANS = (
+    "two-pass",
+    "two-pass@1",
+    "two-pass@4+tail",
+    "two-pass@7+tree=16",
+    "two-pass@3+tree=5+lookup",
+    "two-pass+cut=0.3",
+    "ar+dflash+lookup",
+    "auto",
+)
+WITH_HEADS = (
+    "two-pass@5+dflash",
+    "fused@4x2+dflash+lookup+tail",
+    "two-pass@7+dflash+tree=24",
+    "auto",
+)
+
+
+class Endless(ToyTokenizer):
+    """No token ends the text, and none has any."""
+
+    eog: frozenset[int] = frozenset()
+
+    def token_bytes(self, id: int) -> bytes:
+        return b""
+
+    def is_special(self, id: int) -> bool:
+        return False
+
+
+ENDLESS: Any = Endless()
+
+
+def damaged(folder: Path) -> Path:
+    """The drafter with random bits in place of half of its matrices' numbers, some of them not
+    finite."""
+    source = drafter_file()
+    data = bytearray(source.read_bytes())
+    rng = np.random.default_rng(0)
+    values = np.frombuffer(data, np.uint32)[len(data) // 16 :]
+    at = rng.integers(0, len(values), len(values) // 2)
+    values[at] = rng.integers(0, 2**32, len(at), np.uint32)
+    path = folder / "damaged.gguf"
+    path.write_bytes(data)
+    return path
+
+
+@contextmanager
+def beside(target: Path, drafter: Path, cache_type: str = "f16") -> Iterator[ModelWithDrafter]:
+    types = {"cache_type_k": cache_type, "cache_type_v": cache_type}
+    with loaded_pair(target, drafter, RuntimeName.CPU, **types) as model:
+        yield model
+
+
+def request(model: ModelWithDrafter, plan: str, prompt: Sequence[int], seed: int) -> Request:
+    """Greedy for seed 0. `auto` sees a machine where rows are cheap, so that it drafts."""
+    sampling = GREEDY if seed == 0 else SamplingSettings(temperature=0.9, seed=seed)
+    policy: Policy = Timeless(0.01, model.config.block_size)
+    if plan != "auto":
+        policy = FixedPolicy(parse(plan), model.config)
+    return Request(tuple(prompt), sampling, policy, max_tokens=TOKENS)
+
+
+def finished(generation: Generation) -> Result:
+    for _ in generation:
+        pass
+    return generation.result
+
+
+def check(model: ModelWithDrafter, plans: Sequence[str], seeds: Sequence[int]) -> dict[str, int]:
+    """Pairs of prompts and seeds, each plan on one session that goes on from pair to pair; accepted
+    drafts of DFlash, by plan."""
+    accepted = dict.fromkeys(plans, 0)
+    sessions = {plan: Session(model, ENDLESS, 128) for plan in ("ar", *plans)}
+    for seed in seeds:
+        for prompt in PROMPTS:
+            expected = finished(sessions["ar"].generate(request(model, "ar", prompt, seed)))
+            for plan in plans:
+                found = finished(sessions[plan].generate(request(model, plan, prompt, seed)))
+                assert found.output == expected.output, (plan, seed, prompt)
+                for source, _, _, right in found.statistics.sources:
+                    accepted[plan] += right * (source.name == "dflash")
+    return accepted
+
+
+def assert_they_drafted(accepted: dict[str, int], pairs: int) -> None:
+    assert all(right > 2 * pairs for right in accepted.values()), accepted
+
+
+def test_plans(demo_file: DemoFile) -> None:
+    """Eight prompts, two seeds."""
+    with beside(demo_file("f32", split=True), drafter_file()) as model:
+        assert_they_drafted(check(model, PLANS, (0, 1)), 16)
+
+
+def test_beside_heads(demo_file: DemoFile) -> None:
+    with beside(demo_file("f32"), drafter_file("q8_0")) as model:
+        accepted = check(model, WITH_HEADS, (0,))
+    assert_they_drafted({p: n for p, n in accepted.items() if p != "auto"}, 8)
+
+
+@pytest.mark.parametrize("cache_type", ["q8_0", "q4_0"])
+def test_small_caches(demo_file: DemoFile, cache_type: str) -> None:
+    plans = ("two-pass", "two-pass@7+tree=16")
+    with beside(demo_file("q8_0", split=True), drafter_file("q4_k_m"), cache_type) as model:
+        assert_they_drafted(check(model, plans, (0, 2)), 16)
+
+
+def test_a_damaged_drafter_costs_no_text(demo_file: DemoFile, tmp_path: Path) -> None:
+    with beside(demo_file("f32", split=True), damaged(tmp_path)) as model:
+        accepted = check(model, PLANS, (0, 3))
+    assert max(accepted.values()) < 16
+
+
+def test_side_by_side(demo_file: DemoFile) -> None:
+    """All prompts in every pass, each with a plan of its own."""
+    with beside(demo_file("f32", split=True), drafter_file()) as model:
+        alone = [
+            finished(Session(model, ENDLESS, 128).generate(request(model, "ar", prompt, i % 3)))
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        together, running = Together(model), []
+        for i, prompt in enumerate(PROMPTS):
+            session = Session(model, ENDLESS, 128)
+            running.append(session.generate(request(model, PLANS[i], prompt, i % 3)))
+            together.join(running[-1])
+            together.step()
+        while len(together):
+            together.step()
+        assert [g.result.output for g in running] == [result.output for result in alone]
+
+
+def test_a_conversation_keeps_what_the_drafter_knows(demo_file: DemoFile) -> None:
+    """Turn by turn on one session: only new rows are told, and the drafts are those of a session
+    that starts afresh. After a turn without the drafter, the rows that it missed run again."""
+    with beside(demo_file("f32", split=True), drafter_file()) as model:
+        session, prompt, told = Session(model, ENDLESS, 256), list(PROMPTS[4]), 0
+        for plan in ("two-pass", "two-pass", "ar", "two-pass"):
+            result = finished(session.generate(request(model, plan, prompt, 0)))
+            fresh = Session(model, ENDLESS, 256)
+            again = finished(fresh.generate(request(model, plan, prompt, 0)))
+            assert result.output == again.output
+            assert [c.accepted for c in result.cycles] == [c.accepted for c in again.cycles]
+            if plan == "two-pass":
+                assert result.statistics.cached_tokens == told
+                told = len(prompt) + TOKENS - 1
+            prompt += [*result.output, *PROMPTS[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("drafter", ["f32", "q4_k_m", "damaged"])
+def test_every_plan_on_many_seeds(
+    demo_file: DemoFile, tmp_path: Path, cache_type: str, drafter: str
+) -> None:
+    """Eight prompts and six seeds for each of the twelve: 576 pairs."""
+    path = damaged(tmp_path) if drafter == "damaged" else drafter_file(drafter)
+    with beside(demo_file("q8_0"), path, cache_type) as model:
+        accepted = check(model, (*WITH_HEADS, "ar+dflash", "two-pass@7+dflash+tree=16"), range(6))
+    if drafter != "damaged":
+        del accepted["auto"]
+        assert_they_drafted(accepted, 48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0", "q4_0"])
+def test_stock_models_on_many_seeds(demo_file: DemoFile, cache_type: str) -> None:
+    """Eight prompts and five seeds for each of the four: 160 pairs."""
+    with beside(demo_file("q8_0", split=True), drafter_file("q8_0"), cache_type) as model:
+        assert_they_drafted(check(model, PLANS, range(5)), 40)
