@@ -18,7 +18,7 @@ from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
 from orthrus_gguf.bench.prediction.table import Selection, assumptions
 from orthrus_gguf.bench.simulation import synthetic
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
-from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
+from orthrus_gguf.bench.simulation.hardware import DRAFTER_SHARE, CardCosts, CurveCosts, FlatCosts
 from orthrus_gguf.bench.simulation.recording import Recording, load
 from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies, runs
 from orthrus_gguf.bench.simulation.tables import Simulation, as_json, markdown
@@ -118,7 +118,9 @@ def _run(args: argparse.Namespace) -> int:
     recording, sentences = _recording(args)
     hardware = [_hardware(name.strip(), args) for name in args.costs.split(",")]
     if args.strategies is None:
-        strategies = default_strategies(recording.block_size, lookup=recording.origin.real)
+        strategies = default_strategies(
+            recording.block_size, lookup=recording.origin.real, network=recording.network
+        )
     else:
         strategies = parse_all(args.strategies)
     total = len(hardware) * len(recording.domains()) * runs(strategies)
@@ -145,7 +147,13 @@ def _recording(args: argparse.Namespace) -> tuple[Recording, list[str]]:
     if args.acceptance is not None:
         table = TABLES[args.acceptance]
         made = synthetic.synthesize(args.acceptance, table, args.seed or 0)
-        return made, synthetic.assumptions(args.acceptance, table)
+        said = synthetic.assumptions(args.acceptance, table)
+        if table.network:
+            said.append(
+                f"A block of the drafter's network takes {DRAFTER_SHARE} of the time of a pass of"
+                " one row (published), whatever the card; following the text takes none."
+            )
+        return made, said
     if args.seed is not None:
         raise OrthrusError("--seed goes with --acceptance: a recording has nothing to draw")
     recording = load(args.recording)

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orthrus_gguf.model.shapes import BLOCK_SIZE
+
 
 @dataclass(frozen=True)
 class AcceptanceTable:
-    """tokens_per_cycle: by domain. sources: where the figures come from, a sentence each."""
+    """tokens_per_cycle: by domain. sources: where the figures come from, a sentence each.
+    block_size: of the blocks; network: drafted by a network of its own, for a stock model."""
 
     tokens_per_cycle: Mapping[str, float]
     sources: tuple[str, ...]
+    block_size: int = BLOCK_SIZE
+    network: bool = False
 
 
 _PAPER_8B = (
@@ -31,5 +36,17 @@ TABLES = {
         (_PAPER_8B, f"{_MT_BENCH} (taken for 8B too)", _PROSE),
     ),
     "qwen3-4b": AcceptanceTable({"chat": 3.84}, (_MT_BENCH,)),
+    "dflash-qwen3-8b": AcceptanceTable(
+        {"maths": 6.36, "chat": 2.93},
+        ("DFlash for Qwen3-8B (z-lab): 6.36 tokens per cycle on GSM8K, 2.93 on MT-Bench, greedy",),
+        block_size=16,
+        network=True,
+    ),
+    "dflash-qwen3-4b": AcceptanceTable(
+        {"maths": 5.90},
+        ("DFlash for Qwen3-4B (z-lab): 5.90 tokens per cycle on GSM8K, greedy",),
+        block_size=16,
+        network=True,
+    ),
     "qwen3-1.7b": AcceptanceTable({"average": 7.78, "prose": 2.0}, (_PAPER_17B, _PROSE)),
 }

@@ -9,11 +9,15 @@ from orthrus_gguf.drafting.cycle import Pass
 #: Seconds of every pass on hardware where rows are free. Only ratios matter there.
 FLAT = 1e-3
 
+#: What a block of a drafter's network takes, in passes of one row, where it was not measured: what
+#: DFlash's authors give.
+DRAFTER_SHARE = 0.15
+
 
 class FlatCosts:
     """Rows are free, so tokens per second are tokens per forward."""
 
-    drafter = 0.0
+    drafter = FLAT
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return FLAT
@@ -27,7 +31,7 @@ class CurveCosts:
 
     def __init__(self, curve: CostCurve, before: int) -> None:
         self._curve, self._before = curve, before
-        self.drafter = curve.drafter
+        self.drafter = curve.drafter or DRAFTER_SHARE * curve.at(1, 0, before)
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return self._curve.at(ar_rows, diffusion_rows, context + self._before)
@@ -44,7 +48,7 @@ class CardCosts:
 
     def __init__(self, curve: PredictedCurve, before: int) -> None:
         self._curve, self._before = curve, before
-        self.drafter = 0.0
+        self.drafter = DRAFTER_SHARE * curve.milliseconds(1, 0, before) / 1e3
         self._known: dict[tuple[int, int, int], float] = {}
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:

@@ -65,11 +65,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Recording:
-    """Texts of one model. block_size: rows of the largest block, which every text holds."""
+    """Texts of one model. block_size: rows of the largest block, which every text holds. network:
+    whether a drafter's own network drafted (made up only: these are not saved)."""
 
     origin: Origin
     block_size: int
     texts: tuple[Text, ...]
+    network: bool = False
 
     def domains(self) -> dict[str, list[Text]]:
         """Texts by domain, in order of first appearance."""

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.bench.simulation.recording import Text
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import (
     OWN_VIEWS,
     Checkpoint,
@@ -77,9 +81,12 @@ class ReplayModel:
     answer is token 0 (enough to be timed).
     """
 
-    def __init__(self, costs: Costs, clock: VirtualClock, block_size: int) -> None:
+    def __init__(self, costs: Costs, clock: VirtualClock, block_size: int | None) -> None:
+        """block_size: of the heads; None without."""
         # Of the shape only the block counts: how long passes take is the costs' business.
         self.config: ModelConfig = replace(SHAPES["qwen3-8b"], block_size=block_size)
+        if block_size is None:
+            self.config = replace(self.config, mask_token=None)
         self.description = "replay"
         self.text: Text | None = None
         self._costs, self._clock = costs, clock
@@ -94,8 +101,10 @@ class ReplayModel:
         check_segments(segments)
         ar, diffusion = (sum(len(s) for s in segments if s.view is view) for view in OWN_VIEWS)
         self._clock.now += self._costs.seconds(ar, diffusion, segments[0].cache.length)
-        answers = ((self._answer(segment), segment.wanted) for segment in segments)
-        return [Choices(rows[wanted.start : wanted.stop]) for rows, wanted in answers]
+        return [
+            Choices(self._answer(s)[s.wanted.start : s.wanted.stop], _nothing_to_see(s))
+            for s in segments
+        ]
 
     def logits(self, segments: Sequence[Segment]) -> list[Logits]:
         raise ValueError("a recording holds choices, not logits")
@@ -109,12 +118,72 @@ class ReplayModel:
             ahead = range(len(segment)) if parents is None else depths(parents)
             rest = self.text.tokens[segment.start + 1 :]
             return tuple(Choice(rest[i]) if i < len(rest) else ANY for i in ahead)
-        anchor = segment.start - len(self.text.prompt)
-        if not 0 <= anchor < len(self.text.output) - 1:
-            return (ANY,) * len(segment)
-        rows = len(segment)
-        recorded = min(size for size in self.text.blocks if size >= rows)
-        return tuple(map(_choice, self.text.blocks[recorded][anchor, :rows].tolist()))
+        return drafted(self.text, segment)
+
+
+class ReplayNetwork:
+    """The `Network` protocol, from texts that a drafter's network drafted for a `ReplayModel`."""
+
+    taps = (0,)
+
+    def __init__(
+        self, model: ReplayModel, costs: Costs, clock: VirtualClock, block_size: int
+    ) -> None:
+        self.config: ModelConfig = replace(SHAPES["qwen3-8b"], block_size=block_size)
+        self._model, self._costs, self._clock = model, costs, clock
+
+    def new_cache(self, capacity: int) -> ReplayCache:
+        return ReplayCache(capacity)
+
+    def inject(self, cache: ReplayCache, taps: NDArray[np.float32]) -> None:
+        cache.assume(taps.shape[1])
+
+    def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+        """Row i says what row i - 1 of a block of diffusion heads says."""
+        self._clock.now += self._costs.drafter
+        text = self._model.text
+        found = [(ANY,) * len(s) if text is None else drafted(text, s) for s in segments]
+        return [
+            Choices(rows[s.wanted.start - 1 : s.wanted.stop - 1])
+            for rows, s in zip(found, segments, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ReplayWithDrafter(ModelWithDrafter):
+    """Both of them."""
+
+    def __init__(self, model: ReplayModel, network: ReplayNetwork) -> None:
+        super().__init__(model, network)
+        self._stock = model
+
+    @property
+    def text(self) -> Text | None:
+        """See `ReplayModel`."""
+        return self._stock.text
+
+    @text.setter
+    def text(self, text: Text) -> None:
+        self._stock.text = text
+
+
+Replayed = ReplayModel | ReplayWithDrafter
+
+
+def drafted(text: Text, segment: Segment) -> tuple[Choice | None, ...]:
+    """What was recorded of a block at that anchor, one choice per row."""
+    anchor, rows = segment.start - len(text.prompt), len(segment)
+    if not 0 <= anchor < len(text.output) - 1:
+        return (ANY,) * rows
+    recorded = min(size for size in text.blocks if size >= rows)
+    return tuple(map(_choice, text.blocks[recorded][anchor, :rows].tolist()))
+
+
+def _nothing_to_see(segment: Segment) -> NDArray[np.float32] | None:
+    """Taps, where they are asked for: a recording holds none."""
+    return np.zeros((len(segment.taps), len(segment), 1), np.float32) if segment.taps else None
 
 
 def _choice(row: Sequence[float]) -> Choice | None:

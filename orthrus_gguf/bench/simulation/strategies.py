@@ -10,7 +10,13 @@ from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.auto.costs import Costs, RunningCosts
 from orthrus_gguf.bench.simulation.bandit import Bandit, arms
 from orthrus_gguf.bench.simulation.recording import Recording, Text
-from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
+from orthrus_gguf.bench.simulation.replay import (
+    Replayed,
+    ReplayModel,
+    ReplayNetwork,
+    ReplayWithDrafter,
+    VirtualClock,
+)
 from orthrus_gguf.decode import decode
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import PLAIN, Plan, parse
@@ -51,12 +57,15 @@ class Outcome:
         return (self.statistics.output_tokens - 1) / self.seconds
 
 
-def default_strategies(block_size: int, *, lookup: bool) -> list[Plan]:
-    """What is compared unless the caller says otherwise. lookup: whether to look up, too."""
+def default_strategies(block_size: int, *, lookup: bool, network: bool = False) -> list[Plan]:
+    """What is compared unless the caller says otherwise. lookup: whether to look up, too. network:
+    of a drafter beside a stock model, which carries no blocks."""
     full = block_size - 1
     widths = sorted({max(block_size // n, 2) - 1 for n in (4, 2, 1)})
     names = [f"two-pass@{width}" for width in widths]
     names.append(f"two-pass@{full}+tree={TREE}")
+    if network:
+        return [parse(name) for name in (*names, "auto")]
     names += [f"fused@{width}x{blocks}" for width in widths for blocks in BLOCKS]
     drafting = (f"two-pass@{full}", f"fused@{full}x2", f"fused@{full}x4")
     names += [f"{name}+tail" for name in drafting]
@@ -87,7 +96,7 @@ class Simulator:
         """
         for domain, texts in self.recording.domains().items():
             clock = VirtualClock()
-            model = ReplayModel(self._costs, clock, self.recording.block_size)
+            model = self._model(clock)
             plans = {plan.fitted(model.config).text: plan for plan in (PLAIN, *strategies)}
             for name, plan in plans.items():
                 policy = self._policy(plan, model, clock)
@@ -96,12 +105,19 @@ class Simulator:
                 bandit = Bandit(arms(model.config), model.config)
                 yield run(model, clock, domain, texts, CONTROL, bandit, True)
 
-    def _policy(self, plan: Plan, model: ReplayModel, clock: VirtualClock) -> Policy:
+    def _model(self, clock: VirtualClock) -> Replayed:
+        size = self.recording.block_size
+        if not self.recording.network:
+            return ReplayModel(self._costs, clock, size)
+        stock = ReplayModel(self._costs, clock, None)
+        return ReplayWithDrafter(stock, ReplayNetwork(stock, self._costs, clock, size))
+
+    def _policy(self, plan: Plan, model: Replayed, clock: VirtualClock) -> Policy:
         return policy_for(plan, model.config, lambda: RunningCosts(measure(model, clock=clock)))
 
 
 def run(
-    model: ReplayModel,
+    model: Replayed,
     clock: VirtualClock,
     domain: str,
     texts: Sequence[Text],
@@ -121,13 +137,16 @@ def run(
     return Outcome(domain, strategy, decided, statistics, clock.now - began)
 
 
-def replay(model: ReplayModel, clock: VirtualClock, text: Text, policy: Policy) -> Iterator[Cycle]:
+def replay(model: Replayed, clock: VirtualClock, text: Text, policy: Policy) -> Iterator[Cycle]:
     """The cycles in which `text` is written. Its prompt is in the cache, at no cost."""
     model.text = text
     cache = model.new_cache(len(text.tokens))
     cache.assume(len(text.prompt))
     tokens = list(text.tokens[: len(text.prompt) + 1])
     sequence = TokenSequence(model.config, cache, Sampler(GREEDY), tokens)
+    if isinstance(model, ReplayWithDrafter):
+        sequence.draft_cache = model.new_draft_cache(len(text.tokens))
+        sequence.draft_cache.assume(len(text.prompt))
     yield from decode(model, sequence, policy, len(text.output) - 1, clock=clock)
     if tuple(sequence.tokens) != text.tokens:
         raise ValueError(f"a replay of {text.domain} left its text")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.bench.simulation.acceptance_tables import AcceptanceTable
 from orthrus_gguf.bench.simulation.recording import COLUMNS, Origin, RecordedRows, Recording, Text
-from orthrus_gguf.model.shapes import BLOCK_SIZE, MASK_TOKEN
+from orthrus_gguf.model.shapes import MASK_TOKEN
 
 TEXTS, LENGTH = 8, 512
 
@@ -58,21 +58,21 @@ class _Process:
 
 def synthesize(name: str, table: AcceptanceTable, seed: int) -> Recording:
     """Texts of random tokens in every domain of `table`, and a mixed one."""
-    rng = np.random.default_rng(seed)
+    rng, rows = np.random.default_rng(seed), table.block_size
     domains = dict(table.tokens_per_cycle)
     shifts: dict[str, float] = {}
     texts = []
     for domain, target in domains.items():
-        processes = [_process(rng) for _ in range(TEXTS)]
+        processes = [_process(rng, rows) for _ in range(TEXTS)]
         shifts[domain] = _fit(processes, target)
         texts += [_text(rng, domain, process, shifts[domain]) for process in processes]
     if len(domains) > 1:
         easiest, hardest = (shifts[pick(domains, key=domains.__getitem__)] for pick in (max, min))
-        for process in (_process(rng) for _ in range(TEXTS)):
+        for process in (_process(rng, rows) for _ in range(TEXTS)):
             turns = np.where(process.position // TURN % 2 == 0, easiest, hardest)
             texts.append(_text(rng, MIXED, process, turns))
     settings = f"synthetic, seed {seed}, {TEXTS} texts of {LENGTH} tokens per domain"
-    return Recording(Origin(name, False, settings), BLOCK_SIZE, tuple(texts))
+    return Recording(Origin(name, False, settings), rows, tuple(texts), table.network)
 
 
 def assumptions(name: str, table: AcceptanceTable) -> list[str]:
@@ -93,13 +93,13 @@ def assumptions(name: str, table: AcceptanceTable) -> list[str]:
         f" where the first choice is wrong, the second is right in {SECOND:.0%} and gets"
         f" {SECOND_CLAIMED:.0%} of the rest; behind a wrong token drafts are right {STALE} times as"
         " often.",
-        f"A block of fewer rows drafts as well as the first rows of one of {BLOCK_SIZE}. Texts are"
-        " random tokens, so lookups never find anything.",
+        f"A block of fewer rows drafts as well as the first rows of one of {table.block_size}."
+        " Texts are random tokens, so lookups never find anything.",
     ]
 
 
-def _process(rng: np.random.Generator) -> _Process:
-    anchors, rows = LENGTH - 1, BLOCK_SIZE
+def _process(rng: np.random.Generator, rows: int) -> _Process:
+    anchors = LENGTH - 1
     stop = LENGTH + rows
     position = np.arange(anchors)[:, None] + 1 + np.arange(rows)
     of_position = _stretches(rng, stop) + rng.normal(0, SHARED, stop)
@@ -134,7 +134,7 @@ def _tokens_per_cycle(processes: list[_Process], shift: float) -> float:
     tokens = cycles = 0
     for process in processes:
         wrong = process.luck >= _probability(process.odds + shift)
-        wrong[:, BLOCK_SIZE - 1] = True  # full width is a row less than the block
+        wrong[:, -1] = True  # full width is a row less than the block
         accepted, at = wrong.argmax(1), 0
         while at < len(accepted):
             cycles += 1
@@ -149,7 +149,8 @@ def _probability(odds: Floats) -> Floats:
 
 def _text(rng: np.random.Generator, domain: str, process: _Process, shift: float | Floats) -> Text:
     """A text of random tokens, and the blocks that `process` drafts for it."""
-    tokens = rng.integers(0, MASK_TOKEN, PROMPT + LENGTH + BLOCK_SIZE)
+    rows = process.odds.shape[1]
+    tokens = rng.integers(0, MASK_TOKEN, PROMPT + LENGTH + rows)
     output = tokens[PROMPT:]
     probability = _probability(process.odds + shift)
     right = process.luck < probability
@@ -169,5 +170,5 @@ def _text(rng: np.random.Generator, domain: str, process: _Process, shift: float
         domain,
         tuple(map(int, tokens[:PROMPT])),
         tuple(map(int, output[:LENGTH])),
-        {BLOCK_SIZE: choices},
+        {rows: choices},
     )

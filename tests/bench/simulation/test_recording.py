@@ -80,8 +80,8 @@ def test_acceptance_is_as_published(seed: int) -> None:
         assert {*domains} - {MIXED} == {*table.tokens_per_cycle}
         for domain, published in table.tokens_per_cycle.items():
             clock = VirtualClock()
-            model = ReplayModel(FlatCosts(), clock, 32)
-            policy = FixedPolicy(Plan(Strategy.TWO_PASS, 31), model.config)
+            model = ReplayModel(FlatCosts(), clock, table.block_size)
+            policy = FixedPolicy(Plan(Strategy.TWO_PASS, table.block_size - 1), model.config)
             outcome = run(model, clock, domain, domains[domain], "two-pass", policy)
             assert outcome.statistics.tokens_per_cycle == pytest.approx(published, rel=0.06)
 

@@ -143,3 +143,25 @@ def test_the_control_stands_beside_controllers() -> None:
     assert [o.decided for o in outcomes] == [False, False, True, True]
     assert CONTROL not in [o.strategy for o in simulate(FlatCosts(), drafts, ["fused@3x4"])]
     assert runs([parse("fused@3x4")]) == 2
+
+
+@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.network])
+def test_drafters_beside_stock_models(name: str) -> None:
+    """Published acceptance is met, in every domain; a draft pass takes its share of a plain one."""
+    table, costs = TABLES[name], CardCosts(CURVE, 512)
+    made = synthesize(name, table, 0)
+    plans = ["two-pass@15", "two-pass@15+tree=16", "auto"]
+    outcomes = simulate(costs, made, plans)
+    assert {outcome.strategy for outcome in outcomes} == {"ar", *plans, CONTROL}
+    by = {(o.domain, o.strategy): o for o in outcomes}
+    for domain, published in table.tokens_per_cycle.items():
+        plain, chain, tree, auto = (by[domain, plan] for plan in ("ar", *plans))
+        assert chain.statistics.tokens_per_cycle == pytest.approx(published, rel=0.03)
+        assert {source.name for source, *_ in auto.statistics.sources} >= {"dflash"}
+        assert tree.statistics.cycles < chain.statistics.cycles
+        cycles = chain.statistics.cycles
+        verify = costs.seconds(16, 0, 256)
+        assert chain.seconds / cycles == pytest.approx(costs.drafter + verify, rel=0.03)
+        alone = plain.seconds / plain.statistics.cycles
+        assert costs.drafter == pytest.approx(0.15 * alone, rel=0.05)
+        assert auto.tokens_per_second > 0.93 * tree.tokens_per_second
