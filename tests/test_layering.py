@@ -45,6 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "decode": {"drafting", "errors", "runtime", "sampling"},
     "stats": {"drafting"},
     "engine": {"decode", "drafting", "errors", "runtime", "sampling", "stats", "text"},
+    "server": {"decode", "drafting", "engine", "errors", "runtime", "sampling"},
     "inspection": {"errors", "gguf", "model", "runtime"},
     "bench": {
         *("auto", "decode", "drafting", "engine", "errors", "model", "orthrus_kernels"),
