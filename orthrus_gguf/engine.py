@@ -72,6 +72,7 @@ class Result:
     finish_reason: "stop" (end-of-text id or stop string), "length" (token limit or end of the
         context) or "cancelled".
     logprobs: per output token, where they were asked for.
+    stop_string: the stop string that ended it, if one did.
     """
 
     output: tuple[int, ...]
@@ -81,6 +82,7 @@ class Result:
     statistics: Statistics
     timings: Timings
     logprobs: tuple[LogProbs, ...] = ()
+    stop_string: str | None = None
 
 
 class Piece(NamedTuple):
@@ -206,7 +208,10 @@ class Generation:
         self._stop = StopStrings(request.stop)
         # Control tokens have no text in the answer: as stop strings they are looked for by id.
         named = map(session.tokenizer.special_id, request.stop)
-        self._ends = session.tokenizer.eog | {id for id in named if id is not None}
+        self._named = {
+            id: text for id, text in zip(named, request.stop, strict=True) if id is not None
+        }
+        self._ended_by: str | None = None
         self._text: list[str] = []
         self._output: list[int] = []
         self._cycles: list[Cycle] = []
@@ -305,6 +310,7 @@ class Generation:
                 generated_tokens=max(len(self._output) - 1, 0),
             ),
             logprobs=tuple(self._logprobs),
+            stop_string=self._stop.hit or self._ended_by,
         )
 
     def _run(self) -> Work:
@@ -338,8 +344,9 @@ class Generation:
             self._output.append(item.token)
             if item.logprobs is not None:
                 self._logprobs.append(item.logprobs)
-            if item.token in self._ends:
+            if item.token in self._named or item.token in self.session.tokenizer.eog:
                 self._finish_reason = "stop"
+                self._ended_by = self._named.get(item.token)
                 return
             yield from self._show(self._decoder.push(item.token))
             if self._stop.hit is not None:

@@ -194,7 +194,7 @@ class Scheduler:
         running = _Running(job, slot)
         slot.session.prompt_batch = self._prompt_rows()
         try:
-            policy = slot.policy(job.plan, self._policies)
+            policy = slot.policy(job.plan, self._policies, lambda: self.running)
             generation = slot.session.generate(
                 job.request(policy), on_progress=lambda held: self._progress(generation, held)
             )

@@ -11,8 +11,9 @@ from orthrus_gguf.engine import Session, common_prefix
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.server.events import Job
 
-#: Makes a policy that follows a plan. It may keep what it learns from one answer to the next.
-Policies = Callable[[Plan], Policy]
+#: Makes a policy that follows a plan, given how many conversations share a pass now. It may keep
+#: what it learns from one answer to the next.
+Policies = Callable[[Plan, Callable[[], int]], Policy]
 
 #: Rows that are worth copying from another conversation, rather than computing them again.
 WORTH_COPYING = 32
@@ -39,11 +40,11 @@ class Slot:
             return self.session.held
         return self.job.prompt[: self.session.rows]
 
-    def policy(self, plan: Plan, make: Policies) -> Policy:
-        """What follows this plan here."""
+    def policy(self, plan: Plan, make: Policies, sequences: Callable[[], int]) -> Policy:
+        """What follows this plan here. sequences: how many share a pass now."""
         found = self._policies.get(plan.text)
         if found is None:
-            found = self._policies[plan.text] = make(plan)
+            found = self._policies[plan.text] = make(plan, sequences)
         return found
 
 

@@ -67,7 +67,7 @@ def toy_scheduler(
 ) -> Scheduler:
     """Not started yet."""
 
-    def policies(plan: Plan) -> Policy:
+    def policies(plan: Plan, sequences: Callable[[], int]) -> Policy:
         return FixedPolicy(plan, model.config)
 
     pool = Pool(lambda: toy_session(model, n_ctx), size)
