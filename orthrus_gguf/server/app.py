@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from orthrus_gguf.server import http, metrics, native, openai, openapi
+from orthrus_gguf.server import anthropic, http, metrics, native, openai, openapi, responses
 from orthrus_gguf.server.api_errors import ApiError, wrong
 from orthrus_gguf.server.chat_requests import ChatRequest
 from orthrus_gguf.server.fields import read
@@ -65,6 +65,26 @@ ENDPOINTS = (
         openai.CompletionRequest,
         openai.completion,
         "A prompt gone on with (OpenAI)",
+    ),
+    Endpoint(
+        ("/v1/responses", "/responses"),
+        responses.ResponsesRequest,
+        responses.respond,
+        "An answer (OpenAI's Responses)",
+    ),
+    Endpoint(
+        ("/v1/messages",),
+        anthropic.MessagesRequest,
+        anthropic.messages,
+        "An answer to a conversation (Anthropic)",
+        anthropic=True,
+    ),
+    Endpoint(
+        ("/v1/messages/count_tokens",),
+        anthropic.CountRequest,
+        anthropic.count_tokens,
+        "Tokens of a conversation (Anthropic)",
+        anthropic=True,
     ),
     Endpoint(
         ("/completion", "/completions"),

@@ -187,7 +187,7 @@ class TestProcess:
                     time.sleep(0.05)
             assert status == 503
             assert "Loading" in json.loads(text)["error"]["message"]
-            status, _ = server.post("/v1/completions", {})
+            status, _ = server.post("/v1/messages", {})
             assert status == 503
 
     def test_ctrl_c_lets_answers_end(self, chat_file: Path, tmp_path: Path) -> None:
