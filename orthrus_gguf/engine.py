@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.decode import PROMPT_BATCH, Done, prefill, run_cycle, run_together
 from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.forced import ForcedDrafter, Forcing
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.errors import OrthrusError
@@ -370,7 +371,9 @@ class Generation:
             request.constraint,
         )
         policy = request.policy
-        drafters = policy.drafters(session.model.config)
+        drafters = list(policy.drafters(session.model.config))
+        if isinstance(request.constraint, Forcing):
+            drafters.append(ForcedDrafter(request.constraint))
         end = len(request.prompt) + limit
         with self._during_prompt:
             first = yield from prefill(

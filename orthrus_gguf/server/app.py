@@ -145,6 +145,7 @@ class App:
                 ApiError: _api_error,
                 HTTPException: _http_error,
                 ClientDisconnect: _nobody_there,
+                Exception: _bug,
             },
         )
 
@@ -269,6 +270,11 @@ async def _api_error(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _error(ApiError(str(error.detail), status=error.status_code))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """The log has its traceback."""
+    return _error(ApiError("internal error: the server's log tells more", status=500))
 
 
 async def _nobody_there(request: Request, error: Exception) -> Response:

@@ -14,7 +14,7 @@ from typing import Any
 
 import llguidance
 import numpy as np
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from numpy.typing import NDArray
 
 from orthrus_gguf.drafting.tree import Tree
@@ -66,12 +66,16 @@ class Grammars:
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, ends[0], tokens, special))
         return llguidance.LLTokenizer(wrapper, n_vocab=tokenizer.n_vocab, eos_token=ends)
 
-    def constraint(self, grammar: str, prompt_tokens: int) -> Constrained:
-        """For one answer. grammar: as the functions below give it. Raises OrthrusError."""
+    def constraint(
+        self, grammar: str, prompt_tokens: int, *, drafts: bool = True
+    ) -> Constrained | Forced:
+        """For one answer. grammar: as the functions below give it. drafts: whether tokens that it
+        forces are drafts. Raises OrthrusError."""
         matcher = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0)
         if matcher.is_error():
             raise OrthrusError(f"the grammar cannot be used: {_line(matcher.get_error())}")
-        return Constrained(matcher, prompt_tokens, self._tokenizer)
+        kind = Forced if drafts else Constrained
+        return kind(matcher, prompt_tokens, self._tokenizer)
 
 
 class Constrained:
@@ -82,14 +86,18 @@ class Constrained:
         self._eog, self._words = tokenizer.eog, -(-tokenizer.n_vocab // 32)
 
     def __call__(self, tokens: Sequence[int], tree: Tree) -> Masks:
-        new = list(tokens[self._seen :])
-        if new and not self._matcher.consume_tokens(new):
-            raise OrthrusError(f"the grammar was left: {_line(self._matcher.get_error())}")
-        self._seen = len(tokens)
+        self._follow(tokens)
         # Rows that cannot be reached are not asked about.
         masks = np.full((len(tree.tokens) + 1, self._words), -1, np.int32)
         self._fill(0, masks, tree)
         return masks.view(np.uint32)
+
+    def _follow(self, tokens: Sequence[int]) -> None:
+        """Learn what was committed."""
+        new = list(tokens[self._seen :])
+        if new and not self._matcher.consume_tokens(new):
+            raise OrthrusError(f"the grammar was left: {_line(self._matcher.get_error())}")
+        self._seen = len(tokens)
 
     def _fill(self, row: int, masks: NDArray[np.int32], tree: Tree) -> None:
         """Masks of a row, and of those that follow it."""
@@ -103,6 +111,15 @@ class Constrained:
                 continue
             self._fill(child, masks, tree)
             matcher.rollback(1)
+
+
+class Forced(Constrained):
+    """See `drafting.forced.Forcing`."""
+
+    def forced(self, tokens: Sequence[int]) -> list[int]:
+        """Tokens that must come next."""
+        self._follow(tokens)
+        return list(self._matcher.compute_ff_tokens())
 
 
 def _line(text: str) -> str:
@@ -123,7 +140,9 @@ def from_gbnf(grammar: str) -> str:
     """llama.cpp's GBNF. Raises OrthrusError."""
     try:
         return _lark(gbnf_to_lark(grammar))
-    except GbnfToLarkError as error:
+    except OrthrusError:
+        raise
+    except Exception as error:  # the translation raises bare ones, too
         raise OrthrusError(f"not GBNF: {_line(str(error))}") from error
 
 

@@ -178,8 +178,9 @@ class Scheduler:
                 return
             try:
                 slot = self.pool.choose(job)
-            except (OrthrusError, MemoryError) as error:
+            except Exception as error:
                 self._take(job)
+                self._report(error)
                 self._tell(job, Failed(error))
                 continue
             if slot is not None:

@@ -209,15 +209,17 @@ class Service:
         if not all(0 <= token < self.tokenizer.n_vocab for token in prompt.ids):
             raise wrong("prompt", "holds ids that are not in the vocabulary")
         constraint = None
+        plan = self.drafting(given.speculative)
         if grammar is not None:
+            drafts = plan != PLAIN
             try:
-                constraint = self.grammars.constraint(grammar, count)
+                constraint = self.grammars.constraint(grammar, count, drafts=drafts)
             except OrthrusError as error:
                 raise ApiError(str(error), param="grammar") from error
         return Job(
             prompt.ids,
             self.settings(given, index),
-            self.drafting(given.speculative),
+            plan,
             _nobody,
             self.max_tokens if max_tokens is None else max_tokens,
             (*self.stop, *stop),

@@ -207,9 +207,9 @@ class TestStructure:
     def test_a_schema_is_kept_with_drafts_and_without(
         self, client: openai.OpenAI, seed: int
     ) -> None:
-        texts = []
-        for plan in ("ar", "fused@6x3", "two-pass@6+tree=12"):
-            found = client.chat.completions.create(
+        texts, accepted = [], {}
+        for plan in ("ar", "ar+lookup", "fused@6x3", "two-pass@6+tree=12", "auto"):
+            whole: Any = client.chat.completions.create(
                 model="demo",
                 messages=MESSAGES,
                 seed=seed,
@@ -219,10 +219,14 @@ class TestStructure:
                     "json_schema": {"name": "entry", "schema": SCHEMA, "strict": True},
                 },
                 extra_body={"speculative": {"strategy": plan}, "enable_thinking": False},
-            ).choices[0]
+            )
+            accepted[plan] = whole.timings["draft_n_accepted"]
+            found = whole.choices[0]
             assert found.finish_reason == "stop"
             texts.append(found.message.content)
-        assert texts[0] == texts[1] == texts[2]
+        assert len(set(texts)) == 1
+        assert accepted["ar"] == 0
+        assert accepted["ar+lookup"] >= 5  # the names of fields are forced
         value = json.loads(texts[0] or "")
         assert set(value) == {"name", "size", "kind"}
         assert value["kind"] in ("file", "folder")
