@@ -24,7 +24,7 @@ from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import fitting_context, load_model, resolve
+from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate, Message
@@ -45,6 +45,7 @@ REFRESH = 0.25
 class Loaded:
     """A model with everything that the flags settle for all of its generations.
 
+    settings: how it runs, with the runtime that was chosen.
     template: None for a completion model and with `--raw`. plan: what the flags ask for, with the
     defaults of this model; policy: what follows it, for all of its generations. costs: what
     passes cost here, as far as it is known.
@@ -53,6 +54,7 @@ class Loaded:
     file: ModelFile
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    settings: RuntimeSettings
     model: Model
     session: Session
     plan: Plan
@@ -133,6 +135,7 @@ def load(
         file=file,
         tokenizer=tokenizer,
         template=template,
+        settings=settings,
         model=model,
         session=session,
         plan=plan,

@@ -24,6 +24,7 @@ from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cache_layout import cache_layout
+from orthrus_gguf.runtime.load import RuntimeName
 
 if TYPE_CHECKING:
     from orthrus_gguf.server.service import Service
@@ -87,7 +88,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         default=8192,
         metavar="MIB",
         help="memory for the caches of conversations, idle ones included; -np of them are kept in"
-        " any case (default: 8192)",
+        " any case, and on a GPU no more (default: 8192)",
     )
     group.add_argument(
         "--queue",
@@ -230,7 +231,10 @@ def make_service(loaded: Loaded, args: argparse.Namespace) -> Service:
 
 
 def _kept(loaded: Loaded, args: argparse.Namespace) -> int:
-    """Conversations whose caches are kept: as many as the memory for them holds."""
+    """Conversations whose caches are kept: as many as the memory for them holds. On a GPU it was
+    planned for -np of them."""
+    if loaded.settings.name is RuntimeName.CUDA:
+        return int(args.parallel)
     types = args.cache_type_k or "f16", args.cache_type_v or "f16"
     size = cache_layout(loaded.file.config, *types).row_bytes() * loaded.session.n_ctx
     return max(int(args.parallel), int(args.cache_ram * 2**20 // size))
