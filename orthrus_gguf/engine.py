@@ -174,10 +174,19 @@ class Session:
         return int(place.length)
 
 
+#: Tokens that are compared at once.
+_STRIDE = 256
+
+
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two texts begin with alike."""
     most = min(len(first), len(second))
-    return next((i for i in range(most) if first[i] != second[i]), most)
+    for start in range(0, most, _STRIDE):  # whole slices are compared at once: texts may be long
+        some, others = list(first[start : start + _STRIDE]), list(second[start : start + _STRIDE])
+        if some != others:
+            pairs = enumerate(zip(some, others, strict=False), start)
+            return next((i for i, (one, other) in pairs if one != other), most)
+    return most
 
 
 #: Yields text, and segments for passes, of which it is sent what came.

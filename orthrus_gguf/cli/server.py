@@ -37,6 +37,10 @@ conversations run in one pass; the text of each is what orthrus-run gives with t
 are llama-server's. Ctrl-C lets the answers under way end, a second one does not."""
 
 
+#: Conversations whose caches are kept, however small they are: a new one is compared with all.
+MOST_KEPT = 64
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The `orthrus-server` command; returns the exit code."""
     return run_command(_parser(), _run, argv)
@@ -237,7 +241,7 @@ def _kept(loaded: Loaded, args: argparse.Namespace) -> int:
         return int(args.parallel)
     types = args.cache_type_k or "f16", args.cache_type_v or "f16"
     size = cache_layout(loaded.file.config, *types).row_bytes() * loaded.session.n_ctx
-    return max(int(args.parallel), int(args.cache_ram * 2**20 // size))
+    return max(int(args.parallel), min(int(args.cache_ram * 2**20 // size), MOST_KEPT))
 
 
 def _cache_identity(loaded: Loaded, args: argparse.Namespace) -> str:

@@ -42,6 +42,8 @@ class Slot:
 
     def policy(self, plan: Plan, make: Policies, sequences: Callable[[], int]) -> Policy:
         """What follows this plan here. sequences: how many share a pass now."""
+        if plan.strategy is not None:  # such a policy learns nothing that it would have to keep
+            return make(plan, sequences)
         found = self._policies.get(plan.text)
         if found is None:
             found = self._policies[plan.text] = make(plan, sequences)
