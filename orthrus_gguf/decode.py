@@ -61,12 +61,13 @@ def prefill(
     sequence: TokenSequence,
     drafters: Sequence[Drafter] = (),
     *,
-    batch: int = PROMPT_BATCH,
+    batch: int | Callable[[], int] = PROMPT_BATCH,
     on_progress: Callable[[int], None] | None = None,
 ) -> Steps[Choice]:
     """Commit the tokens that the cache lacks; append the token drawn after them.
 
-    The cache must hold a proper prefix of the sequence's tokens. `on_progress` receives the number
+    The cache must hold a proper prefix of the sequence's tokens. `batch`: rows of a pass, asked for
+    before each of them if it is a function. `on_progress` receives the number
     of prompt tokens held after each pass.
     """
     prompt, cache, taps = len(sequence.tokens), sequence.cache, _taps(drafters)
@@ -74,7 +75,8 @@ def prefill(
         raise ValueError("the cache already holds the whole prompt")
     choice: Choice | None = None
     while cache.length < prompt:
-        stop = min(cache.length + batch, prompt)
+        rows_now = batch() if callable(batch) else batch
+        stop = min(cache.length + rows_now, prompt)
         done = yield [sequence.prompt_segment(stop, taps)]
         rows = range(stop - cache.length)
         cache.commit(rows)

@@ -7,16 +7,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from orthrus_gguf.decode import PROMPT_BATCH, Done, prefill, run_cycle, run_together
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.drafter import Drafter
+from orthrus_gguf.drafting.forced import ForcedDrafter, Forcing
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.beside import ModelWithDrafter
-from orthrus_gguf.runtime.protocol import Model, Segment
+from orthrus_gguf.runtime.protocol import Model, Portable, Segment
 from orthrus_gguf.sampling import Choice, LogProbs, Sampler, SamplingSettings
 from orthrus_gguf.stats import Statistics, Timings, count
 from orthrus_gguf.text.stop import StopStrings
@@ -71,6 +75,7 @@ class Result:
     finish_reason: "stop" (end-of-text id or stop string), "length" (token limit or end of the
         context) or "cancelled".
     logprobs: per output token, where they were asked for.
+    stop_string: the stop string that ended it, if one did.
     """
 
     output: tuple[int, ...]
@@ -80,10 +85,22 @@ class Result:
     statistics: Statistics
     timings: Timings
     logprobs: tuple[LogProbs, ...] = ()
+    stop_string: str | None = None
+
+
+class Piece(NamedTuple):
+    """Text, how the token came about that released it, and how many tokens there were by then."""
+
+    text: str
+    origin: Origin
+    tokens: int
 
 
 class Session:
-    """One conversation on one model: owns a cache and remembers which tokens it holds."""
+    """One conversation on one model: owns a cache and remembers which tokens it holds.
+
+    prompt_batch: prompt rows of a pass; may be changed at any time.
+    """
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, n_ctx: int, *, prompt_batch: int = PROMPT_BATCH
@@ -122,6 +139,11 @@ class Session:
             )
         return Generation(self, request, on_progress, during_prompt or nullcontext())
 
+    @property
+    def held(self) -> Sequence[int]:
+        """Tokens whose rows the cache holds; during a generation those that were there before."""
+        return tuple(self._held)
+
     def prepare(self, prompt: Sequence[int], drafters: Sequence[Drafter] = ()) -> int:
         """Go back to the longest useful prefix of `prompt` that is held; return its length.
 
@@ -131,12 +153,26 @@ class Session:
         known = len(prompt) - 1
         if self._draft_cache is not None and any(drafter.taps for drafter in drafters):
             known = min(known, self._draft_cache.known(prompt))
-        common = 0
-        for held, wanted in zip(self._held, prompt[:known], strict=False):
-            if held != wanted:
-                break
-            common += 1
-        return self.keep(prompt[:common])
+        return self.keep(prompt[: common_prefix(self._held, prompt[:known])])
+
+    @property
+    def portable(self) -> bool:
+        """Whether rows can be taken out of the cache, and put into it."""
+        return isinstance(self._cache, Portable)
+
+    def take(self, rows: int) -> list[NDArray[np.uint8]]:
+        """The first rows of the cache (see `Portable.take`)."""
+        return list(self._cache.take(rows))
+
+    def put(self, parts: Sequence[NDArray[np.uint8]], tokens: Sequence[int]) -> None:
+        """Hold the rows of `tokens`, which `take` gave (see `Portable.put`)."""
+        self._cache.put(parts, len(tokens))
+        self._held = list(tokens)
+
+    @property
+    def rows(self) -> int:
+        """Committed rows of the cache."""
+        return int(self._cache.length)
 
     def keep(self, tokens: Sequence[int]) -> int:
         """Go back to the rows of `tokens`, the first ones that the cache holds, or to as many of
@@ -145,6 +181,21 @@ class Session:
         self._cache.restore(place)
         self._held = list(tokens[: place.length])
         return int(place.length)
+
+
+#: Tokens that are compared at once.
+_STRIDE = 256
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    most = min(len(first), len(second))
+    for start in range(0, most, _STRIDE):  # whole slices are compared at once: texts may be long
+        some, others = list(first[start : start + _STRIDE]), list(second[start : start + _STRIDE])
+        if some != others:
+            pairs = enumerate(zip(some, others, strict=False), start)
+            return next((i for i, (one, other) in pairs if one != other), most)
+    return most
 
 
 #: Yields text, and segments for passes, of which it is sent what came.
@@ -176,7 +227,10 @@ class Generation:
         self._stop = StopStrings(request.stop)
         # Control tokens have no text in the answer: as stop strings they are looked for by id.
         named = map(session.tokenizer.special_id, request.stop)
-        self._ends = session.tokenizer.eog | {id for id in named if id is not None}
+        self._named = {
+            id: text for id, text in zip(named, request.stop, strict=True) if id is not None
+        }
+        self._ended_by: str | None = None
         self._text: list[str] = []
         self._output: list[int] = []
         self._cycles: list[Cycle] = []
@@ -198,17 +252,37 @@ class Generation:
         self._pieces.close()
         self._work.close()
 
-    def advance(self, done: Done | None) -> tuple[list[str], list[Segment]]:
+    @property
+    def cached(self) -> int:
+        """Prompt tokens whose rows were there when it began."""
+        return self._cached
+
+    @property
+    def output(self) -> Sequence[int]:
+        """Tokens so far. Not to be written to."""
+        return self._output
+
+    @property
+    def logprobs(self) -> Sequence[LogProbs]:
+        """Log-probabilities so far, where they were asked for. Not to be written to."""
+        return self._logprobs
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether no token has been drawn yet."""
+        return not self._first_token
+
+    def advance(self, done: Done | None) -> tuple[list[Piece], list[Segment]]:
         """Go on until a pass is needed: the text that came, and the segments to run (`Together`).
 
         done: what came of the segments before, None at first. No segments: it has ended, by itself
         or by an error (`error`).
         """
-        pieces: list[str] = []
+        pieces: list[Piece] = []
         try:
             item = self._work.send(done)
             while isinstance(item, str):
-                pieces.append(item)
+                pieces.append(Piece(item, self.origin, len(self._output)))
                 item = next(self._work)
         except StopIteration:
             return pieces, []
@@ -255,6 +329,7 @@ class Generation:
                 generated_tokens=max(len(self._output) - 1, 0),
             ),
             logprobs=tuple(self._logprobs),
+            stop_string=self._stop.hit or self._ended_by,
         )
 
     def _run(self) -> Work:
@@ -288,8 +363,9 @@ class Generation:
             self._output.append(item.token)
             if item.logprobs is not None:
                 self._logprobs.append(item.logprobs)
-            if item.token in self._ends:
+            if item.token in self._named or item.token in self.session.tokenizer.eog:
                 self._finish_reason = "stop"
+                self._ended_by = self._named.get(item.token)
                 return
             yield from self._show(self._decoder.push(item.token))
             if self._stop.hit is not None:
@@ -313,12 +389,14 @@ class Generation:
             session._draft_cache,
         )
         policy = request.policy
-        drafters = policy.drafters(sequence)
+        drafters = list(policy.drafters(sequence))
         self._cached = self._prompt_held = session.prepare(request.prompt, drafters)
+        if isinstance(request.constraint, Forcing):
+            drafters.append(ForcedDrafter(request.constraint))
         end = len(request.prompt) + limit
         with self._during_prompt:
             first = yield from prefill(
-                sequence, drafters, batch=session.prompt_batch, on_progress=self._progress
+                sequence, drafters, batch=lambda: session.prompt_batch, on_progress=self._progress
             )
         self._first_token = time.perf_counter()
         yield first
@@ -353,7 +431,7 @@ class Together:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._waiting: dict[Generation, list[Segment]] = {}
-        self._ready: list[tuple[Generation, str]] = []
+        self._ready: list[tuple[Generation, Piece]] = []
 
     def join(self, generation: Generation) -> None:
         """Let it take part from the next pass on. Raises ValueError if its session has another one
@@ -375,16 +453,29 @@ class Together:
         """Whether it is under way."""
         return generation in self._waiting
 
-    def step(self) -> list[tuple[Generation, str]]:
-        """Run one pass; returns the text that came since the last call."""
+    def step(self, prompt_rows: int | None = None) -> list[tuple[Generation, Piece]]:
+        """Run one pass; returns the text that came since the last call.
+
+        prompt_rows: prompts take part, in turn, until they have so many rows; None: all of them do.
+        """
         if self._waiting:
-            members = list(self._waiting)
-            for generation, done in zip(
-                members, run_together(self._model, list(self._waiting.values())), strict=True
-            ):
+            members = self._members(prompt_rows)
+            wanted = [self._waiting[generation] for generation in members]
+            for generation, done in zip(members, run_together(self._model, wanted), strict=True):
                 self._advance(generation, done)
         ready, self._ready = self._ready, []
         return ready
+
+    def _members(self, prompt_rows: int | None) -> list[Generation]:
+        """Who takes part in the next pass. Those that did last come last among equals."""
+        members, rows = [], 0
+        for generation, segments in self._waiting.items():
+            if generation.in_prompt and prompt_rows is not None:
+                if rows >= prompt_rows:
+                    continue
+                rows += sum(map(len, segments))
+            members.append(generation)
+        return members
 
     def _advance(self, generation: Generation, done: Done | None) -> None:
         self._waiting.pop(generation, None)

@@ -27,6 +27,7 @@ COMMANDS = {
     "convert": "orthrus_converters.cli",
     "inspect": "orthrus_gguf.cli.inspect",
     "bench": "orthrus_gguf.cli.bench",
+    "server": "orthrus_gguf.cli.server",
 }
 
 
@@ -48,6 +49,11 @@ def inspect() -> NoReturn:
 def bench() -> NoReturn:
     """`orthrus-bench`."""
     start("bench")
+
+
+def server() -> NoReturn:
+    """`orthrus-server`."""
+    start("server")
 
 
 def start(command: str) -> NoReturn:

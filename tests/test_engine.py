@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from toy_model import (
     CONTROL,
     END,
@@ -22,7 +24,7 @@ from toy_model import (
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.engine import Generation, Request, Session
+from orthrus_gguf.engine import Generation, Request, Session, common_prefix
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.protocol import Masks
 from orthrus_gguf.sampling import SamplingSettings
@@ -311,3 +313,15 @@ class Nesting(AbstractContextManager[None]):
 def test_prompts_that_cannot_be_continued(prompt: tuple[int, ...], message: str) -> None:
     with pytest.raises(OrthrusError, match=message):
         session(scripted([]), n_ctx=16).generate(Request(prompt, GREEDY, policy(AR)))
+
+
+@given(
+    length=st.sampled_from([0, 1, 255, 256, 257, 511, 512, 600]),
+    first=st.lists(st.integers(0, 1), max_size=4),
+    second=st.lists(st.integers(2, 3), max_size=4),
+)
+def test_common_prefix(length: int, first: list[int], second: list[int]) -> None:
+    """Of lists and tuples, whichever is longer."""
+    shared = [1] * length
+    assert common_prefix([*shared, *first], (*shared, *second)) == len(shared)
+    assert common_prefix((*shared, *second), [*shared, *first]) == len(shared)

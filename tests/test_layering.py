@@ -45,6 +45,10 @@ ALLOWED: dict[str, set[str]] = {
     "decode": {"drafting", "errors", "runtime", "sampling"},
     "stats": {"drafting"},
     "engine": {"decode", "drafting", "errors", "runtime", "sampling", "stats", "text"},
+    "server": {
+        *("__init__", "decode", "drafting", "engine", "errors", "model", "runtime", "sampling"),
+        "text",
+    },
     "inspection": {"errors", "gguf", "model", "runtime"},
     "bench": {
         *("auto", "decode", "drafting", "engine", "errors", "model", "orthrus_kernels"),
@@ -52,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": {
         *("auto", "bench", "command", "decode", "drafting", "engine", "entry", "errors", "gguf"),
-        *("hub", "signals"),
+        *("hub", "server", "signals"),
         *("inspection", "model", "runtime", "sampling", "text"),
         "this_machine",
     },
@@ -77,6 +81,10 @@ FEW: dict[str, tuple[str, ...]] = {
         *(*GPU_CHECKS, "orthrus_kernels"),
     ),
     "triton": (*GPU_CHECKS, "orthrus_kernels"),
+    "starlette": ("orthrus_gguf.server",),
+    "uvicorn": ("orthrus_gguf.server",),
+    "llguidance": ("orthrus_gguf.server",),
+    "prometheus_client": ("orthrus_gguf.server",),
     "matplotlib": ("orthrus_gguf.bench.comparison.plots",),
     "orthrus_kernels": ("orthrus_gguf.runtime.cuda", *GPU_CHECKS, "orthrus_kernels"),
     "orthrus_cpu_kernels": (

@@ -142,7 +142,7 @@ def converse(together: Together, conversations: list[Conversation]) -> int:
         under_way = len(together)
         for generation, piece in together.step():
             (owner,) = [c for c in conversations if c.generation is generation]
-            owner.outcomes[-1].pieces.append(piece)
+            owner.outcomes[-1].pieces.append(piece.text)
         assert len(together) <= under_way
         steps += 1
         for c in conversations:
@@ -353,6 +353,50 @@ def test_a_session_has_one_generation_at_a_time() -> None:
     assert first.result.output == second.result.output
 
 
+def test_prompts_take_turns_within_a_bound_and_answers_take_part_in_every_pass() -> None:
+    """One answers; two prompts of 12 tokens come in pieces of 3, of which 4 rows are too few for
+    both: they take turns."""
+    rows: list[list[int]] = []
+    alone: list[int] = []
+
+    class Watched(ToyModel):
+        def forward(self, segments: Sequence[Segment]) -> list[Choices]:
+            rows.append([s.tokens[0] for s in segments if len(s) > 1])
+            alone.append(len([s for s in segments if len(s) == 1]))
+            return super().forward(segments)
+
+    model = Watched(logits=lambda prefix: np.eye(VOCAB, dtype=np.float32)[3])
+    together = Together(model)
+    generations = []
+    for first, prompt in enumerate([(1,), (2,) * 12, (3,) * 12]):
+        member = Member("ar", prompt, GREEDY, 30, batch=3)
+        session = toy_session(model)(member)
+        generations.append(session.generate(member.request(session, prompt)))
+        together.join(generations[-1])
+        if not first:
+            together.step()
+    while any(generation.in_prompt for generation in generations):
+        together.step(prompt_rows=3)
+    assert rows == [[], *[[2], [3]] * 4]
+    assert alone == [1] * 8 + [2]  # the first prompt has ended by then
+    assert not generations[0].in_prompt
+
+
+def test_the_rows_of_a_prompt_s_pass_may_change_on_the_way() -> None:
+    model = ToyModel()
+    member = Member("ar", (1,) * 20, GREEDY, 1, batch=3)
+    session = toy_session(model)(member)
+    seen: list[int] = []
+
+    def progress(held: int) -> None:
+        seen.append(held)
+        session.prompt_batch = 7
+
+    for _ in session.generate(member.request(session, member.prompt), on_progress=progress):
+        pass
+    assert seen == [3, 10, 17, 20]
+
+
 # --- on models ---
 
 
@@ -411,3 +455,35 @@ def test_company_changes_nothing_on_models(
                 assert found == alone, member
         drafted = [outcome.statistics for outcome in (*together[0], *together[1])]
         assert any(s is not None and s.sources for s in drafted)
+
+
+@pytest.mark.parametrize("runtime", ["reference", "ggml", "cpu"])
+def test_rows_can_move_to_another_session(
+    runtime: str, demo_file: Callable[..., Path], golden: dict[str, Any]
+) -> None:
+    """What a session goes on to say from rows of another one is what it says from its own."""
+    prompt = tuple(golden["cases"][5]["prompt_ids"])
+    member = Member("two-pass@7", prompt, seeded(3), 24)
+    with opened(demo_file, runtime) as (model, tokenizer):
+        first, second, alone = (Session(model, tokenizer, 200) for _ in range(3))
+        for session in (first, alone):
+            for _ in session.generate(member.request(session, prompt)):
+                pass
+        shared = len(prompt) - 5
+        assert second.portable
+        second.put(first.take(shared), prompt[:shared])
+        assert list(second.held) == list(prompt[:shared])
+        results = []
+        for session in (second, alone):
+            turn = (*prompt, 7, 9)
+            generation = session.generate(member.request(session, turn))
+            assert len(list(generation)) > 0
+            results.append(generation.result)
+        assert results[0].output == results[1].output
+        assert results[0].statistics.cached_tokens == shared
+        # Rows of another length, and more than there are.
+        with pytest.raises(ValueError, match="rows"):
+            second.put(first.take(64), prompt[:32])
+        with pytest.raises(ValueError, match="rows"):
+            first.take(first.rows + 1)
+        assert second.rows == len(second.held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,24 @@ class Costs(Protocol):
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float: ...
 
     def observe(self, done: Pass) -> None: ...
+
+
+class SharedCosts:
+    """Costs for one of several sequences that share their passes, and do alike.
+
+    A pass then has the rows of all of them: what is best for one at that price is best for all.
+    """
+
+    def __init__(self, costs: Costs, sequences: Callable[[], int]) -> None:
+        """sequences: how many share a pass now."""
+        self._costs, self._sequences = costs, sequences
+
+    def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
+        count = max(self._sequences(), 1)
+        return self._costs.seconds(count * ar_rows, count * diffusion_rows, context)
+
+    def observe(self, done: Pass) -> None:
+        self._costs.observe(done)
 
 
 @dataclass(frozen=True)

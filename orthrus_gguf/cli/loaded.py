@@ -25,7 +25,7 @@ from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import fitting_context, load_model, resolve
+from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate, Message
@@ -46,17 +46,21 @@ REFRESH = 0.25
 class Loaded:
     """A model with everything that the flags settle for all of its generations.
 
+    settings: how it runs, with the runtime that was chosen.
     template: None for a completion model and with `--raw`. plan: what the flags ask for, with the
-    defaults of this model; policy: what follows it, for all of its generations.
+    defaults of this model; policy: what follows it, for all of its generations. costs: what
+    passes cost here, as far as it is known.
     """
 
     file: ModelFile
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    settings: RuntimeSettings
     model: Model
     session: Session
     plan: Plan
     policy: Policy
+    costs: MachineCosts
     sampling: SamplingSettings
     max_tokens: int
     stop: tuple[str, ...]
@@ -94,8 +98,13 @@ class Loaded:
         return self.session.generate(request, on_progress=bar.update, during_prompt=bar)
 
 
-def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
-    """Open `path` and load the model as `args` say; `resources` closes everything again."""
+def load(
+    path: str, args: argparse.Namespace, resources: ExitStack, *, conversations: int = 1
+) -> Loaded:
+    """Open `path` and load the model as `args` say; `resources` closes everything again.
+
+    conversations: how many there will be at once, each with a context of its own.
+    """
     started = time.perf_counter()
     file = resources.enter_context(open_model(path, args, say))
     file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
@@ -108,8 +117,11 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
     drafter, config = open_drafter(args.drafter, file, resources)
     plan = _plan(args, config)
     settings = resolve(options.runtime_settings(args), say)
-    n_ctx = args.ctx_size or fitting_context(file, settings, file.config.n_ctx_train, say)
-    settings = replace(settings, context=n_ctx)
+    trained = file.config.n_ctx_train
+    n_ctx = args.ctx_size or max(
+        fitting_context(file, settings, trained * conversations, say) // conversations, 1
+    )
+    settings = replace(settings, context=n_ctx * conversations)
     with loading_bar() as on_progress:
         model = load_model(file, settings, drafter=drafter, on_progress=on_progress, say=say)
     resources.enter_context(closing(model))
@@ -125,10 +137,12 @@ def load(path: str, args: argparse.Namespace, resources: ExitStack) -> Loaded:
         file=file,
         tokenizer=tokenizer,
         template=template,
+        settings=settings,
         model=model,
         session=session,
         plan=plan,
         policy=policy_for(plan, model.config, lambda: _prepared(costs)),
+        costs=costs,
         sampling=sampling,
         max_tokens=args.predict,
         stop=tuple(args.stop),

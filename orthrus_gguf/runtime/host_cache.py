@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cache_layout import CacheLayout
 from orthrus_gguf.runtime.passes import check_path
@@ -32,6 +35,26 @@ class HostCache(ABC):
     @abstractmethod
     def _copy(self, source: int, target: int, count: int) -> None:
         """Copy the keys and values of `count` rows, from one place to another, in every layer."""
+
+    @abstractmethod
+    def _views(self, rows: int) -> list[NDArray[np.uint8]]:
+        """Where the first rows lie; perhaps with some rows behind them."""
+
+    def take(self, rows: int) -> list[NDArray[np.uint8]]:
+        """See `Portable.take`."""
+        self.checkpoint(rows)
+        return [view.copy() for view in self._views(rows)]
+
+    def put(self, parts: Sequence[NDArray[np.uint8]], rows: int) -> None:
+        """See `Portable.put`."""
+        if not 0 <= rows <= self._capacity:
+            raise ValueError(f"no room for {rows} rows in a cache for {self._capacity}")
+        views = self._views(rows)
+        if [part.shape for part in parts] != [view.shape for view in views]:
+            raise ValueError(f"not {rows} rows of this model and these cache types")
+        for view, part in zip(views, parts, strict=True):
+            view[...] = part
+        self._length, self._pending = rows, None
 
     @abstractmethod
     def close(self) -> None:

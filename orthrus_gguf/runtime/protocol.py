@@ -255,6 +255,24 @@ class Cache(Rows, Protocol):
 
 
 @runtime_checkable
+class Portable(Protocol):
+    """A cache whose rows can be taken out, and put into another cache of the same model."""
+
+    def take(self, rows: int) -> list[NDArray[np.uint8]]:
+        """The first `rows` committed rows, as copies: bytes that mean something to `put` of a cache
+        of the same runtime, model and cache types only. Raises ValueError for more than there are.
+        """
+        ...
+
+    def put(self, parts: Sequence[NDArray[np.uint8]], rows: int) -> None:
+        """Hold what `take` gave for so many rows, and nothing else.
+
+        Raises ValueError, and changes nothing, if the parts are not of that shape or do not fit.
+        """
+        ...
+
+
+@runtime_checkable
 class Threaded(Protocol):
     """A model whose number of CPU threads is found by measuring."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
@@ -76,6 +78,29 @@ class ReferenceCache:
             raise ValueError(f"no room for {rows} rows behind {self._length} of {self.capacity}")
         self._length += rows
         self.pend(())
+
+    def take(self, rows: int) -> list[NDArray[np.uint8]]:
+        """See `Portable.take`."""
+        self.checkpoint(rows)
+        return [self._bytes(part)[:, :rows].copy() for part in (self.k, self.v)]
+
+    def put(self, parts: Sequence[NDArray[np.uint8]], rows: int) -> None:
+        """See `Portable.put`."""
+        if not 0 <= rows <= self.capacity:
+            raise ValueError(f"no room for {rows} rows in a cache for {self.capacity}")
+        views = [self._bytes(part)[:, :rows] for part in (self.k, self.v)]
+        if [part.shape for part in parts] != [view.shape for view in views]:
+            raise ValueError(f"not {rows} rows of this model")
+        for view, part in zip(views, parts, strict=True):
+            view[...] = part
+        self._length = rows
+        self.pend(())
+
+    @staticmethod
+    def _bytes(part: Tensor) -> NDArray[np.uint8]:
+        """The memory of keys or values, [n_layers, capacity, bytes of a row]."""
+        found: NDArray[np.uint8] = part.numpy().view(np.uint8)
+        return found.reshape(*part.shape[:2], -1)
 
     def pend(self, parents: tuple[int, ...]) -> None:
         """Begin an AR segment, whose rows will be added; drop what was pending."""

@@ -89,12 +89,13 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Message | Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         thinking: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         guard: Callable[[str], str] | None = None,
+        more: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text. Encode it with special tokens; it may begin with the BOS token.
 
@@ -103,12 +104,14 @@ class ChatTemplate:
 
         add_generation_prompt: end where the assistant's answer begins. thinking: Qwen3's switch;
         None leaves it to the template. tools: JSON schemas of functions that the model may call.
+        more: further variables. messages: objects of any fields, as far as the template knows them.
         Raises OrthrusError for errors of the template, its own complaints, and exceeded limits.
         """
         outside = partial(_guarded, guard=guard or str)
         variables: dict[str, Any] = {
+            **{name: outside(value) for name, value in (more or {}).items()},
             "messages": [
-                {name: outside(value) for name, value in asdict(message).items()}
+                {name: outside(value) for name, value in _fields(message).items()}
                 for message in messages
             ],
             "add_generation_prompt": add_generation_prompt,
@@ -119,6 +122,10 @@ class ChatTemplate:
         if thinking is not None:
             variables["enable_thinking"] = thinking
         return _run_worker({"source": self.source, "variables": variables}, self.limits)
+
+
+def _fields(message: Message | Mapping[str, Any]) -> Mapping[str, Any]:
+    return asdict(message) if isinstance(message, Message) else message
 
 
 def _guarded(value: Any, guard: Callable[[str], str]) -> Any:

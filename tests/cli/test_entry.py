@@ -31,6 +31,7 @@ COMMANDS = {
     "orthrus-run": ["orthrus_gguf.cli.run"],
     "orthrus-bench": ["orthrus_gguf.cli.bench"],
     "orthrus-inspect": ["orthrus_gguf.cli.inspect"],
+    "orthrus-server": ["orthrus_gguf.cli.server"],
     "orthrus-convert": ["orthrus_converters"],
 }
 
@@ -84,6 +85,7 @@ def test_ctrl_c_at_any_moment(program: str, model: str, tmp_path: Path) -> None:
         "orthrus-run": [model, "-p", "import ", "--ignore-eos", "-t", "1"],
         "orthrus-bench": [model, "-t", "1", "-r", "1000"],
         "orthrus-inspect": [model, "--tensors"],
+        "orthrus-server": [model, "--port", "0", "-t", "1"],
         "orthrus-convert": ["--synthetic", "smollm2-135m", tmp_path / "new.gguf"],
     }
     interrupted = 0

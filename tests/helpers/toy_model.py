@@ -134,6 +134,15 @@ class ToyCache:
         del self.tokens[checkpoint.length :]
         self.pending = None
 
+    def take(self, rows: int) -> list[NDArray[np.uint8]]:
+        assert rows <= self.length
+        return [np.array(self.tokens[:rows], np.uint8)]
+
+    def put(self, parts: Sequence[NDArray[np.uint8]], rows: int) -> None:
+        (tokens,) = parts
+        assert len(tokens) == rows <= self._capacity
+        self.tokens, self.pending = tokens.tolist(), None
+
     def fit(self, parents: Sequence[int]) -> int:
         return min(len(parents), self.tree_room)
 

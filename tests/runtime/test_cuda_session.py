@@ -132,7 +132,7 @@ def test_conversations_side_by_side(
         if waiting:
             together.join(waiting.pop(0))
         for generation, piece in together.step():
-            texts[id(generation)] = texts.get(id(generation), "") + piece
+            texts[id(generation)] = texts.get(id(generation), "") + piece.text
     for generation, expected in zip(generations, alone, strict=True):
         assert generation.error is None
         found = generation.result

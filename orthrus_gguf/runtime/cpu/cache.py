@@ -90,6 +90,11 @@ class CpuCache(HostCache):
             part[:, :, to_panel, :, :, to_lane] = part[:, :, from_panel, :, :, from_lane]
         self.values[:, :, target : target + count] = self.values[:, :, source : source + count]
 
+    def _views(self, rows: int) -> list[NDArray[np.uint8]]:
+        panels = whole_panels(rows) // LANES
+        keys = self.keys.view(np.uint8).reshape(*self.keys.shape[:3], -1)
+        return [keys[:, :, :panels], self.values[:, :, :rows]]
+
     def close(self) -> None:
         """See `HostCache.close`. The memory goes with the last view of it."""
         self.drop()

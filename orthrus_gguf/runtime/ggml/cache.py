@@ -58,6 +58,9 @@ class GgmlCache(HostCache):
             first = lines[:, :, source * item : (source + count) * item]
             lines[:, :, target * item : (target + count) * item] = first
 
+    def _views(self, rows: int) -> list[NDArray[np.uint8]]:
+        return [lines[:, :, : rows * item] for lines, item in self._lines]
+
     def close(self) -> None:
         """See `HostCache.close`."""
         self.drop()

@@ -1,0 +1,281 @@
+"""The application: paths, and what every request goes through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from orthrus_gguf.server import anthropic, http, metrics, native, openai, openapi, responses
+from orthrus_gguf.server.api_errors import ApiError, wrong
+from orthrus_gguf.server.chat_requests import ChatRequest
+from orthrus_gguf.server.fields import read
+from orthrus_gguf.server.keys import PUBLIC, Keys
+from orthrus_gguf.server.service import Service, Stream, cancel
+from orthrus_gguf.server.slot_files import SlotFiles, erase
+
+Handler = Callable[[Service, Any], Awaitable[dict[str, Any] | Stream]]
+
+
+@dataclass
+class Settings:
+    """Of the application. cors: origins of pages that may use it, `*` for all. service: None while
+    the model is being loaded. slot_files: None where slots cannot be saved."""
+
+    keys: Sequence[str] = ()
+    cors: Sequence[str] = ()
+    prefix: str = ""
+    metrics: bool = False
+    props: bool = True
+    slots: bool = True
+    service: Service | None = None
+    slot_files: SlotFiles | None = None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A path that takes a JSON body. body: its dataclass."""
+
+    paths: tuple[str, ...]
+    body: type
+    handler: Handler
+    summary: str
+    anthropic: bool = False
+
+
+ENDPOINTS = (
+    Endpoint(
+        ("/v1/chat/completions", "/chat/completions"),
+        ChatRequest,
+        openai.chat,
+        "An answer to a conversation (OpenAI)",
+    ),
+    Endpoint(
+        ("/v1/completions",),
+        openai.CompletionRequest,
+        openai.completion,
+        "A prompt gone on with (OpenAI)",
+    ),
+    Endpoint(
+        ("/v1/responses", "/responses"),
+        responses.ResponsesRequest,
+        responses.respond,
+        "An answer (OpenAI's Responses)",
+    ),
+    Endpoint(
+        ("/v1/messages",),
+        anthropic.MessagesRequest,
+        anthropic.messages,
+        "An answer to a conversation (Anthropic)",
+        anthropic=True,
+    ),
+    Endpoint(
+        ("/v1/messages/count_tokens",),
+        anthropic.CountRequest,
+        anthropic.count_tokens,
+        "Tokens of a conversation (Anthropic)",
+        anthropic=True,
+    ),
+    Endpoint(
+        ("/completion", "/completions"),
+        native.NativeRequest,
+        native.completion,
+        "A prompt gone on with (llama-server)",
+    ),
+    Endpoint(("/tokenize",), native.TokenizeRequest, native.tokenize, "Text to ids"),
+    Endpoint(("/detokenize",), native.DetokenizeRequest, native.detokenize, "Ids to text"),
+    Endpoint(
+        ("/apply-template",),
+        native.TemplateRequest,
+        native.apply_template,
+        "The prompt that a conversation becomes",
+    ),
+)
+
+
+@dataclass
+class App:
+    """Handlers of requests. `asgi` is what a server runs."""
+
+    settings: Settings
+    asgi: ASGIApp = field(init=False)
+
+    def __post_init__(self) -> None:
+        routes = [
+            Route(path, self._post(endpoint), methods=["POST"])
+            for endpoint in ENDPOINTS
+            for path in endpoint.paths
+        ]
+        for path, handler in {
+            "/health": self._health,
+            "/v1/health": self._health,
+            "/models": self._models,
+            "/v1/models": self._models,
+            "/props": self._props,
+            "/slots": self._slots,
+            "/metrics": self._metrics,
+            "/openapi.json": self._openapi,
+        }.items():
+            routes.append(Route(path, handler, methods=["GET"]))
+        routes.append(Route("/slots/{id:int}", self._slot, methods=["POST"]))
+        prefix = self.settings.prefix.rstrip("/")
+        middleware = [Middleware(_Doors, keys=Keys(self.settings.keys), prefix=prefix)]
+        if self.settings.cors:
+            cors = Middleware(
+                CORSMiddleware,
+                allow_origins=list(self.settings.cors),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+            )
+            middleware.insert(0, cors)
+        self.asgi = Starlette(
+            routes=routes,
+            middleware=middleware,
+            exception_handlers={
+                ApiError: _api_error,
+                HTTPException: _http_error,
+                ClientDisconnect: _nobody_there,
+                Exception: _bug,
+            },
+        )
+
+    def _service(self) -> Service:
+        """Raises ApiError (503) while there is none."""
+        if self.settings.service is None:
+            raise ApiError("Loading model", status=503, retry_after=2)
+        return self.settings.service
+
+    def _post(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+        async def handle(request: Request) -> Response:
+            try:
+                service = self._service()
+                given: Any = read(endpoint.body, await http.body(request))
+                work = asyncio.ensure_future(endpoint.handler(service, given))
+                found = await http.unless_gone(request.receive, _awaited(work))
+            except ApiError as error:
+                if endpoint.anthropic:
+                    return _error(error, error.anthropic())
+                raise
+            if isinstance(found, Stream):
+                answers = found.answers
+                return http.EventStream(found.events, lambda: cancel(answers))
+            return http.Json(found)
+
+        return handle
+
+    async def _health(self, request: Request) -> Response:
+        self._service()
+        return http.Json({"status": "ok"})
+
+    async def _models(self, request: Request) -> Response:
+        return http.Json(openai.models(self._service()))
+
+    async def _props(self, request: Request) -> Response:
+        self._enabled(self.settings.props, "--props")
+        return http.Json(native.props(self._service()))
+
+    async def _slots(self, request: Request) -> Response:
+        self._enabled(self.settings.slots, "--slots")
+        service = self._service()
+        return http.Json([native.slot_json(service, s) for s in service.scheduler.pool.slots])
+
+    async def _metrics(self, request: Request) -> Response:
+        self._enabled(self.settings.metrics, "--metrics")
+        page = metrics.exposition(self._service().scheduler)
+        return Response(page, media_type=metrics.CONTENT_TYPE)
+
+    async def _openapi(self, request: Request) -> Response:
+        return http.Json(openapi.description(ENDPOINTS, public=PUBLIC))
+
+    async def _slot(self, request: Request) -> Response:
+        """Save, restore or erase a slot."""
+        service, files = self._service(), self.settings.slot_files
+        action = request.query_params.get("action")
+        if action not in ("save", "restore", "erase"):
+            raise wrong("action", "expected save, restore or erase")
+        slots, id = service.scheduler.pool.slots, request.path_params["id"]
+        if id >= len(slots):
+            raise ApiError(f"there is no slot {id}, only 0..{len(slots) - 1}", status=404)
+        slot = slots[id]
+        if action == "erase":
+            count = await asyncio.wrap_future(service.scheduler.call(lambda: erase(slot)))
+            return http.Json({"id_slot": id, "n_erased": count})
+        if files is None:
+            raise ApiError("slots cannot be saved: start with --slot-save-path", status=501)
+        given = await http.body(request)
+        name = given.get("filename") if isinstance(given, dict) else None
+        if not isinstance(name, str):
+            raise wrong("filename", "expected a text")
+        path = files.path(name)
+        work = files.save if action == "save" else files.restore
+        count = await asyncio.wrap_future(service.scheduler.call(lambda: work(slot, path)))
+        told = {"id_slot": id, "filename": name, f"n_{action}d": count}
+        return http.Json(told)
+
+    @staticmethod
+    def _enabled(enabled: bool, flag: str) -> None:
+        if not enabled:
+            raise ApiError(f"not enabled: start the server with {flag}", status=501)
+
+
+async def _awaited(work: Awaitable[Any]) -> Any:
+    return await work
+
+
+class _Doors:
+    """Keys and the path's prefix, before anything else."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, prefix: str) -> None:
+        self._app, self._keys, self._prefix = app, keys, prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if self._prefix:
+            if not f"{path}/".startswith(f"{self._prefix}/"):
+                await _error(ApiError("there is no such path", status=404))(scope, receive, send)
+                return
+            path = path.removeprefix(self._prefix) or "/"
+            scope = {**scope, "path": path, "raw_path": None}
+        if not self._keys.fit(path, Request(scope).headers):
+            error = ApiError("the API key is missing or wrong", status=401)
+            body = error.anthropic() if path.startswith("/v1/messages") else None
+            await _error(error, body)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+def _error(error: ApiError, body: dict[str, Any] | None = None) -> Response:
+    wait = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    return http.Json(body or error.openai(), status_code=error.status, headers=wait)
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _error(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(ApiError(str(error.detail), status=error.status_code))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """The log has its traceback."""
+    return _error(ApiError("internal error: the server's log tells more", status=500))
+
+
+async def _nobody_there(request: Request, error: Exception) -> Response:
+    return PlainTextResponse("", status_code=499)

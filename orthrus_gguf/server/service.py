@@ -1,0 +1,375 @@
+"""What all endpoints share: the loaded model, and how a request becomes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, NamedTuple
+
+from orthrus_gguf.drafting.plan import PLAIN, Plan, parse
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
+from orthrus_gguf.server.api_errors import ApiError, wrong
+from orthrus_gguf.server.events import BusyError, End, Event, Failed, Job, Progress, Text
+from orthrus_gguf.server.fields import Within
+from orthrus_gguf.server.grammars import Grammars, from_gbnf, from_regex, from_schema
+from orthrus_gguf.server.scheduler import Scheduler
+from orthrus_gguf.text.chat import ChatTemplate
+from orthrus_gguf.text.tokenizer import Tokenizer
+
+#: Seconds of silence after which a stream says that it is still there.
+PING = 15.0
+
+#: Seconds after which a client may try again when the queue is full.
+RETRY = 1
+
+
+@dataclass(kw_only=True)
+class Speculative:
+    """How to draft; never changes the text. strategy: as the command line spells plans."""
+
+    enabled: bool = True
+    strategy: str | None = None
+    width: Annotated[int, Within(1, 1024)] | None = None
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """Fields that all generating endpoints share. Those not given are as the server was started."""
+
+    temperature: float | None = None
+    top_k: Annotated[int, Within(-1, 2**31)] | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: Annotated[int, Within(-1, 2**31)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: Annotated[int, Within(-1, MAX_SEED)] | None = None
+    ignore_eos: bool = False
+    logit_bias: dict[str, Annotated[float, Within(-100, 100)]] | None = None
+    speculative: Speculative | None = None
+    cache_prompt: bool = True
+    id_slot: Annotated[int, Within(-1)] | None = None
+    return_progress: bool = False
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+
+
+class Prompt(NamedTuple):
+    """Ids; thinking: whether the answer begins within a thought."""
+
+    ids: tuple[int, ...]
+    thinking: bool = False
+
+
+@dataclass
+class Service:
+    """The model and what the command line settled. thinking: default of Qwen3's switch."""
+
+    name: str
+    aliases: tuple[str, ...]
+    config: ModelConfig
+    description: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    scheduler: Scheduler
+    plan: Plan
+    sampling: SamplingSettings
+    random_seed: bool
+    max_tokens: int
+    stop: tuple[str, ...]
+    thinking: bool | None
+    n_ctx: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.grammars = Grammars(self.tokenizer)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> tuple[str, Prompt]:
+        """The prompt of a conversation, as text and as ids. Takes a moment: call it in a thread.
+
+        Contents cannot speak for the system. An assistant's message at the end is gone on with.
+        """
+        if self.template is None:
+            raise ApiError(f"{self.name} has no chat template; use /v1/completions")
+        begun = ""
+        if len(messages) > 1 and messages[-1].get("role") == "assistant":
+            if messages[-1].get("tool_calls"):
+                raise wrong(f"messages[{len(messages) - 1}]", "a call of a tool needs its result")
+            begun = str(messages[-1].get("content") or "")
+            messages = messages[:-1]
+        try:
+            text = self.template.render(
+                messages,
+                thinking=self.thinking if thinking is None else thinking,
+                tools=tools,
+                guard=self.tokenizer.guard,
+                more=more,
+            )
+        except OrthrusError as error:
+            raise ApiError(str(error), param="messages") from error
+        thinks = text.rstrip().endswith("<think>") and not begun
+        text += self.tokenizer.guard(begun)
+        return text, Prompt(tuple(self.tokenizer.encode(text, guarded=True)), thinks)
+
+    def settings(self, given: Sampling, index: int = 0) -> SamplingSettings:
+        """What to sample with; index: of several answers to one request."""
+        seed = self.sampling.seed
+        if given.seed is not None and given.seed >= 0:
+            seed = given.seed
+        elif self.random_seed or given.seed == -1:
+            seed = secrets.randbits(32)
+        changes: dict[str, Any] = {"seed": (seed + index) % (MAX_SEED + 1)}
+        for name in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"):
+            changes[name] = getattr(given, name)
+        for name in ("presence_penalty", "frequency_penalty"):
+            changes[name] = getattr(given, name)
+        changes = {name: value for name, value in changes.items() if value is not None}
+        banned = {*self.sampling.banned, *(self.tokenizer.eog if given.ignore_eos else ())}
+        for token, bias in (given.logit_bias or {}).items():
+            if not token.isdecimal() or int(token) >= self.tokenizer.n_vocab:
+                raise wrong(f"logit_bias.{token}", "expected the id of a token")
+            if bias != -100 and bias != 0:
+                raise wrong(f"logit_bias.{token}", "only -100, which bans a token, is supported")
+            banned |= {int(token)} if bias else set()
+        try:
+            return replace(self.sampling, **changes, banned=tuple(sorted(banned)))
+        except OrthrusError as error:
+            raise ApiError(str(error), param=str(error).partition(":")[0]) from error
+
+    def drafting(self, given: Speculative | None) -> Plan:
+        """How to draft for a request."""
+        if given is None:
+            return self.plan
+        if not given.enabled:
+            return PLAIN
+        try:
+            plan = self.plan if given.strategy is None else parse(given.strategy)
+            if given.width is not None:
+                plan = parse("two-pass") if plan.strategy is None else plan
+                plan = replace(plan, width=given.width) if plan.drafts else plan
+            return plan.fitted(self.config)
+        except OrthrusError as error:
+            raise wrong("speculative", str(error)) from error
+
+    def grammar(self, given: Sampling) -> str | None:
+        """The grammar of llama-server's fields, if one is asked for."""
+        asked = {
+            "grammar": given.grammar and (lambda: from_gbnf(given.grammar or "")),
+            "json_schema": given.json_schema is not None
+            and (lambda: from_schema(given.json_schema or {})),
+            "regex": given.regex and (lambda: from_regex(given.regex or "")),
+        }
+        named = [name for name, make in asked.items() if make]
+        if len(named) > 1:
+            raise wrong(named[1], f"excludes {named[0]}")
+        for name, make in asked.items():
+            if make:
+                return compiled(name, make)
+        return None
+
+    def job(
+        self,
+        prompt: Prompt,
+        given: Sampling,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        top: int = 0,
+        grammar: str | None = None,
+        index: int = 0,
+    ) -> Job:
+        """A job that nobody listens to yet (`answer` does). Raises ApiError."""
+        count = len(prompt.ids)
+        if not count:
+            raise wrong("prompt", "is empty: there is no token to continue from")
+        if count >= self.n_ctx:
+            raise ApiError(
+                f"the prompt has {count} tokens, and the context of a conversation {self.n_ctx};"
+                " shorten it, or start the server with a larger -c",
+                kind="exceed_context_size_error",
+                n_prompt_tokens=count,
+                n_ctx=self.n_ctx,
+            )
+        if not all(stop):
+            raise wrong("stop", "a stop string must not be empty")
+        if not all(0 <= token < self.tokenizer.n_vocab for token in prompt.ids):
+            raise wrong("prompt", "holds ids that are not in the vocabulary")
+        constraint = None
+        plan = self.drafting(given.speculative)
+        if grammar is not None:
+            drafts = plan != PLAIN
+            try:
+                constraint = self.grammars.constraint(grammar, count, drafts=drafts)
+            except OrthrusError as error:
+                raise ApiError(str(error), param="grammar") from error
+        return Job(
+            prompt.ids,
+            self.settings(given, index),
+            plan,
+            _nobody,
+            self.max_tokens if max_tokens is None else max_tokens,
+            (*self.stop, *stop),
+            top,
+            constraint,
+            None if given.id_slot is None or given.id_slot < 0 else given.id_slot,
+            given.cache_prompt,
+        )
+
+    def submit_all(self, jobs: Sequence[Job]) -> list[Answer]:
+        """Let all of them begin, or none. Raises ApiError (429) where too many wait."""
+        answers: list[Answer] = []
+        try:
+            answers.extend(map(self._submit, jobs))
+        except ApiError:
+            cancel(answers)
+            raise
+        return answers
+
+    def _submit(self, job: Job) -> Answer:
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+
+        def listen(event: Event) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        job.listener = listen
+        try:
+            self.scheduler.submit(job)
+        except BusyError as error:
+            raise ApiError(str(error), status=429, retry_after=RETRY) from error
+        return Answer(self.scheduler, job, queue)
+
+
+@dataclass
+class Answer:
+    """A job under way. Iterate `events`, and `cancel` it in the end, which ends what is left."""
+
+    scheduler: Scheduler
+    job: Job
+    queue: asyncio.Queue[Event]
+
+    async def events(self) -> AsyncIterator[Progress | Text | End | None]:
+        """None after a silence. Raises ApiError where the job fails."""
+        while True:
+            try:
+                event = await asyncio.wait_for(self.queue.get(), PING)
+            except asyncio.TimeoutError:
+                yield None
+                continue
+            if isinstance(event, Failed):
+                raise failure(event.error)
+            yield event
+            if isinstance(event, End):
+                return
+
+    async def whole(self) -> tuple[list[Text | End], End]:
+        """All of it."""
+        found = [event async for event in self.events() if isinstance(event, Text | End)]
+        end = found[-1]
+        assert isinstance(end, End)
+        return found, end
+
+
+class Stream(NamedTuple):
+    """Events for a client, and the answers that they tell of, which end with it."""
+
+    events: AsyncIterator[bytes]
+    answers: list[Answer]
+
+
+def cancel(answers: Sequence[Answer]) -> None:
+    """End what is left of them."""
+    for answer in answers:
+        answer.scheduler.cancel(answer.job)
+
+
+def _nobody(event: Event) -> None:
+    """Listens to nothing."""
+
+
+def compiled(param: str, make: Any) -> str:
+    """A grammar; ApiError names the field that it comes from."""
+    try:
+        return str(make())
+    except OrthrusError as error:
+        raise ApiError(f"{param}: {error}", param=param) from error
+
+
+def failure(error: Exception) -> ApiError:
+    """What a client hears of a job that failed."""
+    if isinstance(error, OrthrusError):
+        return ApiError(str(error))
+    if isinstance(error, MemoryError):
+        return ApiError("out of memory; try again, or a shorter prompt", status=503)
+    return ApiError("internal error: the server's log tells more", status=500)
+
+
+def usage(end: End) -> dict[str, Any]:
+    """Token counts in OpenAI's shape."""
+    statistics = end.result.statistics
+    prompt, output = statistics.prompt_tokens, statistics.output_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": statistics.cached_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(statistics.confirmed),
+            "rejected_prediction_tokens": sum(statistics.offered) - sum(statistics.confirmed),
+        },
+    }
+
+
+def timings(end: End) -> dict[str, Any]:
+    """Times and drafts, as llama-server reports them, and what the drafts brought."""
+    statistics, times = end.result.statistics, end.result.timings
+    return {
+        "cache_n": statistics.cached_tokens,
+        "prompt_n": times.prompt_tokens,
+        "prompt_ms": times.prompt * 1e3,
+        "prompt_per_second": times.prompt_per_second,
+        "predicted_n": statistics.output_tokens,
+        "predicted_ms": times.generation * 1e3,
+        "predicted_per_second": times.generated_per_second,
+        "draft_n": sum(statistics.offered),
+        "draft_n_accepted": sum(statistics.confirmed),
+        "tokens_per_cycle": statistics.tokens_per_cycle,
+        "tokens_per_forward": statistics.tokens_per_forward,
+    }
+
+
+def progress(event: Progress) -> dict[str, Any]:
+    """llama-server's `prompt_progress`."""
+    return {"total": event.total, "cache": event.cached, "processed": event.held}
+
+
+def tokens_json(service: Service, event: Text | End, top: int) -> list[dict[str, Any]]:
+    """Log-probabilities of an event's tokens in OpenAI's shape; ends of text are left out."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        data = service.tokenizer.token_bytes(token)
+        text = data.decode("utf-8", errors="replace")
+        return {"token": text, "id": token, "logprob": logprob, "bytes": list(data)}
+
+    return [
+        {
+            **one(token, found.chosen),
+            "top_logprobs": [one(t, p) for t, p in found.top[:top]],
+        }
+        for token, found in zip(event.tokens, event.logprobs, strict=False)
+        if token not in service.tokenizer.eog
+    ]
