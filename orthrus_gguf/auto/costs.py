@@ -40,6 +40,10 @@ class SharedCosts:
         """sequences: how many share a pass now."""
         self._costs, self._sequences = costs, sequences
 
+    @property
+    def drafter(self) -> float:
+        return self._costs.drafter * max(self._sequences(), 1)
+
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         count = max(self._sequences(), 1)
         return self._costs.seconds(count * ar_rows, count * diffusion_rows, context)
