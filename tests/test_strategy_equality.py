@@ -22,16 +22,15 @@ from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
 #: Seeds per prompt, three prompts, beside 12 greedy runs, on each file: every pair of prompt and
-#: seed with four plans beside plain decoding. The long test takes 1,350 pairs on either runtime.
+#: seed with four plans beside plain decoding (the reference runtime: three seeds). The long test
+#: takes 1,350 pairs on either runtime.
 SEEDS = 8
 LONG_SEEDS = range(100, 175)
 
 #: Runtime and type of the file; and those of the long test.
 PAIRS = [
     ("reference", "f32"),
-    ("reference", "q8_0"),
     ("ggml", "f32"),
-    ("ggml", "q8_0"),
     ("ggml", "q4_k_m"),
     ("cpu", "f32"),
     ("cpu", "q8_0"),
@@ -129,13 +128,14 @@ def test_greedy(session: Session, golden: dict[str, Any]) -> None:
 def test_sampled(session: Session, golden: dict[str, Any]) -> None:
     accepted = 0
     texts = set()
+    seeds = 3 if session.model.description.startswith("reference") else SEEDS  # it is slow
     for number in (1, 6, 10):
-        for seed in range(SEEDS):
+        for seed in range(seeds):
             prompt = golden["cases"][number]["prompt_ids"]
             accepted += assert_same(session, prompt, seeded(seed), number + seed)
             texts.add(run(session, prompt, seeded(seed), PLAIN).text)
-    assert accepted > 6 * SEEDS, "sampled drafts are accepted too"
-    assert len(texts) > 2 * SEEDS, "seeds matter"
+    assert accepted > 6 * seeds, "sampled drafts are accepted too"
+    assert len(texts) > 2 * seeds, "seeds matter"
 
 
 @pytest.mark.slow

@@ -282,7 +282,8 @@ def test_output_and_embedding_flags() -> None:
     assert changed("q4_k_m", "8B", output) == {"output.weight": "Q8_0"}
     assert changed("q4_k_m", "4B", output) == {"token_embd.weight": "Q8_0"}  # it is the output
     both = TypeChoice(q4_k_m, output=KINDS.Q8_0, embedding=KINDS.Q2_K)
-    assert changed("q4_k_m", "4B", both) == {"token_embd.weight": "Q2_K"}
+    with pytest.raises(OrthrusError, match="--output-tensor-type q8_0: without an output matrix"):
+        changed("q4_k_m", "4B", both)  # as the embedding, it has the other type
     assert changed("q4_k_m", "8B", both) == {"output.weight": "Q8_0", "token_embd.weight": "Q2_K"}
 
 
