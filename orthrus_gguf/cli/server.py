@@ -53,6 +53,7 @@ def _parser() -> Parser:
     options.add_decoding_options(parser)
     options.add_sampling_options(parser)
     parser.set_defaults(raw=False, system_prompt=None, special_in_prompt=False, stop=[])
+    parser.set_defaults(drafter=None)  # slots do not carry the cache of a drafter yet
     parser.foreign = foreign(parser)
     return parser
 
