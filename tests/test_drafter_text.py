@@ -17,10 +17,11 @@ from toy_model import ToyTokenizer
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.engine import Generation, Request, Result, Session, Together
+from orthrus_gguf.engine import Generation, Request, Result, Session
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
 from orthrus_gguf.sampling import SamplingSettings
+from orthrus_gguf.together import Together
 
 DemoFile = Callable[..., Path]
 GOLDEN = Path(__file__).resolve().parent / "golden" / "dflash.json"

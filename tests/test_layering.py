@@ -45,9 +45,10 @@ ALLOWED: dict[str, set[str]] = {
     "decode": {"drafting", "errors", "runtime", "sampling"},
     "stats": {"drafting"},
     "engine": {"decode", "drafting", "errors", "runtime", "sampling", "stats", "text"},
+    "together": {"decode", "engine", "runtime"},
     "server": {
         *("__init__", "decode", "drafting", "engine", "errors", "model", "runtime", "sampling"),
-        "text",
+        *("text", "together"),
     },
     "inspection": {"errors", "gguf", "model", "runtime"},
     "bench": {

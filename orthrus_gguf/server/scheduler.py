@@ -2,7 +2,7 @@
 
 Everything that touches the model happens in its thread. Jobs come in and are cancelled from any
 other; between two passes they join and leave. What one says does not depend on the others
-(`engine.Together`), so nothing here can change a text.
+(`together.Together`), so nothing here can change a text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from orthrus_gguf.decode import PROMPT_BATCH
-from orthrus_gguf.engine import Generation, Together
+from orthrus_gguf.engine import Generation
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.server.counters import Counters
 from orthrus_gguf.server.events import BusyError, End, Event, Failed, Job, Progress, Text
 from orthrus_gguf.server.slots import Policies, Pool, Slot
+from orthrus_gguf.together import Together
 
 T = TypeVar("T")
 
