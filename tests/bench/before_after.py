@@ -48,6 +48,8 @@ class Checkout:
             "PYTHONPATH": os.pathsep.join(map(str, paths)),
             "XDG_CACHE_HOME": str(self.cache),
         }
+        # An installed package has its bytecode; compiling it anew would be most of a start.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, "-m", module, *words]
         done = subprocess.run(
             command, env=environment, cwd=self.cache, capture_output=True, text=True, check=False
