@@ -1,7 +1,7 @@
 """Attention, small ops and sampling through the real compiler, for cards not present.
 
 Compiled in processes of their own, since this one runs the interpreter; the compiled kernels are
-kept in triton's cache between runs.
+kept in triton's cache between runs. Two cards stand for all; the whole table takes minutes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import orthrus_kernels
@@ -20,24 +21,42 @@ from orthrus_kernels.tools.offline import CAPABILITIES, Resources, report_module
 ROOMS = ("attention", "elementwise", "sampling")
 MODULES = tuple(f"orthrus_kernels.{room}.cases" for room in ROOMS)
 
+CARDS = (86, 90)
+OTHERS = tuple(card for card in CAPABILITIES if card not in CARDS)
+
 Report = dict[str, dict[int, Resources]]
+
+
+def compiled(cards: Sequence[int]) -> Report:
+    reports = [report_module(module, cards) for module in MODULES]
+    return {name: used for report in reports for name, used in report.items()}
 
 
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return {name: used for module in MODULES for name, used in report_module(module).items()}
+    return compiled(CARDS)
 
 
-def test_every_kernel_keeps_its_budget(report: Report) -> None:
-    """Registers and shared memory within the budget; no stack, no spills."""
+def problems(report: Report) -> list[str]:
+    """Registers and shared memory beyond the budget; stack; spills."""
     budgets = load_budgets()
-    found = [
+    return [
         line
         for name, by_capability in report.items()
         for capability, used in by_capability.items()
         for line in violations(name, capability, used, budgets.get(name, {}).get(capability))
     ]
-    assert found == []
+
+
+def test_every_kernel_keeps_its_budget(report: Report) -> None:
+    assert problems(report) == []
+
+
+@pytest.mark.slow
+def test_every_kernel_keeps_its_budget_on_the_other_cards() -> None:
+    report = compiled(OTHERS)
+    assert {card for by_card in report.values() for card in by_card} == set(OTHERS)
+    assert problems(report) == []
 
 
 @pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
@@ -45,7 +64,7 @@ def test_every_kernel_keeps_its_budget(report: Report) -> None:
 def test_attention(report: Report, type_name: str, head_dim: int) -> None:
     """MMAs with no warp on another's keys (d <= 128), wide asynchronous copies, no conversions."""
     by_capability = report[f"attention {type_name} d={head_dim}"]
-    assert sorted(by_capability) == sorted(CAPABILITIES)
+    assert sorted(by_capability) == sorted(CARDS)
     for capability, used in by_capability.items():
         if head_dim <= 128:
             assert used.warps_per_cta == ((4, 1),)

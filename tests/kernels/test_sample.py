@@ -200,10 +200,10 @@ def token_of(choice: Choice | None) -> int:
 
 @pytest.mark.parametrize("name", CASES)
 def test_tokens_of_the_numpy_sampler(name: str) -> None:
-    """Rows of eight seeds, at many positions; the seeds use all 64 bits."""
+    """Rows of three seeds, at many positions; the seeds use all 64 bits."""
     settings, n_vocab, rows = CASES[name]
     rng = np.random.default_rng(sum(name.encode()))
-    for seed in [0, 2**64 - 1, *(int(s) for s in rng.integers(0, 2**64, 6, dtype=np.uint64))]:
+    for seed in [0, 2**64 - 1, int(rng.integers(0, 2**64, dtype=np.uint64))]:
         logits, positions, history = problem(rng, rows // 8, n_vocab)
         asked = rows_for(settings, seed, positions, history)
         found = drawn(logits, asked)[:, 0].tolist()
