@@ -161,8 +161,13 @@ class Session:
         return isinstance(self._cache, Portable)
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
-        """The first rows of the cache (see `Portable.take`)."""
+        """The first rows of the cache, `reachable` ones (see `Portable.take`)."""
         return list(self._cache.take(rows))
+
+    def reachable(self, rows: int) -> int:
+        """How many of the first rows of the cache it can give or go back to: `rows`, or as many
+        less as its checkpoints ask for."""
+        return int(self._cache.checkpoint(rows).length)
 
     def put(self, parts: Sequence[NDArray[np.uint8]], tokens: Sequence[int]) -> None:
         """Hold the rows of `tokens`, which `take` gave (see `Portable.put`)."""

@@ -78,7 +78,7 @@ FEW: dict[str, tuple[str, ...]] = {
     "torch": (
         *("orthrus_gguf.runtime.load", "orthrus_gguf.runtime.reference"),
         *("orthrus_gguf.runtime.reference_cache", "orthrus_gguf.runtime.reference_drafter"),
-        "orthrus_gguf.runtime.cuda",
+        *("orthrus_gguf.runtime.reference_hybrid", "orthrus_gguf.runtime.cuda"),
         *(*GPU_CHECKS, "orthrus_kernels"),
     ),
     "triton": (*GPU_CHECKS, "orthrus_kernels"),

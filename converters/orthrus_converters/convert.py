@@ -13,7 +13,8 @@ from orthrus_converters.checkpoint import Checkpoint, check_folder, open_checkpo
 from orthrus_converters.drafter import is_drafter, plan_drafter
 from orthrus_converters.encode import Job
 from orthrus_converters.file_types import FileType, lossless_type, uniform_file_type
-from orthrus_converters.hf_config import read_config, unknown_fields
+from orthrus_converters.hf_config import read_config, read_config_file, unknown_fields
+from orthrus_converters.hf_qwen35 import text_model, with_mtp
 from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.jobs import plan_jobs
 from orthrus_converters.json_file import JsonFile
@@ -64,7 +65,7 @@ def plan_checkpoint(request: Request, source: FolderSource, imatrix: Imatrix | N
     folder = source.folder
     check_folder(folder)
     check_outputs(request, inputs_of(folder))
-    config_file = JsonFile.read(folder / CONFIG)
+    config_file = read_config_file(folder / CONFIG)
     if is_drafter(config_file):
         return plan_drafter(request, source, config_file, imatrix)
     if request.target is not None:
@@ -75,6 +76,9 @@ def plan_checkpoint(request: Request, source: FolderSource, imatrix: Imatrix | N
     check_outputs(request, checkpoint.files)
     _check_heads(checkpoint, config_file, request)
     config = read_config(config_file, source.name, has_heads=has_heads(checkpoint))
+    if config.hybrid is not None:
+        checkpoint = text_model(checkpoint)
+        config = with_mtp(config, checkpoint)
     weights = match_weights(checkpoint, config)
     vocabulary = tokenizer_files.read_vocabulary(folder, config_file, config.n_vocab)
     file_type = request.choice.file_type or lossless_type(

@@ -16,7 +16,7 @@ from orthrus_converters import metadata, tokenizer_files
 from orthrus_converters.checkpoint import open_checkpoint
 from orthrus_converters.file_types import lossless_type
 from orthrus_converters.gguf_source import open_model
-from orthrus_converters.hf_config import read_config, unknown_fields
+from orthrus_converters.hf_config import read_config, read_config_file, unknown_fields
 from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.jobs import plan_jobs
 from orthrus_converters.json_file import JsonFile, describe
@@ -169,7 +169,7 @@ def _add_vocabulary(
         metadata.add_entries(writer, entries)
         return []
     if request.target is not None:
-        config_file = JsonFile.read(source.folder / "config.json")
+        config_file = read_config_file(source.folder / "config.json")
         theirs = read_config(config_file, source.name, has_heads=False)
         _check_size(request.target, theirs.n_vocab, theirs.n_embd, config)
     vocabulary = tokenizer_files.read_vocabulary(source.folder, config_file, config.n_vocab)

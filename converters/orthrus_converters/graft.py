@@ -22,10 +22,9 @@ from orthrus_converters.gguf_source import (
     open_pair,
     text,
 )
-from orthrus_converters.hf_config import read_config
+from orthrus_converters.hf_config import read_config, read_config_file
 from orthrus_converters.imatrix import Imatrix
 from orthrus_converters.jobs import plan_jobs
-from orthrus_converters.json_file import JsonFile
 from orthrus_converters.metadata import imatrix_entries
 from orthrus_converters.pairing import check_weights
 from orthrus_converters.plan import NewFile, Plan, Request, check_outputs
@@ -170,7 +169,7 @@ def _from_folder(source: FolderSource) -> _Heads:
     """Heads of a checkpoint, which may leave out the AR weights."""
     folder = source.folder
     check_folder(folder)
-    config_file = JsonFile.read(folder / CONFIG)
+    config_file = read_config_file(folder / CONFIG)
     checkpoint = open_checkpoint(folder)
     if not has_heads(checkpoint):
         raise OrthrusError(

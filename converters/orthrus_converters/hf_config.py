@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from orthrus_converters import hf_qwen35
 from orthrus_converters.hf_rope import read_rope, unread_settings
 from orthrus_converters.json_file import JsonFile, describe
-from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3, Architecture
+from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3, QWEN35, Architecture
 from orthrus_gguf.model.config import (
     BLOCK_SIZES,
     MAX_CONTEXT,
@@ -92,9 +94,17 @@ _FAMILIES = {
     "mistral": _Family(
         LLAMA, {"sliding_window": ()}, stated=("sliding_window",), freq_base=10_000.0
     ),
+    hf_qwen35.FLAT: _Family(
+        QWEN35,
+        {
+            "attn_output_gate": (True,),
+            "mtp_use_dedicated_embeddings": (False,),
+            "partial_rotary_factor": None,
+        },
+    ),
 }
 
-_READ = {
+_READ = hf_qwen35.FIELDS | {
     "architectures",
     "block_size",
     "head_dim",
@@ -117,7 +127,7 @@ _READ = {
 }
 
 #: Fields about training, about how transformers runs, or about generation: no part of the model.
-_DEAD = {
+_DEAD = hf_qwen35.DEAD | {
     "_attn_implementation",
     "_name_or_path",
     "attention_dropout",
@@ -147,6 +157,11 @@ _DEAD = {
 }
 
 
+def read_config_file(path: Path) -> JsonFile:
+    """config.json, of the text model where it is about more. Raises OrthrusError."""
+    return hf_qwen35.flattened(JsonFile.read(path))
+
+
 def read_config(config: JsonFile, name: str, *, has_heads: bool) -> ModelConfig:
     """The shape and constants of the model, under `name`. Raises OrthrusError naming the field.
 
@@ -166,9 +181,15 @@ def read_config(config: JsonFile, name: str, *, has_heads: bool) -> ModelConfig:
     head_dim = config.integer("head_dim", 2, MAX_HEAD_DIM, default=n_embd // n_head)
     if head_dim % 2:
         raise config.error("head_dim", f"expected an even number, found {head_dim}", "correct it")
+    n_layers = config.integer("num_hidden_layers", 1, MAX_LAYERS)
+    hybrid = None
+    if family.architecture.hybrid:
+        hybrid = hf_qwen35.read_hybrid(config, head_dim, n_layers)
+        if has_heads:
+            raise config.error("block_size", "heads for hybrid bases", "they are not supported yet")
     return ModelConfig(
         name=name,
-        n_layers=config.integer("num_hidden_layers", 1, MAX_LAYERS),
+        n_layers=n_layers,
         n_ctx_train=config.integer("max_position_embeddings", 1, MAX_CONTEXT),
         n_embd=n_embd,
         n_ff=config.integer("intermediate_size", 1, MAX_WIDTH),
@@ -182,11 +203,13 @@ def read_config(config: JsonFile, name: str, *, has_heads: bool) -> ModelConfig:
         block_size=config.integer("block_size", *BLOCK_SIZES) if has_heads else None,
         mask_token=config.integer("mask_token_id", 0, n_vocab - 1) if has_heads else None,
         architecture=family.architecture,
+        hybrid=hybrid,
     )
 
 
 def _rope(config: JsonFile, family: _Family, head_dim: int) -> Rope:
-    rope = read_rope(config, head_dim, family.freq_base)
+    hybrid = family.architecture.hybrid
+    rope = read_rope(config, head_dim, family.freq_base, multimodal=hybrid)
     if rope.freq_factors is not None and family.architecture is not LLAMA:
         raise config.error(
             "rope_parameters",
@@ -198,7 +221,8 @@ def _rope(config: JsonFile, family: _Family, head_dim: int) -> Rope:
 
 def unknown_fields(config: JsonFile) -> list[str]:
     """The fields that read_config() neither uses, nor checks, nor knows to be without effect."""
-    return sorted(set(config.values) - _READ - _DEAD - set(_ONLY)) + unread_settings(config)
+    checked = set(_ONLY).union(*(family.only for family in _FAMILIES.values()))
+    return sorted(set(config.values) - _READ - _DEAD - checked) + unread_settings(config)
 
 
 def _family(config: JsonFile) -> _Family:
@@ -228,6 +252,8 @@ def _check_arithmetic(config: JsonFile, family: _Family) -> None:
                 _ADVICE.get(key, f"only plain {family.architecture.name} models are supported"),
             )
     layers = config.values.get("layer_types")
+    if family.architecture.hybrid:
+        return
     if layers is not None and not (
         isinstance(layers, list) and all(kind == "full_attention" for kind in layers)
     ):

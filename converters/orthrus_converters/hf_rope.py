@@ -33,6 +33,8 @@ _KINDS = {
         "truncate",
     },
 }
+#: Of RoPE with sections.
+_MULTIMODAL = {"mrope_section", "mrope_interleaved", "partial_rotary_factor"}
 #: Seen in configs with YaRN; transformers reads none of them, and neither does llama.cpp.
 _UNREAD = {"attn_factor", "extrapolation_factor", "finetuned"}
 #: Settings of YaRN that llama.cpp does not read for any of our architectures, as it has them.
@@ -40,16 +42,24 @@ _FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
 _ADVICE = "only plain RoPE, linear scaling, Llama 3's and YaRN are supported"
 
 
-def read_rope(config: JsonFile, head_dim: int, default_base: float | None) -> Rope:
+def read_rope(
+    config: JsonFile, head_dim: int, default_base: float | None, *, multimodal: bool = False
+) -> Rope:
     """Raises OrthrusError for a kind of RoPE, or a setting, that is not supported.
 
-    default_base: where the config does not say, if it need not.
+    default_base: where the config does not say, if it need not. multimodal: pairs come in sections,
+    and some elements of a head may not be turned; unscaled only.
     """
     key, params = _parameters(config)
     fields = JsonFile(config.path, {f"{key}.{name}": value for name, value in params.items()})
     kind = params.get("rope_type", params.get("type", "default"))
     if not isinstance(kind, str) or kind not in _KINDS:
         raise fields.error(f"{key}.rope_type", f"found {describe(kind)}", _ADVICE)
+    if multimodal:
+        if kind != "default":
+            raise fields.error(f"{key}.rope_type", f"found {kind}", "scaling is not supported here")
+        _check_interleaved(fields, key)
+        params = {name: value for name, value in params.items() if name not in _MULTIMODAL}
     _check_settings(fields, key, params, _KINDS[kind])
     freq_base = _freq_base(config, fields, key, default_base)
     if "factor" not in _KINDS[kind]:
@@ -71,6 +81,12 @@ def read_rope(config: JsonFile, head_dim: int, default_base: float | None) -> Ro
         ext_factor=1.0,
         attn_factor=_attn_factor(fields, key, factor),
     )
+
+
+def _check_interleaved(fields: JsonFile, key: str) -> None:
+    """Text gives the same in both layouts of sections, but only one of them is the model's."""
+    if not fields.boolean(f"{key}.mrope_interleaved", default=False):
+        raise fields.error(f"{key}.mrope_interleaved", "is not true", _ADVICE)
 
 
 def unread_settings(config: JsonFile) -> list[str]:

@@ -22,6 +22,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.model.architectures import LLAMA, QWEN3
 from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.hybrid import CONV_KERNEL, Hybrid
 
 #: Files beside config.json that the general metadata comes from.
 CARD = "README.md"
@@ -110,7 +111,7 @@ def _shown(value: object) -> str:
 
 def add_model(writer: gguf.GGUFWriter, config: ModelConfig, file_type: FileType) -> None:
     """Shape, constants and types, under the writer's architecture."""
-    writer.add_block_count(config.n_layers)
+    writer.add_block_count(config.n_blocks)
     writer.add_context_length(config.n_ctx_train)
     writer.add_embedding_length(config.n_embd)
     writer.add_feed_forward_length(config.n_ff)
@@ -124,7 +125,23 @@ def add_model(writer: gguf.GGUFWriter, config: ModelConfig, file_type: FileType)
     if config.architecture is LLAMA:
         writer.add_vocab_size(config.n_vocab)
         writer.add_rope_dimension_count(config.head_dim)
+    if config.hybrid is not None:
+        _add_hybrid(writer, config.hybrid)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_hybrid(writer: gguf.GGUFWriter, hybrid: Hybrid) -> None:
+    """The DeltaNet layers, by the names that state space models have for such things."""
+    writer.add_rope_dimension_count(hybrid.rotary_dim)
+    writer.add_rope_dimension_sections(hybrid.sections)
+    writer.add_ssm_conv_kernel(CONV_KERNEL)
+    writer.add_ssm_state_size(hybrid.head_dim)
+    writer.add_ssm_group_count(hybrid.n_key_heads)
+    writer.add_ssm_time_step_rank(hybrid.n_value_heads)
+    writer.add_ssm_inner_size(hybrid.inner)
+    writer.add_full_attention_interval(hybrid.attention_every)
+    if hybrid.mtp:
+        writer.add_nextn_predict_layers(1)
 
 
 def _add_rope(writer: gguf.GGUFWriter, rope: Rope) -> None:

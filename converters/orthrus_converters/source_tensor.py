@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,37 @@ FLOAT_DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
+class Change(Enum):
+    """What becomes of every value of a tensor."""
+
+    PLUS_ONE = "x + 1"
+    MINUS_EXP = "-exp(x)"
+
+    def __call__(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """In single precision."""
+        return values + np.float32(1) if self is Change.PLUS_ONE else -np.exp(values)
+
+
+@dataclass(frozen=True)
+class HeadOrder:
+    """Value heads as ggml wants them: those that share a key head lie apart, not together.
+
+    Of n_groups · per_group heads of `size` elements behind `start` others, head g · per_group + j
+    becomes head j · n_groups + g.
+    """
+
+    n_groups: int
+    per_group: int
+    size: int
+    start: int = 0
+
+    def sources(self) -> NDArray[np.intp]:
+        """Where each element comes from."""
+        heads = np.arange(self.n_groups * self.per_group).reshape(self.n_groups, self.per_group)
+        elements = heads.T.reshape(-1, 1) * self.size + np.arange(self.size)
+        return np.concatenate([np.arange(self.start), self.start + elements.ravel()])
+
+
 @dataclass(frozen=True)
 class SourceTensor:
     """Where a tensor lies in its file.
@@ -39,6 +71,9 @@ class SourceTensor:
         of a vector) i and i + head_dim / 2 of a head become 2i and 2i + 1, so that RoPE on adjacent
         pairs turns the same ones together.
     values: of a tensor that is computed from what the file `path` says, in F32, rather than read.
+    row_order, column_order: the order to read them in; None as they lie.
+    change: what is done to every value, in F32, which is then the type of the tensor. stored: the
+        type in the file, where that is another.
     """
 
     name: str
@@ -49,6 +84,10 @@ class SourceTensor:
     n_bytes: int
     paired_heads: int = 0
     values: tuple[float, ...] | None = None
+    row_order: HeadOrder | None = None
+    column_order: HeadOrder | None = None
+    change: Change | None = None
+    stored: str = ""
 
     @property
     def columns(self) -> int:
@@ -94,16 +133,31 @@ def read_rows(descriptor: int, tensor: SourceTensor, first: int, count: int) -> 
         values: NDArray[Any] = np.array(tensor.values, np.float32).reshape(-1, tensor.columns)
         return values[first:][:count]
     if not tensor.paired_heads:
-        return _read_as_they_lie(descriptor, tensor, first, count)
+        rows = _read_in_order(descriptor, tensor, first, count)
+        if tensor.column_order is not None:
+            rows = np.ascontiguousarray(rows[:, tensor.column_order.sources()])
+        if tensor.change is not None:
+            rows = tensor.change(to_float32(rows, tensor.stored))
+        return rows
     if len(tensor.shape) == 1:
         elements = _read_as_they_lie(descriptor, tensor, 0, 1).reshape(-1, 1)
         return _paired(elements, tensor.paired_heads).reshape(1, -1)
     head_dim = tensor.n_rows // tensor.paired_heads
     start = first - first % head_dim  # whole heads, since their rows are taken from all over them
     n_heads = -(-(first + count - start) // head_dim)
-    rows = _paired(_read_as_they_lie(descriptor, tensor, start, n_heads * head_dim), n_heads)
-    wanted: NDArray[Any] = rows[first - start :][:count]
+    paired = _paired(_read_as_they_lie(descriptor, tensor, start, n_heads * head_dim), n_heads)
+    wanted: NDArray[Any] = paired[first - start :][:count]
     return wanted
+
+
+def _read_in_order(descriptor: int, tensor: SourceTensor, first: int, count: int) -> NDArray[Any]:
+    """Rows as `row_order` has them: a read for each run of them that lies together."""
+    if tensor.row_order is None:
+        return _read_as_they_lie(descriptor, tensor, first, count)
+    sources = tensor.row_order.sources()[first:][:count]
+    runs = np.split(sources, np.flatnonzero(np.diff(sources) != 1) + 1)
+    parts = [_read_as_they_lie(descriptor, tensor, int(run[0]), len(run)) for run in runs]
+    return np.concatenate(parts)
 
 
 def _paired(rows: NDArray[Any], n_heads: int) -> NDArray[Any]:
@@ -131,7 +185,7 @@ def _read_as_they_lie(
         parts.append(part)
         offset, left = offset + len(part), left - len(part)
     data = parts[0] if len(parts) == 1 else b"".join(parts)
-    dtype = FLOAT_DTYPES.get(tensor.dtype, np.dtype(np.uint8))
+    dtype = FLOAT_DTYPES.get(tensor.stored or tensor.dtype, np.dtype(np.uint8))
     return np.frombuffer(data, dtype).reshape(count, -1)
 
 

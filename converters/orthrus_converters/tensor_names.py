@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from orthrus_converters import hf_qwen35
 from orthrus_converters.checkpoint import Checkpoint
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor, read_chunks
 from orthrus_gguf.errors import OrthrusError
@@ -46,6 +47,8 @@ LAYER_PARTS = {
     "attn_q_norm_diff": "self_attn.q_norm_diff",
     "attn_k_norm_diff": "self_attn.k_norm_diff",
 }
+#: What stands in layers, in the order of the file.
+_ORDER = [*LAYER_PARTS, *hf_qwen35.PARTS, *hf_qwen35.MTP_PARTS]
 _LM_HEAD = _GLOBAL[OUTPUT]
 _COMPARED = 1 << 20  # elements at a time
 
@@ -69,7 +72,8 @@ def match_weights(
     shapes = base_tensors(config) | heads
     computed = {ROPE_FREQS: _rope_freqs(checkpoint, config)} if ROPE_FREQS in shapes else {}
     stored = [name for name in shapes if name not in computed]
-    names = {name: _hf_name(name) for name in sorted(stored, key=_position)}
+    mtp_layer = None if config.n_blocks == config.n_layers else config.n_layers
+    names = {name: _hf_name(name, mtp_layer) for name in sorted(stored, key=_position)}
     missing = [
         hf_name
         for name, hf_name in names.items()
@@ -86,8 +90,13 @@ def match_weights(
         for name, hf_name in names.items()
         if hf_name in checkpoint.tensors
     }
+    if config.hybrid is not None:
+        weights = {name: hf_qwen35.squeezed(_within(name), w) for name, w in weights.items()}
     for name, source in weights.items():
         check_weight(source, shapes[name])
+    if config.hybrid is not None:
+        order, hybrid = hf_qwen35.as_ggml_has_it, config.hybrid
+        weights = {name: order(_within(name), w, hybrid) for name, w in weights.items()}
     if config.architecture.pairing is Pairing.ADJACENT:
         weights = {name: _paired(name, source, config) for name, source in weights.items()}
     return computed | weights
@@ -108,19 +117,33 @@ def _paired(name: str, source: SourceTensor, config: ModelConfig) -> SourceTenso
     return replace(source, paired_heads=heads.get(part.removesuffix("_diff"), 0))
 
 
-def _hf_name(name: str) -> str:
+def _within(name: str) -> str:
+    """The name within a layer; of what stands in none, the name."""
+    return name.split(".", 2)[2] if name.startswith("blk.") else name
+
+
+def _hf_name(name: str, mtp_layer: int | None = None) -> str:
     if name in _GLOBAL:
         return _GLOBAL[name]
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{LAYER_PARTS[part]}.{kind}"
+    within, layer = _within(name), name.split(".")[1]
+    if within in hf_qwen35.MTP_PARTS:
+        return hf_qwen35.MTP_PARTS[within]
+    prefix = f"model.layers.{layer}." if int(layer) != mtp_layer else hf_qwen35.MTP_LAYER
+    if within in hf_qwen35.PARTS:
+        return prefix + hf_qwen35.PARTS[within]
+    part, kind = within.split(".")
+    return f"{prefix}{LAYER_PARTS[part]}.{kind}"
 
 
 def _position(name: str) -> tuple[int, int, int, str]:
     """Sort key: where a tensor stands in the file."""
     if not name.startswith("blk."):
         return 2 * (name == OUTPUT_NORM), list(_GLOBAL).index(name), 0, ""
-    _, layer, part, kind = name.split(".")
-    return 1, int(layer), list(LAYER_PARTS).index(part), "" if kind == "weight" else kind
+    within, layer = _within(name), int(name.split(".")[1])
+    if within in _ORDER:
+        return 1, layer, _ORDER.index(within), ""
+    part, kind = within.split(".")
+    return 1, layer, _ORDER.index(part), "" if kind == "weight" else kind
 
 
 def _check_unused(checkpoint: Checkpoint, config: ModelConfig, used: set[str]) -> None:

@@ -13,7 +13,7 @@ from orthrus_converters.file_types import TENSOR_TYPES, FileType
 from orthrus_converters.source_tensor import FLOAT_DTYPES, SourceTensor
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.mix import Kind, Mix, fitting
+from orthrus_gguf.model.mix import Kind, Mix, counted, fitting
 from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD, is_diffusion_tensor
 
 _Type = gguf.GGMLQuantizationType
@@ -111,8 +111,9 @@ def plan_types(
 
 
 def is_matrix(name: str, shape: Sequence[int]) -> bool:
-    """True for tensors that are quantized; norms and vectors are not."""
-    return len(shape) > 1 and "_norm" not in name and name.endswith(".weight")
+    """True for tensors that are quantized; norms, vectors and small convolutions are not."""
+    kept = "_norm" in name or "ssm_conv1d" in name
+    return len(shape) > 1 and not kept and name.endswith(".weight")
 
 
 def _layer_order(name: str) -> tuple[int, str]:
@@ -157,8 +158,8 @@ def _default(
     if mix is None or not name.startswith("blk.") or is_diffusion_tensor(name):
         return choice.file_type.weights
     part = name.split(".")[2]
-    index = counts[part]
-    counts[part] += 1
+    index = counts[counted(part)]
+    counts[counted(part)] += 1
     return mix.matrix(part, index)
 
 

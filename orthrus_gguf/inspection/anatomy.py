@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orthrus_gguf.model.architectures import Pairing
+from orthrus_gguf.model.architectures import LayerKind, Pairing
 from orthrus_gguf.model.config import ModelConfig, Rope
 
 _PAIRS = {Pairing.HALVES: "halves", Pairing.ADJACENT: "adjacent pairs"}
@@ -16,6 +16,7 @@ def anatomy_rows(config: ModelConfig) -> list[tuple[str, str]]:
     own = [
         "biases of q, k and v" if arch.qkv_biases else "no biases",
         "norms of q and k" if arch.qk_norms else "no norms of q and k",
+        *(["gated"] if arch.hybrid else []),
     ]
     scaling = {
         "none": "",
@@ -26,6 +27,7 @@ def anatomy_rows(config: ModelConfig) -> list[tuple[str, str]]:
     heads = "none"
     if config.has_heads:
         heads = f"for this architecture, blocks of {config.block_size}, mask {config.mask_token}"
+    part = "" if config.rotary_dim == config.head_dim else f" of the first {config.rotary_dim}"
     return [
         (
             "base",
@@ -36,13 +38,46 @@ def anatomy_rows(config: ModelConfig) -> list[tuple[str, str]]:
             "attention",
             f"{config.n_head} heads of {config.head_dim} on {config.n_head_kv}, {', '.join(own)}",
         ),
+        *_hybrid_rows(config),
         (
             "RoPE",
-            f"{_PAIRS[arch.pairing]}, base {rope.freq_base:g}{scaling[_scaling(rope)]}{factors}",
+            f"{_PAIRS[arch.pairing]}{part}, base {rope.freq_base:g}{scaling[_scaling(rope)]}"
+            f"{factors}",
         ),
         ("output", "tied to the embedding" if config.tied else "a matrix of its own"),
         ("heads", heads),
     ]
+
+
+def _hybrid_rows(config: ModelConfig) -> list[tuple[str, str]]:
+    """What a hybrid has besides."""
+    hybrid = config.hybrid
+    if hybrid is None:
+        return []
+    layers = config.layer_kinds.count(LayerKind.DELTA_NET)
+    mib = hybrid.state_bytes(config.n_layers) / 2**20
+    return [
+        (
+            "DeltaNet",
+            f"{layers} of the layers, {hybrid.n_key_heads} key and {hybrid.n_value_heads} value "
+            f"heads of {hybrid.head_dim}, {mib:.1f} MiB of state",
+        ),
+        ("MTP", "a block, not used yet" if hybrid.mtp else "no block"),
+    ]
+
+
+def _hybrid_json(config: ModelConfig) -> dict[str, Any] | None:
+    hybrid = config.hybrid
+    if hybrid is None:
+        return None
+    return {
+        "delta_net_layers": config.layer_kinds.count(LayerKind.DELTA_NET),
+        "n_key_heads": hybrid.n_key_heads,
+        "n_value_heads": hybrid.n_value_heads,
+        "head_dim": hybrid.head_dim,
+        "state_bytes": hybrid.state_bytes(config.n_layers),
+        "mtp": hybrid.mtp,
+    }
 
 
 def anatomy_json(config: ModelConfig) -> dict[str, Any]:
@@ -60,8 +95,10 @@ def anatomy_json(config: ModelConfig) -> dict[str, Any]:
         "qk_norms": arch.qk_norms,
         "qkv_biases": arch.qkv_biases,
         "tied": config.tied,
+        "hybrid": _hybrid_json(config),
         "rope": {
             "pairing": arch.pairing.value,
+            "dimensions": config.rotary_dim,
             "freq_base": rope.freq_base,
             "scaling": _scaling(rope),
             "factor": rope.factor,

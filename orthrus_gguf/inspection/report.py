@@ -49,7 +49,8 @@ class Report:
 
     files: the file, or base and heads. tensors: with the file that each lies in.
     config: of the model; None where this is no whole model that can run, and `problem` says why.
-    memory, cache_per_token (bytes), runtime (`cpu` or `ggml`, whose memory it is): empty and None
+    memory, cache_per_token (bytes), runtime (`cpu`, `ggml` or
+    `reference`, whose memory it is): empty and None
     without a config. drafter: beside the model.
     """
 
@@ -96,7 +97,7 @@ def inspect(
     needs: tuple[MemoryNeed, ...] = ()
     if config is not None:
         plan = cpu_memory(config, {info.name: info for _, info in tensors}, *cache_types)
-        per_token, runtime = plan.row_bytes, plan.runtime
+        per_token, runtime, cache_types = plan.row_bytes, plan.runtime, plan.types
         base = sum(plan.weight(info) for _, info in tensors if not is_diffusion_tensor(info.name))
         heads_bytes = sum(plan.weight(info) for _, info in tensors) - base
         contexts = {*CONTEXTS, config.n_ctx_train} - {

@@ -25,6 +25,7 @@ class LayerKind(Enum):
     """What mixes the rows of a layer."""
 
     ATTENTION = "attention"
+    DELTA_NET = "gated DeltaNet"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Architecture:
     qk_norms: RMSNorm on the heads of q and k (`attn_q_norm`, `attn_k_norm`).
     qkv_biases: `attn_q`, `attn_k` and `attn_v` have biases.
     freq_base: RoPE's, where a file does not say; None if it must.
+    hybrid: most layers are no attention but a gated DeltaNet (`hybrid.py`); where there is
+    attention, `attn_q` holds a gate for each head's output beside its query.
+    mlp_norm: what the norm before the MLP is called.
     """
 
     name: str
@@ -41,10 +45,8 @@ class Architecture:
     qkv_biases: bool
     pairing: Pairing
     freq_base: float | None = None
-
-    def layer_kinds(self, n_layers: int) -> tuple[LayerKind, ...]:
-        """The kind of each layer."""
-        return (LayerKind.ATTENTION,) * n_layers
+    hybrid: bool = False
+    mlp_norm: str = "ffn_norm"
 
 
 QWEN3 = Architecture("qwen3", qk_norms=True, qkv_biases=False, pairing=Pairing.HALVES)
@@ -52,8 +54,16 @@ QWEN2 = Architecture("qwen2", qk_norms=False, qkv_biases=True, pairing=Pairing.H
 LLAMA = Architecture(
     "llama", qk_norms=False, qkv_biases=False, pairing=Pairing.ADJACENT, freq_base=10_000.0
 )
+QWEN35 = Architecture(
+    "qwen35",
+    qk_norms=True,
+    qkv_biases=False,
+    pairing=Pairing.HALVES,
+    hybrid=True,
+    mlp_norm="post_attention_norm",
+)
 
 #: Of a drafter's network (`drafter.py`): what Qwen3 has, but no model by itself.
 DFLASH = Architecture("dflash", qk_norms=True, qkv_biases=False, pairing=Pairing.HALVES)
 
-ARCHITECTURES = {arch.name: arch for arch in (QWEN3, QWEN2, LLAMA)}
+ARCHITECTURES = {arch.name: arch for arch in (QWEN3, QWEN2, LLAMA, QWEN35)}

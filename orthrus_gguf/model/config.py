@@ -14,7 +14,14 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.reader import Value
-from orthrus_gguf.model.architectures import ARCHITECTURES, DFLASH, QWEN3, Architecture
+from orthrus_gguf.model.architectures import (
+    ARCHITECTURES,
+    DFLASH,
+    QWEN3,
+    Architecture,
+    LayerKind,
+)
+from orthrus_gguf.model.hybrid import Hybrid, mtp_key, read_hybrid
 
 # Sanity limits, far above any model and far below what could exhaust memory by itself.
 MAX_LAYERS = 1024
@@ -41,6 +48,14 @@ YARN_UNREAD = (
     gguf.Keys.Rope.SCALING_YARN_BETA_FAST,
     gguf.Keys.Rope.SCALING_YARN_BETA_SLOW,
 )
+
+#: Architectures that look like one of ours, and what sets them apart.
+RELATIVES = {
+    "qwen35moe": "Qwen3.5 with experts",
+    "qwen3next": "Qwen3-Next, with experts and other projections",
+    "qwen4exp": "a hybrid of another kind",
+}
+ONLY = "use a dense Qwen3.5 or 3.6 (qwen35)"
 
 #: An older name of `rope.scaling.factor`, for linear scaling only.
 SCALE_LINEAR = "{arch}.rope.scale_linear"
@@ -72,6 +87,7 @@ class ModelConfig:
     """Shape and constants of one model, with or without Orthrus heads (sizes in elements).
 
     drafter_block: rows of the blocks of a drafter's own network beside it; None without.
+    hybrid: of a model whose layers are of two kinds; None if all are attention.
     """
 
     name: str
@@ -90,6 +106,24 @@ class ModelConfig:
     mask_token: int | None
     architecture: Architecture = QWEN3
     drafter_block: int | None = None
+    hybrid: Hybrid | None = None
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer is. The MTP block of a hybrid is none of them."""
+        if self.hybrid is None:
+            return (LayerKind.ATTENTION,) * self.n_layers
+        return self.hybrid.kinds(self.n_layers)
+
+    @property
+    def n_blocks(self) -> int:
+        """Layers as files count them: with the MTP block behind them."""
+        return self.n_layers + (self.hybrid is not None and self.hybrid.mtp)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that RoPE turns: the first ones."""
+        return self.head_dim if self.hybrid is None else self.hybrid.rotary_dim
 
     @property
     def has_heads(self) -> bool:
@@ -126,7 +160,7 @@ class ModelConfig:
         _check_vocabulary(fields, n_vocab)
         llm, attention = gguf.Keys.LLM, gguf.Keys.Attention
         key = partial(keys.model_key, arch=arch)
-        n_layers = fields.integer(key(llm.BLOCK_COUNT), 1, MAX_LAYERS)
+        n_blocks = fields.integer(key(llm.BLOCK_COUNT), 1, MAX_LAYERS)
         n_ctx_train = fields.integer(key(llm.CONTEXT_LENGTH), 1, MAX_CONTEXT)
         n_embd = fields.integer(key(llm.EMBEDDING_LENGTH), 1, MAX_WIDTH)
         n_head = fields.uniform_integer(key(attention.HEAD_COUNT), 1, MAX_HEADS)
@@ -136,6 +170,11 @@ class ModelConfig:
                 key(attention.HEAD_COUNT_KV),
                 f"expected a divisor of the {n_head} heads, found {n_head_kv}",
             )
+        head_dim = _head_dim(fields, arch, n_embd // n_head, record)
+        hybrid = read_hybrid(fields, arch, head_dim) if record.hybrid else None
+        n_layers = n_blocks - (hybrid is not None and hybrid.mtp)
+        if not n_layers:
+            raise fields.error(mtp_key(arch), "leaves no layers before the MTP block")
         block_size = mask_token = None
         if has_heads:
             _check_diffusion_keys(fields)
@@ -149,7 +188,7 @@ class ModelConfig:
             n_ff=fields.uniform_integer(key(llm.FEED_FORWARD_LENGTH), 1, MAX_WIDTH),
             n_head=n_head,
             n_head_kv=n_head_kv,
-            head_dim=_head_dim(fields, arch, n_embd // n_head),
+            head_dim=head_dim,
             n_vocab=n_vocab,
             rms_eps=fields.positive(key(attention.LAYERNORM_RMS_EPS)),
             rope=_rope(fields, arch, record, n_ctx_train),
@@ -157,6 +196,7 @@ class ModelConfig:
             block_size=block_size,
             mask_token=mask_token,
             architecture=record,
+            hybrid=hybrid,
         )
 
 
@@ -177,6 +217,10 @@ def architecture(fields: Fields) -> tuple[str, Architecture]:
     known = ", ".join(map(repr, ARCHITECTURES))
     if prefix in ARCHITECTURES:
         return prefix, ARCHITECTURES[prefix]
+    if prefix in RELATIVES:
+        raise OrthrusError(
+            f"{fields.path}: is {prefix}, {RELATIVES[prefix]}: not supported; {ONLY}"
+        )
     if prefix == DFLASH.name:
         raise OrthrusError(
             f"{fields.path}: is a drafter ({prefix}), which drafts for another model; open that"
@@ -196,6 +240,8 @@ def architecture(fields: Fields) -> tuple[str, Architecture]:
             f"expected one of {known}, found {describe(base)}",
             "heads for bases of other architectures are not supported",
         )
+    if ARCHITECTURES[base].hybrid:
+        raise fields.error(key, f"is {base}", "heads for hybrid bases are not supported yet")
     return prefix, ARCHITECTURES[base]
 
 
@@ -221,13 +267,15 @@ def _check_diffusion_keys(fields: Fields) -> None:
             )
 
 
-def _head_dim(fields: Fields, arch: str, default: int) -> int:
-    """Elements per head. Keys, values and the rotated part must agree on it."""
+def _head_dim(fields: Fields, arch: str, default: int, record: Architecture) -> int:
+    """Elements per head. Keys and values must agree on it, and the rotated part of all but
+    hybrids."""
     key_length = keys.model_key(gguf.Keys.Attention.KEY_LENGTH, arch)
     head_dim = fields.integer(key_length, 2, MAX_HEAD_DIM, default)
     if head_dim % 2:
         raise fields.error(key_length, f"expected an even number, found {head_dim}")
-    for template in (gguf.Keys.Attention.VALUE_LENGTH, gguf.Keys.Rope.DIMENSION_COUNT):
+    rotated = () if record.hybrid else (gguf.Keys.Rope.DIMENSION_COUNT,)
+    for template in (gguf.Keys.Attention.VALUE_LENGTH, *rotated):
         key = keys.model_key(template, arch)
         other = fields.integer(key, 0, MAX_WIDTH, head_dim)
         if other != head_dim:

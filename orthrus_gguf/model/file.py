@@ -30,6 +30,7 @@ from orthrus_gguf.model.tensors import (
     check_tensors,
     diffusion_tensors,
     is_diffusion_tensor,
+    optional_tensors,
 )
 
 ADAPTER = gguf.GGUFType.ADAPTER
@@ -152,7 +153,8 @@ def _single_config(file: GGUFFile) -> ModelConfig:
                 "blk.0.attn_q_diff.weight; convert the model again with orthrus-convert"
             )
         expected |= diffusion_tensors(config)
-    check_tensors(file.path, file.tensors, expected, config.architecture.name)
+    arch_name, optional = config.architecture.name, optional_tensors(config)
+    check_tensors(file.path, file.tensors, expected, arch_name, optional)
     return config
 
 
@@ -204,7 +206,9 @@ def _check_base(file: GGUFFile) -> None:
     """Refuse what is not one whole model, before asking for the keys of one."""
     fields = Fields(file.metadata, file.path)
     if fields.text(gguf.Keys.General.TYPE, "model") != ADAPTER:
-        architecture(fields)
+        _, record = architecture(fields)
+        if record.hybrid:
+            _check_hybrid(file)
         return
     kind = fields.text(gguf.Keys.Adapter.TYPE, "unknown")
     if kind == keys.ADAPTER_HEADS:
@@ -218,6 +222,23 @@ def _check_base(file: GGUFFile) -> None:
         f"expected a model, found an adapter of type {describe(kind)}",
         "name the model's own file",
     )
+
+
+def _check_hybrid(file: GGUFFile) -> None:
+    """Refuse other layouts of the architecture, and parts of its models, by their names."""
+    odd = next((name for name in file.tensors if name.startswith(("v.", "mtp."))), None)
+    if odd is not None:
+        raise OrthrusError(
+            f"{file.path}: holds {odd}: Ollama's layout of this architecture, with vision and MTP"
+            " tensors of other names, is not supported; use a file made by llama.cpp's converter"
+            " or orthrus-convert"
+        )
+    mtp = next((name for name in file.tensors if ".nextn." in name), None)
+    if mtp is not None and "blk.0.attn_norm.weight" not in file.tensors:
+        raise OrthrusError(
+            f"{file.path}: holds only an MTP block ({mtp}), which drafts for its model; MTP drafts"
+            " are not supported yet: open the model itself"
+        )
 
 
 def _check_heads(file: GGUFFile) -> None:

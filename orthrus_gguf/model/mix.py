@@ -92,11 +92,17 @@ def fitting(kind: Kind, columns: int) -> Kind:
     return _Type.F16
 
 
+def counted(part: str) -> str:
+    """The part of a layer that rules and counts take `part` for: what holds values is `attn_v`."""
+    return "attn_v" if part == "attn_qkv" else part
+
+
 @dataclass(frozen=True)
 class Mix:
     """The rules of one mix for one model.
 
-    name: of the file type, such as `q4_k_m`. default: its usual type. gqa: query heads per KV head.
+    name: of the file type, such as `q4_k_m`. default: its usual type. n_layers: as files count
+    them, an MTP block included. gqa: query heads per KV head.
     small_v: attn_v is so small beside the rest of the model that it gets Q5_K at least (llama.cpp
     calls such a model 70B).
     """
@@ -117,7 +123,7 @@ class Mix:
         return cls(
             name=name,
             default=default,
-            n_layers=config.n_layers,
+            n_layers=config.n_blocks,
             gqa=gqa,
             tied=config.tied,
             has_imatrix=has_imatrix,
@@ -127,9 +133,10 @@ class Mix:
     def matrix(self, part: str, index: int) -> Kind:
         """The type of a layer's `part` (such as `attn_v`).
 
-        index: how many tensors of this part came before, in the order of layers.
+        index: how many tensors of this part, as `counted` names it, came before, in the order of
+        layers.
         """
-        if part == "attn_v":
+        if counted(part) == "attn_v":
             kind = self._attn_v(index)
             small = self.small_v and self.name not in _TINY
             return _Type.Q5_K if small and kind in (_Type.Q3_K, _Type.Q4_K) else kind

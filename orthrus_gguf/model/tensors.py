@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.hybrid import CONV_KERNEL
 
 TOKEN_EMBD = "token_embd.weight"
 OUTPUT = "output.weight"
@@ -35,7 +38,11 @@ def base_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if config.rope.freq_factors is not None:
         tensors[ROPE_FREQS] = (config.head_dim // 2,)
     tensors[TOKEN_EMBD] = (config.n_vocab, config.n_embd)
-    tensors |= _per_layer(config, _layer_shapes(config))
+    for index, kind in enumerate(config.layer_kinds):
+        tensors |= _in_layer(index, _layer_shapes(config, kind))
+    if config.hybrid is not None and config.hybrid.mtp:
+        mtp = _layer_shapes(config, LayerKind.ATTENTION) | _mtp_shapes(config)
+        tensors |= _in_layer(config.n_layers, mtp)
     tensors[OUTPUT_NORM] = (config.n_embd,)
     if not config.tied:
         tensors[OUTPUT] = (config.n_vocab, config.n_embd)
@@ -51,6 +58,16 @@ def diffusion_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _per_layer(config, twins)
 
 
+def optional_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape (numpy order) of what a model may hold besides: the embedding and the output
+    matrix of an MTP block, which are the model's own otherwise."""
+    if config.hybrid is None or not config.hybrid.mtp:
+        return {}
+    parts = ("embed_tokens", "shared_head_head")
+    shapes = {f"nextn.{part}.weight": (config.n_vocab, config.n_embd) for part in parts}
+    return _in_layer(config.n_layers, shapes)
+
+
 def drafter_tensors(config: ModelConfig, n_taps: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape (numpy order) of a drafter's network that reads `n_taps` layers of its target:
     whatever lies between the target's embedding and its output."""
@@ -58,7 +75,7 @@ def drafter_tensors(config: ModelConfig, n_taps: int) -> dict[str, tuple[int, ..
         FEATURES: (config.n_embd, n_taps * config.n_embd),
         FEATURES_NORM: (config.n_embd,),
         OUTPUT_NORM: (config.n_embd,),
-        **_per_layer(config, _layer_shapes(config)),
+        **_per_layer(config, _layer_shapes(config, LayerKind.ATTENTION)),
     }
 
 
@@ -83,7 +100,8 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     shapes: dict[str, tuple[int, ...]] = {}
     for part, n in rows.items():
-        shapes[f"attn_{part}.weight"] = (n, config.n_embd)
+        gates = n if arch.hybrid and part == "q" else 0
+        shapes[f"attn_{part}.weight"] = (n + gates, config.n_embd)
         if arch.qkv_biases:
             shapes[f"attn_{part}.bias"] = (n,)
     shapes["attn_output.weight"] = (config.n_embd, rows["q"])
@@ -92,12 +110,39 @@ def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _delta_net_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name within the layer -> shape of a gated DeltaNet."""
+    hybrid = config.hybrid
+    assert hybrid is not None
+    return {
+        "attn_qkv.weight": (hybrid.channels, config.n_embd),
+        "attn_gate.weight": (hybrid.inner, config.n_embd),
+        "ssm_a": (hybrid.n_value_heads,),
+        "ssm_alpha.weight": (hybrid.n_value_heads, config.n_embd),
+        "ssm_beta.weight": (hybrid.n_value_heads, config.n_embd),
+        "ssm_conv1d.weight": (hybrid.channels, CONV_KERNEL),
+        "ssm_dt.bias": (hybrid.n_value_heads,),
+        "ssm_norm.weight": (hybrid.head_dim,),
+        "ssm_out.weight": (config.n_embd, hybrid.inner),
+    }
+
+
+def _mtp_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name within the block -> shape of what an MTP block has beside a layer of attention."""
+    norms = ("enorm", "hnorm", "shared_head_norm")
+    return {
+        "nextn.eh_proj.weight": (config.n_embd, 2 * config.n_embd),
+        **{f"nextn.{name}.weight": (config.n_embd,) for name in norms},
+    }
+
+
+def _layer_shapes(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, ...]]:
     """Name within the layer -> shape of the AR tensors of one layer."""
+    own = _attention_shapes if kind is LayerKind.ATTENTION else _delta_net_shapes
     return {
         "attn_norm.weight": (config.n_embd,),
-        **_attention_shapes(config),
-        "ffn_norm.weight": (config.n_embd,),
+        **own(config),
+        f"{config.architecture.mlp_norm}.weight": (config.n_embd,),
         "ffn_gate.weight": (config.n_ff, config.n_embd),
         "ffn_up.weight": (config.n_ff, config.n_embd),
         "ffn_down.weight": (config.n_embd, config.n_ff),
@@ -108,10 +153,14 @@ def _per_layer(
     config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
     return {
-        f"blk.{index}.{name}": shape
+        name: shape
         for index in range(config.n_layers)
-        for name, shape in shapes.items()
+        for name, shape in _in_layer(index, shapes).items()
     }
+
+
+def _in_layer(index: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {f"blk.{index}.{name}": shape for name, shape in shapes.items()}
 
 
 def check_tensors(
@@ -119,12 +168,13 @@ def check_tensors(
     tensors: Mapping[str, TensorInfo],
     expected: Mapping[str, tuple[int, ...]],
     architecture: str,
+    optional: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> None:
     """Raise OrthrusError unless `tensors` of the file `path` hold all that is `expected`.
 
     Tensors beyond those are ignored, except where ignoring them would change the results: all that
     stand in a layer, and further parts of embedding, output and RoPE. architecture: the base's
-    name, for messages.
+    name, for messages. optional: what may be missing, and counts as known.
     """
     missing = [name for name in expected if name not in tensors]
     if missing:
@@ -133,6 +183,7 @@ def check_tensors(
             f"{path}: tensor {missing[0]}{more} is missing, expected shape {expected[missing[0]]}; "
             "the file is incomplete or its metadata is wrong: convert the model again"
         )
+    expected = {**expected, **{name: optional[name] for name in optional if name in tensors}}
     for name, shape in expected.items():
         _check_tensor(path, tensors[name], shape)
     layers = {name.split(".")[1] for name in expected if name.startswith("blk.")}

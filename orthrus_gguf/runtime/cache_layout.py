@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import gguf
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 
 _TYPES = gguf.GGMLQuantizationType
@@ -32,7 +33,10 @@ BLOCK_ROWS = 128
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Types and sizes of a cache, in elements. How they lie is each runtime's own."""
+    """Types and sizes of a cache, in elements. How they lie is each runtime's own.
+
+    n_layers: that keep keys and values.
+    """
 
     type_k: gguf.GGMLQuantizationType
     type_v: gguf.GGMLQuantizationType
@@ -81,7 +85,7 @@ def cache_layout(config: ModelConfig, type_k: str, type_v: str) -> CacheLayout:
     return CacheLayout(
         CACHE_TYPES[type_k],
         CACHE_TYPES[type_v],
-        config.n_layers,
+        config.layer_kinds.count(LayerKind.ATTENTION),
         config.n_head_kv,
         config.head_dim,
     )

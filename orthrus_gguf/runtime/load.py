@@ -77,6 +77,7 @@ def load_model(
     the model.
     """
     settings = resolve(settings, say or _to_stderr)
+    _check_kinds(file, settings.name)
     if settings.device is not None and settings.name is not RuntimeName.CUDA:
         raise OrthrusError(
             f"--device {settings.device}: only --runtime cuda has devices, not "
@@ -127,10 +128,20 @@ def fitting_context(
     """
     if settings.name is not RuntimeName.CUDA or why_unusable(settings.device) is not None:
         return wanted
+    _check_kinds(file, settings.name)
     from orthrus_gguf.runtime.cuda.fit import fitting_context
 
     types = (settings.cache_type_k or "f16", settings.cache_type_v or "f16")
     return fitting_context(file, settings.device, types, wanted, say)
+
+
+def _check_kinds(file: ModelFile, name: RuntimeName) -> None:
+    """Raise OrthrusError for layers that a runtime does not know."""
+    if file.config.hybrid is not None and name is not RuntimeName.REFERENCE:
+        raise OrthrusError(
+            f"{file.paths[0]}: models of architecture {file.config.architecture.name} do not run on"
+            f" --runtime {name.value} yet; use --runtime reference"
+        )
 
 
 def _to_stderr(line: str) -> None:

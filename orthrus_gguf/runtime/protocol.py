@@ -234,7 +234,9 @@ class Cache(Rows, Protocol):
     def checkpoint(self, length: int | None = None) -> Checkpoint:
         """The place where the cache stands, or the last one up to `length` that it can go back to.
 
-        A cache of keys and values can go back anywhere. What is pending is not part of it.
+        A cache of keys and values can go back anywhere. One with the state of recurrent layers goes
+        back to places that it was asked for without `length`, and to some of its own choice; it
+        forgets the oldest of many. What is pending is not part of it.
         """
         ...
 
@@ -260,7 +262,8 @@ class Portable(Protocol):
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
         """The first `rows` committed rows, as copies: bytes that mean something to `put` of a cache
-        of the same runtime, model and cache types only. Raises ValueError for more than there are.
+        of the same runtime, model and cache types only. Raises ValueError for more than there are,
+        and where the cache cannot go back to (`Cache.checkpoint`).
         """
         ...
 

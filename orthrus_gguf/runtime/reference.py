@@ -18,13 +18,14 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model.architectures import Pairing
+from orthrus_gguf.model.architectures import LayerKind, Pairing
 from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
+from orthrus_gguf.runtime.reference_hybrid import DeltaNet, HybridCache, delta_row
 
 T = TypeVar("T")
 
@@ -33,26 +34,32 @@ T = TypeVar("T")
 class Attention:
     """Attention weights of one view of one layer; matrices are [out, in].
 
-    Norms and biases are None where the architecture has none.
+    Norms, biases and the gate of the output are None where the architecture has none.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     output: Tensor
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    v_bias: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer: two views of attention, everything else shared."""
+    """One layer: views of attention, or a DeltaNet instead of them; everything else is shared.
 
+    place: among the layers of its kind.
+    """
+
+    place: int
     attn_norm: Tensor
     attention: dict[View, Attention]
+    delta_net: DeltaNet | None
     ffn_norm: Tensor
     ffn_gate: Tensor
     ffn_up: Tensor
@@ -78,7 +85,7 @@ class ReferenceModel:
         self.layers = [layer_weights(file, i, views) for i in range(file.config.n_layers)]
         self.output_norm = weight(file, OUTPUT_NORM)
         self.output = self.embedding if file.config.tied else weight(file, OUTPUT)
-        self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.head_dim)
+        self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.rotary_dim)
 
     @property
     def description(self) -> str:
@@ -88,7 +95,8 @@ class ReferenceModel:
         """Nothing to free by hand: torch owns the memory."""
 
     def new_cache(self, capacity: int) -> ReferenceCache:
-        return ReferenceCache(self.config, capacity)
+        kind = ReferenceCache if self.config.hybrid is None else HybridCache
+        return kind(self.config, capacity)
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         """See `Model.forward`. AR rows run one by one, each diffusion block at once."""
@@ -163,18 +171,14 @@ class ReferenceModel:
 
         Logits of all rows with `head`, else of none. AR rows are written into the cache.
         """
-        stop = start + len(tokens)
-        positions = torch.arange(start, stop)
         x = self.embedding[tokens]
         inputs = [x]
-        for index, layer in enumerate(self.layers):
-            weights = layer.attention[view]
-            q, k, v = self._qkv(self._norm(x, layer.attn_norm), weights, positions)
-            if view is View.AR:
-                cache.k[index, start:stop], cache.v[index, start:stop] = k, v
-            keys = torch.cat([cache.k[index, :start], k])
-            values = torch.cat([cache.v[index, :start], v])
-            x = x + attend(q, keys, values) @ weights.output.T
+        for layer in self.layers:
+            h = self._norm(x, layer.attn_norm)
+            if layer.delta_net is None:
+                x = x + self._attention(h, layer, cache, view, start)
+            else:
+                x = x + self._delta_net(h, layer.delta_net, layer.place, cache)
             h = self._norm(x, layer.ffn_norm)
             gate = torch.nn.functional.silu(h @ layer.ffn_gate.T)
             x = x + (gate * (h @ layer.ffn_up.T)) @ layer.ffn_down.T
@@ -182,6 +186,30 @@ class ReferenceModel:
         inputs.append(self._norm(x, self.output_norm))
         logits = inputs[-1] @ self.output.T if head else x.new_empty(0, self.config.n_vocab)
         return Results(logits, torch.stack(inputs)[list(taps)])
+
+    def _attention(
+        self, h: Tensor, layer: Layer, cache: ReferenceCache, view: View, start: int
+    ) -> Tensor:
+        """What attention adds to the rows whose normed inputs are h [rows, n_embd]."""
+        weights, place, stop = layer.attention[view], layer.place, start + len(h)
+        q, k, v = self._qkv(h, weights, torch.arange(start, stop))
+        if view is View.AR:
+            cache.k[place, start:stop], cache.v[place, start:stop] = k, v
+        keys = torch.cat([cache.k[place, :start], k])
+        values = torch.cat([cache.v[place, :start], v])
+        mixed = attend(q, keys, values)
+        if weights.gate is not None:
+            mixed = mixed * torch.sigmoid(h @ weights.gate.T)
+        return mixed @ weights.output.T
+
+    def _delta_net(self, h: Tensor, w: DeltaNet, place: int, cache: ReferenceCache) -> Tensor:
+        """What a DeltaNet adds to one AR row."""
+        assert isinstance(cache, HybridCache)
+        assert self.config.hybrid is not None
+        eps = self.config.rms_eps
+        added, update = delta_row(h, w, self.config.hybrid, cache.state, place, eps)
+        cache.add_update(update)
+        return added
 
     def _qkv(self, h: Tensor, w: Attention, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q [rows, n_head, head_dim]; k and v [rows, n_head_kv, head_dim]."""
@@ -201,15 +229,17 @@ class ReferenceModel:
         return torch.nn.functional.rms_norm(x, weight.shape, weight, self.config.rms_eps)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of x [rows, heads, head_dim], in the architecture's pairs."""
+        """Rotary embedding of x [rows, heads, head_dim], in the architecture's pairs; elements
+        behind `rotary_dim` stay."""
         angles = positions.double()[:, None] * self.inv_freq
         cos = (angles.cos() * self.rope_scale).float()[:, None]
         sin = (angles.sin() * self.rope_scale).float()[:, None]
         if self.config.architecture.pairing is Pairing.ADJACENT:
             even, odd = x[..., 0::2], x[..., 1::2]
             return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
-        low, high = x.chunk(2, dim=-1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+        half = self.config.rotary_dim // 2
+        low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+        return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
 
 
 def _cache_of(segment: Segment) -> ReferenceCache:
@@ -264,11 +294,19 @@ def rope_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:
 
 def layer_weights(file: WeightFile, index: int, views: Mapping[View, str]) -> Layer:
     """A layer. views: each with the suffix of its tensors."""
-    prefix = f"blk.{index}."
-    attention = {view: _attention(file, prefix, suffix) for view, suffix in views.items()}
-    names = ("attn_norm", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+    prefix, config = f"blk.{index}.", file.config
+    kinds = config.layer_kinds
+    is_attention = kinds[index] is LayerKind.ATTENTION
+    attention = {
+        view: _attention(file, prefix, suffix) for view, suffix in views.items() if is_attention
+    }
+    names = ("attn_norm", "ffn_gate", "ffn_up", "ffn_down")
     return Layer(
-        attention=attention, **{name: weight(file, f"{prefix}{name}.weight") for name in names}
+        place=kinds[:index].count(kinds[index]),
+        attention=attention,
+        delta_net=None if is_attention else _delta_net(file, prefix),
+        ffn_norm=weight(file, f"{prefix}{config.architecture.mlp_norm}.weight"),
+        **{name: weight(file, f"{prefix}{name}.weight") for name in names},
     )
 
 
@@ -276,11 +314,26 @@ def _attention(file: WeightFile, prefix: str, suffix: str) -> Attention:
     def part(name: str, kind: str = "weight") -> Tensor:
         return weight(file, f"{prefix}attn_{name}{suffix}.{kind}")
 
-    arch = file.config.architecture
-    return Attention(
-        *(part(name) for name in ("q", "k", "v", "output")),
-        *(part(name) if arch.qk_norms else None for name in ("q_norm", "k_norm")),
-        *(part(name, "bias") if arch.qkv_biases else None for name in ("q", "k", "v")),
+    config, arch = file.config, file.config.architecture
+    q, gate = part("q"), None
+    if arch.hybrid:  # per head its query, then its gate
+        heads = q.view(config.n_head, 2, config.head_dim, config.n_embd)
+        q, gate = heads.transpose(0, 1).reshape(2, -1, config.n_embd)
+    norms = {f"{name}_norm": part(f"{name}_norm") for name in "qk" if arch.qk_norms}
+    biases = {f"{name}_bias": part(name, "bias") for name in "qkv" if arch.qkv_biases}
+    return Attention(q, part("k"), part("v"), part("output"), **norms, **biases, gate=gate)
+
+
+def _delta_net(file: WeightFile, prefix: str) -> DeltaNet:
+    ssm = {name: weight(file, f"{prefix}ssm_{name}.weight") for name in ("alpha", "beta", "norm")}
+    return DeltaNet(
+        qkv=weight(file, f"{prefix}attn_qkv.weight"),
+        gate=weight(file, f"{prefix}attn_gate.weight"),
+        conv=weight(file, f"{prefix}ssm_conv1d.weight"),
+        a=weight(file, f"{prefix}ssm_a"),
+        dt=weight(file, f"{prefix}ssm_dt.bias"),
+        out=weight(file, f"{prefix}ssm_out.weight"),
+        **ssm,
     )
 
 

@@ -11,20 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.passes import check_path
 from orthrus_gguf.runtime.protocol import Checkpoint, path_to
 
 
 class ReferenceCache:
-    """AR keys and values per layer, float32, each [capacity, n_head_kv, head_dim].
+    """AR keys and values per layer of attention, float32, each [capacity, n_head_kv, head_dim].
 
     Of pending rows, the path to the one that ran last lies behind the committed rows, and every row
     is kept besides, so that another path can be put there.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
-        shape = (config.n_layers, capacity, config.n_head_kv, config.head_dim)
+        layers = config.layer_kinds.count(LayerKind.ATTENTION)
+        shape = (layers, capacity, config.n_head_kv, config.head_dim)
         try:
             # Pages of an untouched allocation cost nothing, so the full size can be reserved.
             self.k, self.v = torch.empty(shape), torch.empty(shape)

@@ -29,7 +29,7 @@ class ReferenceNetwork(ReferenceModel):
         ]
         self.output_norm = weight(file, OUTPUT_NORM)
         self.features, self.features_norm = weight(file, FEATURES), weight(file, FEATURES_NORM)
-        self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.head_dim)
+        self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.rotary_dim)
 
     @torch.inference_mode()
     def inject(self, cache: ReferenceCache, taps: NDArray[np.float32]) -> None:

@@ -38,6 +38,7 @@ class SlotFiles:
         """Write what an idle slot holds; returns its tokens."""
         session = _idle(slot).session
         tokens = list(session.held)
+        tokens = tokens[: session.reachable(len(tokens))]
         head = json.dumps({"identity": self._identity, "tokens": tokens})
         parts = session.take(len(tokens))
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -118,7 +118,9 @@ class Pool:
             return
         own = common_prefix(slot.tokens, prompt)
         others = [other for other in self.slots if other is not slot]
-        shared = {other: common_prefix(other.tokens, prompt) for other in others}
+        shared = {
+            other: other.session.reachable(common_prefix(other.tokens, prompt)) for other in others
+        }
         best = max(others, key=lambda other: shared[other], default=None)
         if best is not None and shared[best] >= own + WORTH_COPYING:
             rows = shared[best]

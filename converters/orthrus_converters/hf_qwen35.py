@@ -1,0 +1,215 @@
+"""What is particular to checkpoints of Qwen3.5 and 3.6: nested configs, other names, other values.
+
+Their norms are stored without the 1 that they are multiplied by, decays as logarithms, and value
+heads in an order of Hugging Face's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from orthrus_converters.checkpoint import Checkpoint
+from orthrus_converters.json_file import JsonFile, describe
+from orthrus_converters.source_tensor import Change, HeadOrder, SourceTensor
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.config import MAX_HEAD_DIM, MAX_HEADS, ModelConfig
+from orthrus_gguf.model.hybrid import ATTENTION_EVERY, CONV_KERNEL, Hybrid
+
+NESTED, FLAT = "qwen3_5", "qwen3_5_text"
+
+#: Relatives that are refused by name.
+RELATIVES = {
+    "qwen3_5_moe": "Qwen3.5 with experts",
+    "qwen3_5_moe_text": "Qwen3.5 with experts",
+    "qwen3_next": "Qwen3-Next, with experts and other projections",
+}
+
+#: Fields of config.json that are read here.
+FIELDS = {
+    "full_attention_interval",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_value_head_dim",
+    "mtp_num_hidden_layers",
+}
+#: Fields that change nothing: the state is kept in single precision, whatever they say, and
+#: transformers does not read the last one.
+DEAD = {"mamba_ssm_dtype", "output_gate_type", "image_token_id", "video_token_id"} | {
+    "vision_start_token_id",
+    "vision_end_token_id",
+}
+
+#: In a layer of the file → in a layer of the checkpoint.
+PARTS = {
+    "attn_qkv.weight": "linear_attn.in_proj_qkv.weight",
+    "attn_gate.weight": "linear_attn.in_proj_z.weight",
+    "ssm_a": "linear_attn.A_log",
+    "ssm_alpha.weight": "linear_attn.in_proj_a.weight",
+    "ssm_beta.weight": "linear_attn.in_proj_b.weight",
+    "ssm_conv1d.weight": "linear_attn.conv1d.weight",
+    "ssm_dt.bias": "linear_attn.dt_bias",
+    "ssm_norm.weight": "linear_attn.norm.weight",
+    "ssm_out.weight": "linear_attn.out_proj.weight",
+    "post_attention_norm.weight": "post_attention_layernorm.weight",
+}
+#: Of the MTP block, what is no part of its layer.
+MTP_PARTS = {
+    "nextn.eh_proj.weight": "mtp.fc.weight",
+    "nextn.enorm.weight": "mtp.pre_fc_norm_embedding.weight",
+    "nextn.hnorm.weight": "mtp.pre_fc_norm_hidden.weight",
+    "nextn.shared_head_norm.weight": "mtp.norm.weight",
+}
+MTP_LAYER = "mtp.layers.0."
+
+_TEXT, _VISION = "model.language_model.", "model.visual."
+_ADVICE = "only plain qwen35 models are supported"
+
+
+def flattened(config: JsonFile) -> JsonFile:
+    """The config of the text model, whether it stands in a config of its own or within one of more.
+
+    Raises OrthrusError for relatives of other architectures.
+    """
+    kind = config.values.get("model_type")
+    if isinstance(kind, str) and kind in RELATIVES:
+        raise config.error(
+            "model_type", f"is {kind}, {RELATIVES[kind]}", "use a dense Qwen3.5 or 3.6 (qwen3_5)"
+        )
+    if kind != NESTED:
+        return config
+    outer = {k: v for k, v in config.values.items() if k not in ("text_config", "vision_config")}
+    text = {k: v for k, v in config.mapping("text_config").items() if v is not None}
+    tied = "tie_word_embeddings"
+    if tied in outer and tied in text and outer[tied] != text[tied]:
+        raise config.error(f"text_config.{tied}", f"contradicts {tied}", "remove the wrong one")
+    return JsonFile(config.path, outer | text | {"model_type": FLAT})
+
+
+def read_hybrid(config: JsonFile, head_dim: int, n_layers: int) -> Hybrid:
+    """Shape of the DeltaNet layers; the MTP block is left to `with_mtp`. Raises OrthrusError."""
+    sizes = [
+        config.integer(f"linear_{part}_head_dim", 1, MAX_HEAD_DIM) for part in ("key", "value")
+    ]
+    if sizes[0] != sizes[1]:
+        raise config.error(
+            "linear_value_head_dim", f"{sizes[1]} is not the keys' {sizes[0]}", _ADVICE
+        )
+    n_key_heads = config.integer("linear_num_key_heads", 1, MAX_HEADS)
+    n_value_heads = config.integer("linear_num_value_heads", 1, MAX_HEADS)
+    if n_value_heads % n_key_heads:
+        raise config.error(
+            "linear_num_value_heads",
+            f"{n_value_heads} is no multiple of {n_key_heads} key heads",
+            "correct it",
+        )
+    kernel = config.integer("linear_conv_kernel_dim", 1, MAX_HEADS)
+    if kernel != CONV_KERNEL:
+        raise config.error("linear_conv_kernel_dim", f"expected 4, found {kernel}", _ADVICE)
+    rotary, sections = _rotary(config, head_dim)
+    every = _attention_every(config, n_layers)
+    return Hybrid(n_key_heads, n_value_heads, sizes[0], rotary, sections, every)
+
+
+def _rotary(config: JsonFile, head_dim: int) -> tuple[int, tuple[int, ...]]:
+    """Elements of a head that RoPE turns, and the sections of its pairs."""
+    rope = config.mapping("rope_parameters")
+    share = rope.get("partial_rotary_factor", config.values.get("partial_rotary_factor", 1))
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        key = "rope_parameters.partial_rotary_factor"
+        raise config.error(key, f"expected a number up to 1, found {describe(share)}", "correct it")
+    rotary = int(head_dim * share)
+    sections = rope.get("mrope_section")
+    key = "rope_parameters.mrope_section"
+    if sections is None:
+        raise config.error(key, "is missing", "download it again")
+    if (
+        not isinstance(sections, list)
+        or len(sections) != 3
+        or any(type(item) is not int or item < 0 for item in sections)
+        or 2 * sum(sections) != rotary
+    ):
+        raise config.error(
+            key, f"expected three numbers of {rotary / 2:g} in all, found {sections}", _ADVICE
+        )
+    return rotary, (*sections, 0)
+
+
+def _attention_every(config: JsonFile, n_layers: int) -> int:
+    every = config.integer("full_attention_interval", 1, MAX_HEADS, ATTENTION_EVERY)
+    layers = config.array("layer_types")
+    names = [
+        "full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(n_layers)
+    ]
+    if layers and layers != names:
+        raise config.error(
+            "layer_types",
+            f"expected full_attention in every layer {every} and linear_attention in the others",
+            _ADVICE,
+        )
+    return every
+
+
+def text_model(checkpoint: Checkpoint) -> Checkpoint:
+    """The text model of a checkpoint, by the names that it has alone; vision is left out."""
+    tensors = {
+        name.replace(_TEXT, "model.", 1) if name.startswith(_TEXT) else name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if not name.startswith(_VISION)
+    }
+    left = len(checkpoint.tensors) - len(tensors)
+    note = (
+        f"{checkpoint.folder}: left out {left} weights of the vision model; the text model is all"
+    )
+    return replace(checkpoint, tensors=tensors, notes=(*checkpoint.notes, *([note] * (left > 0))))
+
+
+def with_mtp(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
+    """The config of a checkpoint that holds an MTP block, or none."""
+    assert config.hybrid is not None
+    mtp = any(name.startswith("mtp.") for name in checkpoint.tensors)
+    return replace(config, hybrid=replace(config.hybrid, mtp=mtp))
+
+
+def squeezed(within: str, source: SourceTensor) -> SourceTensor:
+    """A convolution without the dimension of its single input channel. Raises OrthrusError for
+    MLX's, since the norms beside it are stored otherwise too."""
+    if within != "ssm_conv1d.weight" or len(source.shape) != 3:
+        return source
+    channels, *rest = source.shape
+    if rest == [CONV_KERNEL, 1]:
+        raise OrthrusError(
+            f"{source.path}: weight {source.name} lies as MLX has it, whose norms already hold the"
+            " 1 that is added here; convert the original checkpoint"
+        )
+    return replace(source, shape=(channels, rest[1])) if rest[0] == 1 else source
+
+
+def as_ggml_has_it(within: str, source: SourceTensor, hybrid: Hybrid) -> SourceTensor:
+    """A weight with its heads in ggml's order, norms with their 1, and decays instead of their
+    logarithms. within: its name in the layer, or in the file outside of one."""
+    groups, size = hybrid.n_key_heads, hybrid.head_dim
+    heads = HeadOrder(groups, hybrid.n_value_heads // groups, size)
+    keys = 2 * groups * size
+    rows: Mapping[str, HeadOrder] = {
+        "attn_qkv.weight": replace(heads, start=keys),
+        "attn_gate.weight": heads,
+        "ssm_alpha.weight": replace(heads, size=1),
+        "ssm_beta.weight": replace(heads, size=1),
+        "ssm_conv1d.weight": replace(heads, start=keys),
+    }
+    columns: Mapping[str, HeadOrder] = {
+        "ssm_a": replace(heads, size=1),
+        "ssm_dt.bias": replace(heads, size=1),
+        "ssm_out.weight": heads,
+    }
+    if heads.per_group > 1:
+        source = replace(source, row_order=rows.get(within), column_order=columns.get(within))
+    change = Change.MINUS_EXP if within == "ssm_a" else None
+    if within.endswith("norm.weight") and within != "ssm_norm.weight":
+        change = Change.PLUS_ONE
+    if change is None:
+        return source
+    return replace(source, change=change, dtype="F32", stored=source.dtype)

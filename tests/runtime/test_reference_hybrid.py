@@ -1,0 +1,208 @@
+"""DeltaNet layers on the reference runtime: bits depend on the text alone, not on how it came."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hf_hybrid import N_GREEDY, PROMPTS, write_hybrid
+from numpy.typing import NDArray
+from orthrus_converters.cli import main
+
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, parse_plan
+from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.protocol import Checkpoint, ar_segment, path_to
+from orthrus_gguf.runtime.reference import ReferenceModel
+from orthrus_gguf.runtime.reference_hybrid import KEPT, HybridCache
+from orthrus_gguf.sampling import SamplingSettings
+from orthrus_gguf.text.tokenizer import load_tokenizer
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "hybrid.json"
+TEXT: list[int] = np.random.default_rng(11).integers(0, 256, 24).tolist()
+TREE = (-1, 0, 0, 1, 2, 2)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_hybrid(tmp_path_factory.mktemp("hybrid") / "tiny")
+    file = folder.with_suffix(".gguf")
+    assert main([str(folder), str(file), "--type", "f32"]) == 0
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> ReferenceModel:
+    torch.set_num_threads(1)
+    with ModelFile.open(path) as file:
+        return ReferenceModel(file)
+
+
+@pytest.fixture(scope="module")
+def expected(model: ReferenceModel) -> NDArray[np.float32]:
+    """Logits of all rows of TEXT, run one by one."""
+    cache, rows = model.new_cache(64), []
+    for token in TEXT:
+        rows.append(run(model, cache, [token]))
+        cache.commit([0])
+    return np.concatenate(rows)
+
+
+def run(
+    model: ReferenceModel, cache: HybridCache, tokens: Sequence[int], tree: Sequence[int] | None = None
+) -> NDArray[np.float32]:
+    (logits,) = model.logits([ar_segment(cache, tokens, cache.length, parents=tree)])
+    return logits
+
+
+def filled(model: ReferenceModel, tokens: Sequence[int], capacity: int = 64) -> HybridCache:
+    cache = model.new_cache(capacity)
+    assert isinstance(cache, HybridCache)
+    run(model, cache, tokens)
+    cache.commit(range(len(tokens)))
+    return cache
+
+
+@pytest.mark.parametrize("cuts", [(24,), (1, 23), (2, 1, 21), (3, 4, 17), (5, 5, 5, 9)], ids=str)
+def test_cuts_of_the_prompt(
+    model: ReferenceModel, expected: NDArray[np.float32], cuts: tuple[int, ...]
+) -> None:
+    cache, rows, start = model.new_cache(64), [], 0
+    for count in cuts:
+        rows.append(run(model, cache, TEXT[start : start + count]))
+        cache.commit(range(count))
+        start += count
+    np.testing.assert_array_equal(np.concatenate(rows), expected)
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 3, 10])
+@pytest.mark.parametrize("accepted", [0, 1, 2, 3])
+def test_accepted_and_refused_drafts(
+    model: ReferenceModel, expected: NDArray[np.float32], prompt: int, accepted: int
+) -> None:
+    """A pass of drafts, some of them right, then passes without any, and with some again."""
+    cache = filled(model, TEXT[:prompt])
+    right = TEXT[prompt : prompt + 1 + accepted]
+    logits = run(model, cache, right + [7] * (3 - accepted))
+    np.testing.assert_array_equal(logits[: len(right)], expected[prompt:][: len(right)])
+    cache.commit(range(len(right)))
+    for _ in range(2):
+        start = cache.length
+        np.testing.assert_array_equal(run(model, cache, [TEXT[start]])[0], expected[start])
+        cache.commit([0])
+    start = cache.length
+    np.testing.assert_array_equal(run(model, cache, TEXT[start:])[-1], expected[-1])
+
+
+def test_nothing_committed(model: ReferenceModel, expected: NDArray[np.float32]) -> None:
+    """A pass that nobody commits, one of which no row stays, and one that fails leave no trace."""
+    cache = filled(model, TEXT[:10])
+    run(model, cache, [1, 2, 3])
+    run(model, cache, [4, 5])
+    cache.commit([])
+    with pytest.raises(ValueError, match="no rows are pending"):
+        cache.commit([])
+    with pytest.raises(ValueError, match="start"):
+        model.logits([ar_segment(cache, [1], 3)])
+    np.testing.assert_array_equal(run(model, cache, TEXT[10:]), expected[10:])
+
+
+def test_trees(model: ReferenceModel) -> None:
+    """Every row of a tree is what its path is as a text, and so is what follows each."""
+    tokens = [20, 21, 22, 23, 24, 25]
+    for row in range(len(TREE)):
+        cache, way = filled(model, TEXT[:10]), path_to(row, TREE)
+        logits = run(model, cache, tokens, TREE)
+        along = filled(model, TEXT[:10])
+        texts = [tokens[i] for i in way]
+        np.testing.assert_array_equal(logits[way], run(model, along, texts))
+        cache.commit(way)
+        along.commit(range(len(way)))
+        np.testing.assert_array_equal(run(model, cache, [9]), run(model, along, [9]))
+
+
+def test_company(model: ReferenceModel, expected: NDArray[np.float32]) -> None:
+    one, other = filled(model, TEXT[:10]), filled(model, TEXT[:3])
+    found, more = model.logits([ar_segment(one, TEXT[10:], 10), ar_segment(other, TEXT[3:9], 3)])
+    np.testing.assert_array_equal(found, expected[10:])
+    np.testing.assert_array_equal(more, expected[3:9])
+
+
+def test_checkpoints(model: ReferenceModel, expected: NDArray[np.float32]) -> None:
+    """Back to places that were asked for and to the beginning, and nowhere else."""
+    cache = filled(model, TEXT[:8])
+    place = cache.checkpoint()
+    assert place == Checkpoint(8)
+    run(model, cache, TEXT[8:20])
+    cache.commit(range(12))
+    assert cache.checkpoint(20).length == 20
+    assert cache.checkpoint(19) == cache.checkpoint(8) == place
+    assert cache.checkpoint(7).length == 0
+    with pytest.raises(ValueError, match="no checkpoint at 15"):
+        cache.restore(Checkpoint(15))
+    for _ in range(2):  # what a checkpoint holds is not used up
+        cache.restore(place)
+        assert cache.length == 8
+        np.testing.assert_array_equal(run(model, cache, TEXT[8:]), expected[8:])
+        cache.commit(range(5))
+    cache.restore(cache.checkpoint(0))
+    np.testing.assert_array_equal(run(model, cache, TEXT), expected)
+
+
+def test_checkpoints_are_made_and_forgotten(
+    model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orthrus_gguf.runtime.reference_hybrid.CHECKPOINT_ROWS", 4)
+    monkeypatch.setattr("orthrus_gguf.runtime.reference_hybrid.KEPT", 3)
+    assert KEPT > 3
+    cache = model.new_cache(64)
+    for token in TEXT[:21]:
+        run(model, cache, [token])
+        cache.commit([0])
+    assert [cache.checkpoint(n).length for n in (21, 20, 19, 15, 11)] == [21, 20, 16, 12, 0]
+
+
+def test_taken_and_put(model: ReferenceModel, expected: NDArray[np.float32]) -> None:
+    cache = filled(model, TEXT[:8])
+    cache.checkpoint()
+    run(model, cache, TEXT[8:12])
+    cache.commit(range(4))
+    other = filled(model, [1, 2, 3])
+    for rows in (12, 8, 0):
+        other.put(cache.take(rows), rows)
+        assert other.length == other.checkpoint(rows).length == rows
+        np.testing.assert_array_equal(run(model, other, TEXT[rows:]), expected[rows:])
+    with pytest.raises(ValueError, match="no checkpoint at 9"):
+        cache.take(9)
+    parts = cache.take(12)
+    with pytest.raises(ValueError, match="not 12 rows of this model"):
+        other.put([*parts[:3], parts[3][:-1]], 12)
+    with pytest.raises(ValueError, match="not 12 rows of this model"):
+        other.put(parts[:2], 12)
+
+
+PLANS = ("ar", "ar+lookup-4", "ar+lookup-16", "ar+tree-6")
+
+
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_text_under_every_plan(path: Path, model: ReferenceModel, seed: int | None) -> None:
+    """Greedy, which are the golden tokens, and sampled; in one session that goes back and on."""
+    with ModelFile.open(path) as file:
+        tokenizer = load_tokenizer(file.metadata, file.paths[0])
+    settings = SamplingSettings(temperature=0.0 if seed is None else 0.3, seed=seed or 0)
+    session = Session(model, tokenizer, 256)
+    greedy = json.loads(GOLDEN.read_text())["greedy"]
+    for index, prompt in enumerate(PROMPTS):
+        texts = []
+        for plan in PLANS:
+            request = Request(prompt, N_GREEDY, settings)
+            generation = session.generate(request)
+            list(generation)
+            texts.append(generation.result.output)
+        assert all(text == texts[0] for text in texts)
+        if seed is None:
+            assert list(texts[0]) == greedy[index]
