@@ -53,7 +53,10 @@ CASES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "other model": (
         config(model_type="gemma3"),
-        ('model_type: expected "qwen3", "qwen2", "llama" or "mistral", found "gemma3"',),
+        (
+            'model_type: expected "qwen3", "qwen2", "llama", "mistral" or "qwen3_5_text", '
+            'found "gemma3"',
+        ),
     ),
     "a list of models": (config(model_type=["llama"]), ("model_type: expected", "a list of 1")),
     "no model": (config(model_type=...), ("model_type: expected", "found null")),

@@ -204,9 +204,9 @@ def test_layers_that_differ() -> None:
 
 
 def test_unknown_architecture() -> None:
-    message = refusal(ORTHRUS, {"general.architecture": "qwen35"})
-    known = "'orthrus' or one of 'qwen3', 'qwen2', 'llama'"
-    assert f"expected {known}, found 'qwen35'; models of other architectures" in message
+    message = refusal(ORTHRUS, {"general.architecture": "gemma3"})
+    known = "'orthrus' or one of 'qwen3', 'qwen2', 'llama', 'qwen35'"
+    assert f"expected {known}, found 'gemma3'; models of other architectures" in message
 
 
 def test_long_values_are_cut_in_messages() -> None:

@@ -249,7 +249,9 @@ def test_one_part_is_whole(tmp_path: Path) -> None:
 def test_not_a_model(tmp_path: Path) -> None:
     """Architectures of others, files without one, and files without weights."""
     other = write_model(tmp_path / "other.gguf", "gemma")
-    assert "'orthrus' or one of 'qwen3', 'qwen2', 'llama', found 'gemma'" in refusal(other)
+    assert "'orthrus' or one of 'qwen3', 'qwen2', 'llama', 'qwen35', found 'gemma'" in refusal(
+        other
+    )
     none = write_gguf(
         tmp_path / "imatrix.gguf",
         "?",

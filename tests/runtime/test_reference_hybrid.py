@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hf_hybrid import N_GREEDY, PROMPTS, write_hybrid
+from hf_hybrid import N_GREEDY, PROMPTS, VOCAB, write_hybrid
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
 
-from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, parse_plan
-from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.draft import Draft, Source
+from orthrus_gguf.drafting.drafter import Drafter, Results
+from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, Plan, Strategy
+from orthrus_gguf.drafting.policy import Policy
+from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
+from orthrus_gguf.drafting.tree import Tree
+from orthrus_gguf.engine import Request, Result, Session
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.protocol import Checkpoint, ar_segment, path_to
 from orthrus_gguf.runtime.reference import ReferenceModel
+from orthrus_gguf.runtime.reference_cache import ReferenceCache
 from orthrus_gguf.runtime.reference_hybrid import KEPT, HybridCache
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
@@ -53,7 +61,10 @@ def expected(model: ReferenceModel) -> NDArray[np.float32]:
 
 
 def run(
-    model: ReferenceModel, cache: HybridCache, tokens: Sequence[int], tree: Sequence[int] | None = None
+    model: ReferenceModel,
+    cache: ReferenceCache,
+    tokens: Sequence[int],
+    tree: Sequence[int] | None = None,
 ) -> NDArray[np.float32]:
     (logits,) = model.logits([ar_segment(cache, tokens, cache.length, parents=tree)])
     return logits
@@ -185,24 +196,109 @@ def test_taken_and_put(model: ReferenceModel, expected: NDArray[np.float32]) -> 
         other.put(parts[:2], 12)
 
 
-PLANS = ("ar", "ar+lookup-4", "ar+lookup-16", "ar+tree-6")
+SPOILT = Source("spoilt", "spoilt in places", "#000000", 0.5)
 
 
-@pytest.mark.parametrize("seed", [None, 1, 2])
-def test_text_under_every_plan(path: Path, model: ReferenceModel, seed: int | None) -> None:
-    """Greedy, which are the golden tokens, and sampled; in one session that goes back and on."""
+class SpoiltDrafter:
+    """Knows what comes, and spoils one of a few tokens."""
+
+    taps = ()
+
+    def __init__(self, prompt: int, answer: Sequence[int], seed: int) -> None:
+        self._prompt, self._answer, self._rng = prompt, answer, random.Random(seed)
+
+    def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:
+        known = self._answer[len(tokens) - self._prompt :][: min(room, 4)]
+        drafted = [t if self._rng.random() < 0.7 else (t + 1) % 256 for t in known]
+        return (Draft(SPOILT, tuple(drafted), (0.5,) * len(drafted)),) if drafted else ()
+
+    def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
+        """Nothing to learn."""
+
+
+class SpoiltPolicy(FixedPolicy):
+    """Plain decoding with such drafts."""
+
+    def __init__(self, model: ReferenceModel, drafter: SpoiltDrafter) -> None:
+        super().__init__(PLAIN, model.config)
+        self._drafter = drafter
+
+    def drafters(self, sequence: TokenSequence) -> list[Drafter]:
+        return [self._drafter]
+
+
+@pytest.fixture
+def session(path: Path, model: ReferenceModel) -> Session:
     with ModelFile.open(path) as file:
-        tokenizer = load_tokenizer(file.metadata, file.paths[0])
-    settings = SamplingSettings(temperature=0.0 if seed is None else 0.3, seed=seed or 0)
-    session = Session(model, tokenizer, 256)
+        tokenizer = load_tokenizer(file.metadata, path=path, n_vocab=file.config.n_vocab)
+    return Session(model, tokenizer, 256)
+
+
+def answer(
+    session: Session,
+    prompt: Sequence[int],
+    settings: SamplingSettings,
+    policy: Policy | None = None,
+    *,
+    constraint: Constraint | None = None,
+    n: int = N_GREEDY,
+) -> Result:
+    policy = policy or FixedPolicy(PLAIN, session.model.config)
+    request = Request(tuple(prompt), settings, policy, n, constraint=constraint)
+    generation = session.generate(request)
+    "".join(generation)
+    return generation.result
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_text_under_drafts(session: Session, model: ReferenceModel, seed: int | None) -> None:
+    """Greedy, which are the golden tokens, and sampled; in one session that goes back and on."""
+    settings = SamplingSettings(temperature=0 if seed is None else 0.8, seed=seed or 0)
     greedy = json.loads(GOLDEN.read_text())["greedy"]
+    accepted = refused = 0
     for index, prompt in enumerate(PROMPTS):
-        texts = []
-        for plan in PLANS:
-            request = Request(prompt, N_GREEDY, settings)
-            generation = session.generate(request)
-            list(generation)
-            texts.append(generation.result.output)
-        assert all(text == texts[0] for text in texts)
+        text = answer(session, prompt, settings).output
         if seed is None:
-            assert list(texts[0]) == greedy[index]
+            assert list(text) == greedy[index]
+        for again in range(2):
+            drafter = SpoiltDrafter(len(prompt), text, again)
+            result = answer(session, prompt, settings, SpoiltPolicy(model, drafter))
+            assert result.output == text
+            accepted += sum(cycle.accepted for cycle in result.cycles)
+            refused += sum(len(cycle.drafts) - cycle.accepted for cycle in result.cycles)
+    assert min(accepted, refused) > 20
+
+
+def few(tokens: Sequence[int], tree: Tree) -> NDArray[np.uint32]:
+    """A constraint to three tokens, so that texts repeat themselves."""
+    masks = np.zeros((1 + len(tree.tokens), -(-VOCAB // 32)), np.uint32)
+    masks[:, 2] = 0b1110  # 65, 66, 67
+    return masks
+
+
+@pytest.mark.parametrize("seed", [None, 1])
+def test_text_under_lookups(session: Session, model: ReferenceModel, seed: int | None) -> None:
+    settings = SamplingSettings(temperature=0 if seed is None else 0.8, seed=seed or 0)
+    lookup = FixedPolicy(Plan(Strategy.AR, also=("lookup",)), model.config)
+    accepted = refused = 0
+    for prompt in PROMPTS[1:4]:
+        text = answer(session, prompt, settings, constraint=few, n=32)
+        assert set(text.output) <= {65, 66, 67}
+        assert len(text.output) == 32
+        found = answer(session, prompt, settings, lookup, constraint=few, n=32)
+        assert found.output == text.output
+        accepted += sum(cycle.accepted for cycle in found.cycles)
+        refused += sum(len(cycle.drafts) - cycle.accepted for cycle in found.cycles)
+    assert min(accepted, refused) > 10
+
+
+def test_a_conversation_goes_on_from_the_prompts_end(session: Session) -> None:
+    """Its second turn processes the rows behind the first prompt, whatever the answer was; a new
+    one begins from nothing."""
+    settings = SamplingSettings(temperature=0)
+    first = answer(session, TEXT, settings)
+    changed = [*TEXT, *first.output[:3], 5, 6, 7]
+    assert session.prepare(changed) == len(TEXT)
+    found = answer(session, changed, settings)
+    assert session.prepare([1, 2, 3]) == 0
+    assert answer(session, changed, settings).output == found.output
