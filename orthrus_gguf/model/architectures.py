@@ -67,3 +67,10 @@ QWEN35 = Architecture(
 DFLASH = Architecture("dflash", qk_norms=True, qkv_biases=False, pairing=Pairing.HALVES)
 
 ARCHITECTURES = {arch.name: arch for arch in (QWEN3, QWEN2, LLAMA, QWEN35)}
+
+#: Architectures that look like one of them, and what sets those apart.
+RELATIVES = {
+    "qwen35moe": "Qwen3.5 with experts",
+    "qwen3next": "Qwen3-Next, with experts and other projections",
+    "qwen4exp": "a hybrid of another kind",
+}

@@ -18,6 +18,7 @@ from orthrus_gguf.model.architectures import (
     ARCHITECTURES,
     DFLASH,
     QWEN3,
+    RELATIVES,
     Architecture,
     LayerKind,
 )
@@ -48,14 +49,6 @@ YARN_UNREAD = (
     gguf.Keys.Rope.SCALING_YARN_BETA_FAST,
     gguf.Keys.Rope.SCALING_YARN_BETA_SLOW,
 )
-
-#: Architectures that look like one of ours, and what sets them apart.
-RELATIVES = {
-    "qwen35moe": "Qwen3.5 with experts",
-    "qwen3next": "Qwen3-Next, with experts and other projections",
-    "qwen4exp": "a hybrid of another kind",
-}
-ONLY = "use a dense Qwen3.5 or 3.6 (qwen35)"
 
 #: An older name of `rope.scaling.factor`, for linear scaling only.
 SCALE_LINEAR = "{arch}.rope.scale_linear"
@@ -219,7 +212,8 @@ def architecture(fields: Fields) -> tuple[str, Architecture]:
         return prefix, ARCHITECTURES[prefix]
     if prefix in RELATIVES:
         raise OrthrusError(
-            f"{fields.path}: is {prefix}, {RELATIVES[prefix]}: not supported; {ONLY}"
+            f"{fields.path}: is {prefix}, {RELATIVES[prefix]}: not supported; use a dense"
+            " Qwen3.5 or 3.6 (qwen35)"
         )
     if prefix == DFLASH.name:
         raise OrthrusError(

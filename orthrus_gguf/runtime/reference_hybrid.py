@@ -25,9 +25,10 @@ from orthrus_gguf.runtime.reference_cache import ReferenceCache
 #: What the squared length of queries and keys is raised by, as transformers has it.
 _L2_EPS = 1e-6
 
-#: Rows between checkpoints that a cache makes by itself, and how many it keeps.
+#: Rows between checkpoints that a cache makes by itself; how many it keeps, and in how many bytes.
 CHECKPOINT_ROWS = 256
 KEPT = 32
+KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ class HybridCache(ReferenceCache):
     Pending rows leave that state alone: each keeps its updates, and committing applies those of the
     rows that stay. So rejected drafts cost nothing, and no state is copied per row. A state cannot
     be turned back: the cache goes back to checkpoints only, which it makes every CHECKPOINT_ROWS
-    rows and where it is asked to, the newest KEPT of them.
+    rows or at the end of a longer pass, and where it is asked to; it keeps the newest that KEPT and
+    KEPT_BYTES allow, but always the last two.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
@@ -221,7 +223,9 @@ class HybridCache(ReferenceCache):
     def _keep(self) -> None:
         """Remember the committed state, and forget the oldest beyond the budget."""
         self._kept[self._length] = self._committed  # what is committed is never written to
-        while len(self._kept) > KEPT:
+        assert self._config.hybrid is not None
+        each = self._config.hybrid.state_bytes(self._config.n_layers)
+        while len(self._kept) > max(2, min(KEPT, KEPT_BYTES // each)):
             del self._kept[min(self._kept)]
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:

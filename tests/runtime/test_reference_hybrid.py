@@ -175,6 +175,9 @@ def test_checkpoints_are_made_and_forgotten(
         run(model, cache, [token])
         cache.commit([0])
     assert [cache.checkpoint(n).length for n in (21, 20, 19, 15, 11)] == [21, 20, 16, 12, 0]
+    monkeypatch.setattr("orthrus_gguf.runtime.reference_hybrid.KEPT_BYTES", 1)
+    cache.checkpoint()
+    assert [cache.checkpoint(n).length for n in (21, 20, 19)] == [21, 20, 0]
 
 
 def test_taken_and_put(model: ReferenceModel, expected: NDArray[np.float32]) -> None:
