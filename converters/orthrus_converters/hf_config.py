@@ -98,7 +98,9 @@ _FAMILIES = {
         QWEN35,
         {
             "attn_output_gate": (True,),
+            "mlp_only_layers": ([],),
             "mtp_use_dedicated_embeddings": (False,),
+            "output_gate_type": ("swish",),  # SiLU, as it is where a config does not say
             "partial_rotary_factor": None,
         },
     ),

@@ -23,6 +23,8 @@ RELATIVES = {
     "qwen3_5_moe": "Qwen3.5 with experts",
     "qwen3_5_moe_text": "Qwen3.5 with experts",
     "qwen3_next": "Qwen3-Next, with experts and other projections",
+    "qwen4_exp": "a hybrid of another kind",
+    "qwen4_exp_text": "a hybrid of another kind",
 }
 
 #: Fields of config.json that are read here.
@@ -35,9 +37,8 @@ FIELDS = {
     "linear_value_head_dim",
     "mtp_num_hidden_layers",
 }
-#: Fields that change nothing: the state is kept in single precision, whatever they say, and
-#: transformers does not read the last one.
-DEAD = {"mamba_ssm_dtype", "output_gate_type", "image_token_id", "video_token_id"} | {
+#: Fields that change nothing of the text model: its state is kept in single precision anyway.
+DEAD = {"mamba_ssm_dtype", "image_token_id", "language_model_only", "video_token_id"} | {
     "vision_start_token_id",
     "vision_end_token_id",
 }
@@ -63,6 +64,10 @@ MTP_PARTS = {
     "nextn.shared_head_norm.weight": "mtp.norm.weight",
 }
 MTP_LAYER = "mtp.layers.0."
+
+#: What transformers takes where a config does not say: the share of a head that RoPE turns, and the
+#: sections of its pairs.
+_SHARE, _SECTIONS = 0.25, [11, 11, 10]
 
 _TEXT, _VISION = "model.language_model.", "model.visual."
 _ADVICE = "only plain qwen35 models are supported"
@@ -116,15 +121,12 @@ def read_hybrid(config: JsonFile, head_dim: int, n_layers: int) -> Hybrid:
 def _rotary(config: JsonFile, head_dim: int) -> tuple[int, tuple[int, ...]]:
     """Elements of a head that RoPE turns, and the sections of its pairs."""
     rope = config.mapping("rope_parameters")
-    share = rope.get("partial_rotary_factor", config.values.get("partial_rotary_factor", 1))
+    share = rope.get("partial_rotary_factor", config.values.get("partial_rotary_factor", _SHARE))
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
         key = "rope_parameters.partial_rotary_factor"
         raise config.error(key, f"expected a number up to 1, found {describe(share)}", "correct it")
     rotary = int(head_dim * share)
-    sections = rope.get("mrope_section")
-    key = "rope_parameters.mrope_section"
-    if sections is None:
-        raise config.error(key, "is missing", "download it again")
+    sections, key = rope.get("mrope_section", _SECTIONS), "rope_parameters.mrope_section"
     if (
         not isinstance(sections, list)
         or len(sections) != 3

@@ -85,8 +85,8 @@ def read_rope(
 
 def _check_interleaved(fields: JsonFile, key: str) -> None:
     """Text gives the same in both layouts of sections, but only one of them is the model's."""
-    if not fields.boolean(f"{key}.mrope_interleaved", default=False):
-        raise fields.error(f"{key}.mrope_interleaved", "is not true", _ADVICE)
+    if not fields.boolean(f"{key}.mrope_interleaved", default=True):
+        raise fields.error(f"{key}.mrope_interleaved", "is false", _ADVICE)
 
 
 def unread_settings(config: JsonFile) -> list[str]:

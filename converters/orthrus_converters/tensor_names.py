@@ -14,12 +14,14 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import (
+    MTP_NORM,
     OUTPUT,
     OUTPUT_NORM,
     ROPE_FREQS,
     TOKEN_EMBD,
     base_tensors,
     diffusion_tensors,
+    optional_tensors,
 )
 
 _GLOBAL = {
@@ -70,6 +72,9 @@ def match_weights(
     """
     heads = diffusion_tensors(config) if config.has_heads else {}
     shapes = base_tensors(config) | heads
+    if config.n_blocks > config.n_layers:
+        name = f"blk.{config.n_layers}.{MTP_NORM}"
+        shapes[name] = optional_tensors(config)[name]
     computed = {ROPE_FREQS: _rope_freqs(checkpoint, config)} if ROPE_FREQS in shapes else {}
     stored = [name for name in shapes if name not in computed]
     mtp_layer = None if config.n_blocks == config.n_layers else config.n_layers

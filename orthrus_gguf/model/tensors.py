@@ -24,6 +24,9 @@ ROPE_FREQS = "rope_freqs.weight"
 FEATURES = "fc.weight"
 FEATURES_NORM = "enc.output_norm.weight"
 
+#: In an MTP block: the norm before the output, where that is not the model's own.
+MTP_NORM = "nextn.shared_head_norm.weight"
+
 _TYPES = gguf.GGMLQuantizationType
 FLOAT_TYPES = frozenset({_TYPES.F32, _TYPES.F16, _TYPES.BF16})
 _NOT_WEIGHTS = frozenset({_TYPES.I8, _TYPES.I16, _TYPES.I32, _TYPES.I64})
@@ -59,12 +62,16 @@ def diffusion_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def optional_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape (numpy order) of what a model may hold besides: the embedding and the output
-    matrix of an MTP block, which are the model's own otherwise."""
+    """Name -> shape (numpy order) of what an MTP block may hold besides: its last norm, embedding
+    and output matrix, for which the model's own stand in."""
     if config.hybrid is None or not config.hybrid.mtp:
         return {}
-    parts = ("embed_tokens", "shared_head_head")
-    shapes = {f"nextn.{part}.weight": (config.n_vocab, config.n_embd) for part in parts}
+    matrix = (config.n_vocab, config.n_embd)
+    shapes = {
+        MTP_NORM: (config.n_embd,),
+        "nextn.embed_tokens.weight": matrix,
+        "nextn.shared_head_head.weight": matrix,
+    }
     return _in_layer(config.n_layers, shapes)
 
 
@@ -129,10 +136,10 @@ def _delta_net_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _mtp_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name within the block -> shape of what an MTP block has beside a layer of attention."""
-    norms = ("enorm", "hnorm", "shared_head_norm")
     return {
         "nextn.eh_proj.weight": (config.n_embd, 2 * config.n_embd),
-        **{f"nextn.{name}.weight": (config.n_embd,) for name in norms},
+        "nextn.enorm.weight": (config.n_embd,),
+        "nextn.hnorm.weight": (config.n_embd,),
     }
 
 

@@ -33,6 +33,8 @@ from orthrus_gguf.runtime.reference import ReferenceModel
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
+_ROPE = TEXT["rope_parameters"]
+
 #: What llama.cpp's converter writes for such a model.
 KEYS: dict[str, Any] = {
     "block_count": 9,
@@ -128,6 +130,19 @@ def test_nested_and_with_vision(
     assert "left out 1 weights of the vision model" in capsys.readouterr().err
 
 
+def test_what_configs_leave_out(plain: Path, tmp_path: Path) -> None:
+    """What transformers has defaults for."""
+    rope = {k: v for k, v in _ROPE.items() if k not in ("mrope_interleaved", "rope_type")}
+    del rope["partial_rotary_factor"]
+    short = {k: v for k, v in TEXT.items() if k not in ("layer_types", "full_attention_interval")}
+    more = {"rope_parameters": rope, "mlp_only_layers": [], "output_gate_type": "swish"}
+    path = converted(write_hybrid(tmp_path / "short", {**short, **more}))
+    assert tensors_of(path) == tensors_of(plain)
+    ours = {key: value for key, value in keys_of(path).items() if key.startswith("qwen35.")}
+    assert ours == {key: value for key, value in keys_of(plain).items() if key in ours}
+    assert len(ours) == len(KEYS)
+
+
 def test_without_mtp(plain: Path, tmp_path: Path) -> None:
     """Smaller by the block, and the same model."""
     few = {name: values for name, values in weights().items() if not name.startswith("mtp.")}
@@ -201,8 +216,6 @@ def _with(**more: Any) -> dict[str, Any]:
     return {**TEXT, **more}
 
 
-_ROPE = TEXT["rope_parameters"]
-
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "experts": (_with(model_type="qwen3_5_moe"), "qwen3_5_moe, Qwen3.5 with experts"),
     "next": (_with(model_type="qwen3_next"), "qwen3_next, Qwen3-Next"),
@@ -211,8 +224,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "sizes": (_with(linear_key_head_dim=8), "16 is not the keys' 8"),
     "layers": (_with(layer_types=["full_attention"] * 8), "layer_types: expected full_attention"),
     "sections": (_with(rope_parameters={**_ROPE, "mrope_section": [2, 2, 1]}), "of 4 in all"),
-    "missing": (_with(rope_parameters={**_ROPE, "mrope_section": None}), "mrope_section: is mis"),
-    "apart": (_with(rope_parameters={**_ROPE, "mrope_interleaved": False}), "is not true"),
+    "default": (
+        _with(rope_parameters={k: v for k, v in _ROPE.items() if k != "mrope_section"}),
+        "expected three numbers of 4 in all, found [11, 11, 10]",
+    ),
+    "gate": (_with(output_gate_type="sigmoid"), 'output_gate_type: expected "swish"'),
+    "apart": (_with(rope_parameters={**_ROPE, "mrope_interleaved": False}), "is false"),
     "scaled": (_with(rope_parameters={**_ROPE, "rope_type": "yarn"}), "scaling is not supported"),
     "ungated": (_with(attn_output_gate=False), "attn_output_gate: expected true, found false"),
     "tied": ({**NESTED, "tie_word_embeddings": False}, "contradicts tie_word_embeddings"),
@@ -296,6 +313,9 @@ def test_parts_and_other_layouts(plain: Path, tmp_path: Path) -> None:
     ollama = rewritten(plain, tmp_path / "v.gguf", lambda _: True, "v.blk.0.attn_q.weight")
     with pytest.raises(OrthrusError, match=r"Ollama's layout .* is not supported"):
         ModelFile.open(ollama)
+    bare = rewritten(plain, tmp_path / "bare.gguf", lambda name: "shared_head_norm" not in name)
+    with ModelFile.open(bare) as file:
+        assert file.config.n_blocks == 9
     head = "blk.8.nextn.shared_head_head.weight"
     strange = rewritten(plain, tmp_path / "head.gguf", lambda _: True, head)
     with pytest.raises(OrthrusError, match=r"expected shape \(270, 64\)"):
