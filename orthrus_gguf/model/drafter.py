@@ -120,6 +120,11 @@ def read_config(
     naming key or tensor."""
     fields = Fields(file.metadata, file.path)
     _check_dialect(fields, file.tensors)
+    if target.hybrid is not None:
+        raise OrthrusError(
+            f"{file.path}: drafts for {target.name}, whose layers are of two kinds, are not"
+            " supported yet; leave --drafter out"
+        )
     _check_vocabulary(fields, metadata, target.n_vocab)
     config = ModelConfig.from_metadata(
         file.metadata,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.drafter import DIALECTS, DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.hybrid import Hybrid
 from tests.tiny_model import (
     BLOCK_SIZE,
     MASK,
@@ -163,3 +165,12 @@ def test_a_drafter_is_no_model(tmp_path: Path) -> None:
     path = write_drafter(tmp_path / "drafter.gguf")
     with pytest.raises(OrthrusError, match=r"is a drafter .*; open that model, with --drafter "):
         ModelFile.open(path)
+
+
+def test_a_hybrid_is_no_target_yet(tmp_path: Path, target: Path) -> None:
+    path = write_drafter(tmp_path / "drafter.gguf")
+    with ModelFile.open(target) as model:
+        hybrid = Hybrid(2, 4, 32, 16, (4, 2, 2, 0))
+        config = dataclasses.replace(model.config, hybrid=hybrid)
+        with pytest.raises(OrthrusError, match="layers are of two kinds"):
+            DrafterFile.open(path, config, model.metadata)
