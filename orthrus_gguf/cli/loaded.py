@@ -119,7 +119,7 @@ def load(
     settings = resolve(options.runtime_settings(args), say)
     trained = file.config.n_ctx_train
     n_ctx = args.ctx_size or max(
-        fitting_context(file, settings, trained * conversations, say) // conversations, 1
+        fitting_context(file, settings, trained * conversations, say, drafter) // conversations, 1
     )
     settings = replace(settings, context=n_ctx * conversations)
     with loading_bar() as on_progress:

@@ -87,12 +87,12 @@ def load_model(
         return _load_reference(file, settings, drafter)
     if settings.name is RuntimeName.CPU:
         return _load_cpu(file, settings, say or _to_stderr, drafter)
+    if settings.name is RuntimeName.CUDA:
+        return _load_cuda(file, settings, on_progress, say or _to_stderr, drafter)
     if drafter is not None:
         raise OrthrusError(
-            f"--drafter: not on --runtime {settings.name.value} yet; use --runtime cpu"
+            "--drafter: --runtime ggml has none; use --runtime auto, which takes one that has"
         )
-    if settings.name is RuntimeName.CUDA:
-        return _load_cuda(file, settings, on_progress, say or _to_stderr)
     return _load_ggml(file, settings)
 
 
@@ -121,10 +121,15 @@ def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSet
 
 
 def fitting_context(
-    file: ModelFile, settings: RuntimeSettings, wanted: int, say: Callable[[str], None]
+    file: ModelFile,
+    settings: RuntimeSettings,
+    wanted: int,
+    say: Callable[[str], None],
+    drafter: DrafterFile | None = None,
 ) -> int:
     """How many of the `wanted` tokens of context fit where the model will run: all of them, but on
-    a GPU; `say` hears of it if fewer do. settings: resolved. Raises OrthrusError like `load_model`.
+    a GPU; `say` hears of it if fewer do. settings: resolved. drafter: beside the model. Raises
+    OrthrusError like `load_model`.
     """
     if settings.name is not RuntimeName.CUDA or why_unusable(settings.device) is not None:
         return wanted
@@ -132,7 +137,7 @@ def fitting_context(
     from orthrus_gguf.runtime.cuda.fit import fitting_context
 
     types = (settings.cache_type_k or "f16", settings.cache_type_v or "f16")
-    return fitting_context(file, settings.device, types, wanted, say)
+    return fitting_context(file, settings.device, types, wanted, say, drafter=drafter)
 
 
 def _check_kinds(file: ModelFile, name: RuntimeName) -> None:
@@ -213,13 +218,14 @@ def _load_cuda(
     settings: RuntimeSettings,
     on_progress: Progress | None,
     say: Callable[[str], None],
+    drafter: DrafterFile | None,
 ) -> Model:
     reason = why_unusable(settings.device)
     if reason is not None:
         raise OrthrusError(f"--runtime cuda cannot run here: {reason}")
     from orthrus_gguf.runtime.cuda.model import CudaModel
 
-    return CudaModel.load(
+    model = CudaModel.load(
         file,
         device=settings.device,
         context=settings.context,
@@ -227,7 +233,17 @@ def _load_cuda(
         cache_type_v=settings.cache_type_v or "f16",
         on_progress=on_progress,
         say=say,
+        drafter=drafter,
     )
+    if drafter is None:
+        return model
+    from orthrus_gguf.runtime.cuda.drafter import CudaNetwork
+
+    with ExitStack() as stack:
+        stack.callback(model.close)
+        network = CudaNetwork.beside(drafter, model)
+        stack.pop_all()
+    return ModelWithDrafter(model, network)
 
 
 def _load_reference(

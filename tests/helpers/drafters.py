@@ -28,6 +28,27 @@ def drafter_file(type_name: str = "f32") -> Path:
 
 
 @contextmanager
+def stand_in_pair(
+    target: Path, drafter: Path, *, capture: Any = None, **settings: Any
+) -> Iterator[ModelWithDrafter]:
+    """The same on the CUDA runtime, its kernels replaced by their plain references. capture: how
+    passes of either become graphs."""
+    from cuda_models import remembered_weights
+
+    from orthrus_gguf.runtime.cuda.drafter import CudaNetwork
+    from orthrus_gguf.runtime.cuda.model import CudaModel
+
+    with ExitStack() as stack:
+        stack.enter_context(remembered_weights())
+        file = stack.enter_context(ModelFile.open(target))
+        beside = stack.enter_context(DrafterFile.open(drafter, file.config, file.metadata))
+        options = {"device": "cpu", "capture": capture, **settings}
+        model = CudaModel.load(file, drafter=beside, **options)
+        network = CudaNetwork.beside(beside, model, capture)
+        yield stack.enter_context(closing(ModelWithDrafter(model, network)))
+
+
+@contextmanager
 def loaded_pair(
     target: Path, drafter: Path, runtime: RuntimeName, **settings: Any
 ) -> Iterator[ModelWithDrafter]:

@@ -134,7 +134,7 @@ def model(path: Path, device: Device) -> CudaModel:
         torch.empty(256, dtype=torch.uint8, device=META),
         ("q8_0", "f16"),
     )
-    return CudaModel(runner, 512, memory, None)
+    return CudaModel(runner, 512, memory, None, plan)
 
 
 def passes(model: CudaModel) -> dict[str, list[Segment]]:

@@ -270,7 +270,7 @@ def test_blocks_of_a_drafter_need_one(model: ModelWithDrafter) -> None:
 @pytest.mark.parametrize("runtime", [RuntimeName.GGML])
 def test_other_runtimes_say_so(demo_file: DemoFile, runtime: RuntimeName) -> None:
     with (
-        pytest.raises(OrthrusError, match=r"--drafter: not on --runtime ggml yet; use"),
+        pytest.raises(OrthrusError, match=r"--runtime ggml has none; use --runtime auto"),
         loaded_pair(demo_file("f32"), drafter_file(), runtime),
     ):
         pass

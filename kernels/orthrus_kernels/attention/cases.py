@@ -90,7 +90,7 @@ def _combine_case(int8: bool) -> KernelCase:
 
 def _qkv_case(
     type_name: str, name: str = "", *, norms: bool = True, biases: bool = False,
-    adjacent: bool = False,
+    adjacent: bool = False, n_head: int = 32,
 ) -> KernelCase:  # fmt: skip
     columns = ("views", "sequences", "places", "more_first", "more_stop", "more")
     return KernelCase(
@@ -107,7 +107,7 @@ def _qkv_case(
         },
         {
             "SPLITS": 2,
-            "N_HEAD": 32,
+            "N_HEAD": n_head,
             "HEADS": 8,
             "D": 128,
             "WIDTH": 128,
@@ -154,5 +154,6 @@ CASES: tuple[KernelCase, ...] = (
     *(_qkv_case(type_name) for type_name in FORMATS),
     _qkv_case("f16", " with biases", norms=False, biases=True),
     _qkv_case("f16", " in adjacent pairs", norms=False, adjacent=True),
+    *(_qkv_case(type_name, " of k and v alone", n_head=0) for type_name in FORMATS),
     *(_move_case(type_name) for type_name in FORMATS),
 )

@@ -42,9 +42,9 @@ def finish_qkv(
     belong.
 
     partials: f32 [splits, rows, (n_head + 2 n_head_kv) * head_dim], q heads, then k, then v.
-    q: f16 [rows, n_head, head_dim]. AR keys and values go to the row's place in its cache (and to
-    further ones, see `Rows`), those of diffusion rows to the pass's scratch (f16 planes by row);
-    unused rows write only q.
+    q: f16 [rows, n_head, head_dim]; with 0 heads, the product is of k and v alone. AR keys and
+    values go to the row's place in its cache (and to further ones, see `Rows`), those of diffusion
+    rows to the pass's scratch (f16 planes by row); unused rows write only q.
     """
     count, n_head, head_dim = q.shape
     biases, norms = weights.biases, weights.norms

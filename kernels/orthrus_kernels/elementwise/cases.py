@@ -41,12 +41,12 @@ def _silu_case(int8: bool) -> KernelCase:
     )
 
 
-def _quantize_case() -> KernelCase:
+def _quantize_case(int8: bool) -> KernelCase:
     return KernelCase(
-        "quantize_rows",
+        f"quantize_rows {'int8' if int8 else 'f16'}",
         ops._quantize_rows,
-        {"x": "*fp16", "x_stride": "i32:16", "n": "i32:16", **row_targets(True)},
-        {"TILE": 1024},
+        {"x": "*fp32", "x_stride": "i32:16", "n": "i32:16", **row_targets(int8)},
+        {"TILE": 1024, "INT8": int8},
     )
 
 
@@ -87,7 +87,7 @@ CASES: tuple[KernelCase, ...] = (
     *(_norm_case(int8) for int8 in (False, True)),
     *(_norm_case(int8, indexed=True) for int8 in (False, True)),
     *(_silu_case(int8) for int8 in (False, True)),
-    _quantize_case(),
+    *(_quantize_case(int8) for int8 in (False, True)),
     *(_embed_case(type_name) for type_name in embedding.QBLOCK_BYTES),
     _angles_case(),
 )

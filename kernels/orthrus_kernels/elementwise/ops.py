@@ -76,8 +76,9 @@ def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
     )
 
 
-def quantize_rows(x: Tensor, out: Int8Rows) -> None:
-    """f16 or f32 rows [rows, n] → int8 rows, where no kernel before could do it in passing."""
+def quantize_rows(x: Tensor, out: Tensor | Int8Rows) -> None:
+    """f16 or f32 rows [rows, n] → f16 or int8 rows of n columns, where no kernel before could do it
+    in passing."""
     rows, n = x.shape
     _quantize_rows[(rows, triton.cdiv(n, 1024))](
         x,
@@ -86,6 +87,7 @@ def quantize_rows(x: Tensor, out: Int8Rows) -> None:
         *row_strides(out),
         n,
         TILE=1024,
+        INT8=isinstance(out, Int8Rows),
         num_warps=4,
         enable_fp_fusion=False,
     )
@@ -224,6 +226,7 @@ def _quantize_rows(
     scale_group_stride,
     n,
     TILE: tl.constexpr,
+    INT8: tl.constexpr,
 ):
     row = tl.program_id(0)
     first = tl.program_id(1) * TILE
@@ -242,5 +245,5 @@ def _quantize_rows(
         scale_row_stride,
         scale_group_stride,
         TILE,
-        True,
+        INT8,
     )

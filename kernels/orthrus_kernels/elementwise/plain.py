@@ -38,7 +38,7 @@ def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
     store_rows(torch.nn.functional.silu(gate.double().sum(0)) * up.double().sum(0), out)
 
 
-def quantize_rows(x: Tensor, out: Int8Rows) -> None:
+def quantize_rows(x: Tensor, out: Tensor | Int8Rows) -> None:
     """See `orthrus_kernels.elementwise.ops.quantize_rows`."""
     store_rows(x.double(), out)
 

@@ -66,7 +66,7 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
     heads = c.n_head * c.head_dim
 
     def activations(columns: int, layouts: set[Layout]) -> dict[Layout, Activations]:
-        return {layout: _new_rows(layout, rows, columns, device) for layout in layouts}
+        return {layout: new_rows(layout, rows, columns, device) for layout in layouts}
 
     def partials(split: int, columns: int) -> Tensor:
         return torch.empty(split, rows, columns, device=device)
@@ -93,7 +93,7 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
         up=up,
         gated=activations(c.n_ff, {layer.down.layout for layer in plan.layers}),
         down=partials(first.down.split, c.n_embd),
-        hidden=_new_rows(plan.head.layout, rows, c.n_embd, device),
+        hidden=new_rows(plan.head.layout, rows, c.n_embd, device),
         logits=torch.empty(rows, c.n_vocab, device=device),
         sampling=new_sample_scratch(rows, c.n_vocab, device),
         codebook=iq4_codebook(device),
@@ -106,7 +106,8 @@ def normed_layouts(plan: WeightPlan) -> set[Layout]:
     return found | {layer.gate_up.layout for layer in plan.layers}
 
 
-def _new_rows(layout: Layout, rows: int, columns: int, device: torch.device) -> Activations:
+def new_rows(layout: Layout, rows: int, columns: int, device: torch.device) -> Activations:
+    """Rows of activations in the form that a layout reads."""
     if layout is Layout.A8:
         return new_int8_rows(rows, columns, device)
     return new_f16_rows(rows, columns, device)

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,13 @@ from torch import Tensor
 
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.tensors import FEATURES
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.device import Machine
+from orthrus_gguf.runtime.cuda.drafter import CudaNetwork
+from orthrus_gguf.runtime.cuda.drafter_weights import empty_drafter, plan_drafter
 from orthrus_gguf.runtime.cuda.kernels import TRITON
 from orthrus_gguf.runtime.cuda.memory_plan import META, empty_weights, plan_memory
 from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS, CudaModel
@@ -72,7 +77,17 @@ def empty_model(
         cache_types,
     )
     memory = plan_memory(config, tensors, plan, 1, *cache_types, prompt_rows)
-    return CudaModel(runner, prompt_rows, memory, None)
+    return CudaModel(runner, prompt_rows, memory, None, plan)
+
+
+def empty_network(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], target: CudaModel
+) -> CudaNetwork:
+    """A drafter's network without numbers, beside a model without."""
+    plan = plan_drafter(config, tensors, target.plan, target.machine.capability)
+    weights = empty_drafter(plan, target.runner.weights, META)
+    taps = tensors[FEATURES].shape[1] // config.n_embd
+    return CudaNetwork(plan, weights, tuple(range(taps)), target, None)
 
 
 def needed_launches(
@@ -82,15 +97,41 @@ def needed_launches(
     cache_types: tuple[str, str] = ("f16", "f16"),
     tuned: Mapping[str, Any] | None = None,
     prompt_rows: int = PROMPT_ROWS,
+    drafter: tuple[ModelConfig, Mapping[str, TensorInfo]] | None = None,
 ) -> list[Launch]:
-    """What passes of a model launch on a card of this compute capability, each kernel once."""
+    """What passes of a model launch on a card of this compute capability, each kernel once.
+    drafter: config and tensors of one beside it."""
     config, tensors = one_layer_of_each(config, tensors)
     machine = EmptyMachine(META, "no card", capability, TRITON, tuned or {}, None, False)
     with recorded(capability) as found:
         model = empty_model(config, tensors, machine, cache_types, prompt_rows)
         for segments in usual_passes(model, prompt_rows):
             model.forward(segments)
+        if drafter is not None:
+            network = empty_network(*one_layer_of_each(*drafter), model)
+            for segments in drafter_passes(network):
+                network.forward(segments)
     return found
+
+
+def drafter_passes(network: CudaNetwork) -> Iterator[list[Segment]]:
+    """Rows to learn of, in every size, and blocks, which are always whole."""
+    config = network.config
+    cache = network.new_cache(CONTEXT + pass_rows(config))
+    cache.assume(CONTEXT)
+    for count in BUCKETS:
+        yield [ar_segment(cache, [0] * count, CONTEXT, wanted=range(0))]
+    rows, history = config.block_size or 0, [0] * (CONTEXT + 1)
+    for settings in (SamplingSettings(temperature=0), SamplingSettings()):
+        draw = Draw(Sampler(settings), history, detail=True)
+        for wanted in {1, 2, 4, 8, 16, 24, 32, 48, rows - 1} - {rows}:
+            if wanted < rows:
+                yield [
+                    diffusion_segment(
+                        cache, 0, config.mask_token or 0, rows, CONTEXT,
+                        wanted=range(1, wanted + 1), draw=draw,
+                    )
+                ]  # fmt: skip
 
 
 def one_layer_of_each(
@@ -182,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     global _WANTS_REPORT
     parser = argparse.ArgumentParser(prog="python -m orthrus_gguf.runtime.cuda.compile_ahead")
     parser.add_argument("files", nargs="+", type=Path, help="a model, or a base and its heads")
+    parser.add_argument("--drafter", type=Path, help="one beside it")
     parser.add_argument("--capability", type=int, required=True, help="86 = sm_86")
     parser.add_argument("--card", default="", help="name of the card, for its tuned tiles")
     parser.add_argument("--cache-types", nargs=2, default=("f16", "f16"))
@@ -193,7 +235,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from orthrus_kernels.products.dispatch import load_table
 
     began = time.perf_counter()
-    with ModelFile.open(*options.files) as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(ModelFile.open(*options.files))
+        drafter = None
+        if options.drafter is not None:
+            beside = DrafterFile.open(options.drafter, file.config, file.metadata)
+            stack.enter_context(beside)
+            drafter = beside.config, beside.tensors
         launches = needed_launches(
             file.config,
             file.tensors,
@@ -201,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tuple(options.cache_types),
             load_table(options.card),
             options.prompt_rows,
+            drafter,
         )
     failures, parent = 0, os.getppid()
     for done, (line, problem) in enumerate(compile_all(launches, options.jobs), 1):

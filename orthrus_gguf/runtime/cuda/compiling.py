@@ -16,6 +16,7 @@ from typing import IO
 
 from orthrus_kernels.tools.launches import cache_folder, kernels_digest
 
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.device import Machine
 
@@ -27,13 +28,21 @@ INTERVAL = 10.0
 
 @contextmanager
 def kernels_compiled(
-    file: ModelFile, machine: Machine, cache_types: tuple[str, str], prompt_rows: int, say: Say
+    file: ModelFile,
+    machine: Machine,
+    cache_types: tuple[str, str],
+    prompt_rows: int,
+    say: Say,
+    drafter: DrafterFile | None = None,
 ) -> Iterator[None]:
-    """What the model's passes launch is compiled when the block ends, on a GPU. What could not be
-    compiled is told, and compiles (or fails) when it is launched."""
+    """What the passes of the model, and of a drafter beside it, launch is compiled when the block
+    ends, on a GPU. What could not be compiled is told, and compiles (or fails) when it is launched.
+    """
     arguments = [*map(str, file.paths), "--capability", str(machine.capability)]
     arguments += ["--card", machine.name, "--prompt-rows", str(prompt_rows)]
     arguments += ["--cache-types", *cache_types]
+    if drafter is not None:
+        arguments += ["--drafter", str(drafter.paths[0])]
     what = f"compiling the kernels for {machine.name}"
     with compiled(arguments, what, say) if machine.is_cuda else nullcontext():
         yield

@@ -9,9 +9,11 @@ from orthrus_kernels.attention.kv_cache import QBLOCK
 
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.cache import check_cache_types, check_head_size
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
+from orthrus_gguf.runtime.cuda.drafter_weights import plan_beside
 from orthrus_gguf.runtime.cuda.memory_plan import GIB, cache_sizes, plan_memory
 from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
@@ -73,42 +75,52 @@ def fitting_context(
     wanted: int,
     say: Callable[[str], None],
     machine: Machine | None = None,
+    drafter: DrafterFile | None = None,
 ) -> int:
     """`wanted` tokens, or as many as fit on the device, which is said. Where not even LEAST do,
     `wanted`: loading then tells what takes the memory. Raises OrthrusError as loading does.
 
-    machine: instead of the device, for tests.
+    machine: instead of the device, for tests. drafter: beside the model.
     """
     config = file.config
-    check_head_size(config)
-    check_cache_types(config, *cache_types)
+    for each in (config, *([] if drafter is None else [drafter.config])):
+        check_head_size(each)
+        check_cache_types(each, *cache_types)
     machine = find_machine(device) if machine is None else machine
     free = machine.free_bytes()
     if free is None:
         return wanted
     plan = plan_weights(config, file.tensors, machine.capability)
-    memory = plan_memory(config, file.tensors, plan, wanted, *cache_types, PROMPT_ROWS)
+    beside = None if drafter is None else plan_beside(drafter, plan, machine.capability)
+    memory = plan_memory(config, file.tensors, plan, wanted, *cache_types, PROMPT_ROWS, beside)
     fitting = memory.largest_context(free) // STEP * STEP
     if memory.total <= free or fitting < LEAST:
         return wanted
+    beside_config = None if drafter is None else drafter.config
     say(
         f"context of {fitting} tokens instead of {wanted}: that is what fits in the "
         f"{free / GIB:.2f} GiB that are free on {machine.device} ({'/'.join(cache_types)} cache)"
-        + _larger(config, cache_types, memory.fixed - memory.spare, free, wanted)
+        + _larger(config, beside_config, cache_types, memory.fixed - memory.spare, free, wanted)
         + "; -c N sets it"
     )
     return fitting
 
 
 def _larger(
-    config: ModelConfig, cache_types: tuple[str, str], fixed: int, free: int, wanted: int
+    config: ModelConfig,
+    drafter: ModelConfig | None,
+    cache_types: tuple[str, str],
+    fixed: int,
+    free: int,
+    wanted: int,
 ) -> str:
     """The first smaller cache that holds what is wanted, in words."""
-    own, _ = cache_sizes(config, *cache_types)
+    own, _ = cache_sizes(config, *cache_types, drafter)
+    ragged = any(c is not None and c.head_dim % QBLOCK for c in (config, drafter))
     for types in CACHES:
-        if config.head_dim % QBLOCK and types != ("f16", "f16"):
+        if ragged and types != ("f16", "f16"):
             continue
-        row, spare = cache_sizes(config, *types)
+        row, spare = cache_sizes(config, *types, drafter)
         if row < own and fixed + spare + row * wanted <= free:
             return f"; -ctk {types[0]} -ctv {types[1]} holds {wanted}"
     return ""

@@ -11,7 +11,7 @@ from orthrus_kernels.attention.attention import attention
 from orthrus_kernels.attention.finish_qkv import finish_qkv
 from orthrus_kernels.attention.kv_cache import move_columns
 from orthrus_kernels.elementwise.embedding import embed
-from orthrus_kernels.elementwise.ops import residual_norm, silu_multiply
+from orthrus_kernels.elementwise.ops import quantize_rows, residual_norm, silu_multiply
 from orthrus_kernels.elementwise.rows import rotary_angles
 from orthrus_kernels.products.dequantize import prompt_matmul
 from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
@@ -29,6 +29,7 @@ class Kernels:
     rotary_angles: Launch
     move_columns: Launch
     residual_norm: Launch
+    quantize_rows: Launch
     matmul: Launch
     gate_up: Launch
     silu_multiply: Launch
@@ -46,6 +47,7 @@ TRITON = Kernels(
     rotary_angles=rotary_angles,
     move_columns=move_columns,
     residual_norm=residual_norm,
+    quantize_rows=quantize_rows,
     matmul=matmul,
     gate_up=gate_up,
     silu_multiply=silu_multiply,

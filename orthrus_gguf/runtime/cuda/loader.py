@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.tensors import TOKEN_EMBD
 from orthrus_gguf.runtime.cuda.staging import StagedReader
 from orthrus_gguf.runtime.cuda.weight_plan import (
-    SUFFIX,
     Join,
     LayerPlan,
     MatrixPlan,
@@ -30,7 +29,7 @@ from orthrus_gguf.runtime.cuda.weight_plan import (
     WeightPlan,
 )
 from orthrus_gguf.runtime.cuda.weights import Embedding, Layer, Product, Weights
-from orthrus_gguf.runtime.protocol import OWN_VIEWS
+from orthrus_gguf.runtime.protocol import OWN_VIEWS, View
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +83,32 @@ def load_weights(
             packed[matrix] = _packed(matrix, parts, file)
     finally:
         pieces.close()  # type: ignore[attr-defined]  # a generator: ends the reader's thread
-    _report_converted(plan)
-    vectors = {name: _vector(file, name).to(device) for name in plan.vectors}
+    _report_converted(plan.matrices())
+    vectors = load_vectors(file, plan.vectors, device)
     return assemble(file.config, plan, packed, vectors, embedding)
+
+
+def load_matrices(
+    file: WeightFile, matrices: Sequence[MatrixPlan], device: torch.device
+) -> dict[MatrixPlan, QuantTensor]:
+    """Read, copy and pack some matrices. Raises OrthrusError for weights that the kernels cannot
+    hold."""
+    names = [name for matrix in matrices for name in matrix.names]
+    pieces = iter(StagedReader(file, names, device))
+    try:
+        packed = {
+            matrix: _packed(matrix, [next(pieces)[1] for _ in matrix.names], file)
+            for matrix in matrices
+        }
+    finally:
+        pieces.close()  # type: ignore[attr-defined]  # a generator: ends the reader's thread
+    _report_converted(matrices)
+    return packed
+
+
+def load_vectors(file: WeightFile, names: Iterable[str], device: torch.device) -> dict[str, Tensor]:
+    """Norms and biases, f32, by name."""
+    return {name: _vector(file, name).to(device) for name in names}
 
 
 def reading_order(plan: WeightPlan) -> list[str]:
@@ -96,7 +118,7 @@ def reading_order(plan: WeightPlan) -> list[str]:
     return names
 
 
-def _packed(matrix: MatrixPlan, parts: list[Tensor], file: ModelFile) -> QuantTensor:
+def _packed(matrix: MatrixPlan, parts: list[Tensor], file: WeightFile) -> QuantTensor:
     label = "+".join(matrix.names)
     raw = [part.view(-1, row_bytes(matrix.stored, matrix.k)) for part in parts]
     if matrix.packed is not matrix.stored:
@@ -109,7 +131,7 @@ def _packed(matrix: MatrixPlan, parts: list[Tensor], file: ModelFile) -> QuantTe
 
 
 def _as_f16(
-    raw: Tensor, stored: GGMLQuantizationType, k: int, label: str, file: ModelFile
+    raw: Tensor, stored: GGMLQuantizationType, k: int, label: str, file: WeightFile
 ) -> Tensor:
     """GGUF rows of a type without a kernel → F16 rows, u8 [rows, 2k], in chunks of rows."""
     chunk = max(1, DEQUANTIZE_WEIGHTS // k)
@@ -127,12 +149,12 @@ def _as_f16(
     return torch.cat(pieces)
 
 
-def _report_converted(plan: WeightPlan) -> None:
+def _report_converted(matrices: Iterable[MatrixPlan]) -> None:
     """One log line per type that has no kernel: how many matrices, and what it costs."""
     stored: Counter[GGMLQuantizationType] = Counter()
     before: Counter[GGMLQuantizationType] = Counter()
     after: Counter[GGMLQuantizationType] = Counter()
-    for matrix in plan.matrices():
+    for matrix in matrices:
         if matrix.packed is not matrix.stored:
             stored[matrix.stored] += 1
             before[matrix.stored] += matrix.raw_bytes
@@ -156,7 +178,7 @@ def _embedding(file: ModelFile, plan: WeightPlan, raw: Tensor) -> Embedding:
     return Embedding(rows, plan.embedding.name)
 
 
-def _vector(file: ModelFile, name: str) -> Tensor:
+def _vector(file: WeightFile, name: str) -> Tensor:
     """A norm or a bias, f32."""
     values = dequantize(file.data(name).reshape(1, -1), file.tensors[name].type)
     return torch.from_numpy(np.array(values, np.float32).reshape(-1))
@@ -179,7 +201,7 @@ def assemble(
         prefix = f"blk.{index}."
         return Layer(
             vectors[prefix + "attn_norm.weight"],
-            _head_weights(config, vectors, prefix, wanted),
+            _head_weights(config, vectors, prefix, plan.suffixes),
             {view: product(part) for view, part in wanted.qkv.items()},
             {view: product(part) for view, part in wanted.output.items()},
             vectors[prefix + "ffn_norm.weight"],
@@ -192,12 +214,12 @@ def assemble(
 
 
 def _head_weights(
-    config: ModelConfig, vectors: Mapping[str, Tensor], prefix: str, wanted: LayerPlan
+    config: ModelConfig, vectors: Mapping[str, Tensor], prefix: str, named: Mapping[View, str]
 ) -> HeadWeights:
     """Norms and biases of both views. Without heads the second view's are never read, but have a
     place."""
     arch = config.architecture
-    suffixes = [SUFFIX[view] if view in wanted.qkv else "" for view in OWN_VIEWS]
+    suffixes = [named.get(view, "") for view in OWN_VIEWS]
     norms = biases = None
     if arch.qk_norms:
         norms = torch.stack(

@@ -21,6 +21,11 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import is_diffusion_tensor
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.cache import new_cache_planes
+from orthrus_gguf.runtime.cuda.drafter_weights import (
+    DrafterPlan,
+    empty_drafter,
+    new_drafter_buffers,
+)
 from orthrus_gguf.runtime.cuda.loader import assemble
 from orthrus_gguf.runtime.cuda.prompt_pass import new_prompt_buffers
 from orthrus_gguf.runtime.cuda.weight_plan import MatrixPlan, WeightPlan
@@ -43,8 +48,9 @@ PACKING_BYTES = 8 << 25
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the device. weights: without heads; cache_row: per token of context; spare: what a
-    cache takes beside its rows.
+    """Bytes on the device. weights: without heads; drafter: weights and buffers of one beside the
+    model; cache_row: per token of context, a drafter's included; spare: what a cache takes beside
+    its rows.
 
     work: buffers of passes, or what loading needs for a moment, whichever is more.
     """
@@ -57,6 +63,7 @@ class MemoryPlan:
     cache_row: int
     spare: int
     context: int
+    drafter: int = 0
 
     @property
     def cache(self) -> int:
@@ -66,7 +73,8 @@ class MemoryPlan:
     @property
     def fixed(self) -> int:
         """Everything but the cache's rows."""
-        return self.weights + self.heads + self.work + self.graphs + self.runtime + self.spare
+        model = self.weights + self.heads + self.drafter
+        return model + self.work + self.graphs + self.runtime + self.spare
 
     @property
     def total(self) -> int:
@@ -85,23 +93,34 @@ def plan_memory(
     type_k: str,
     type_v: str,
     prompt_rows: int,
+    drafter: DrafterPlan | None = None,
 ) -> MemoryPlan:
-    """What a model takes with a cache of `context` tokens. prompt_rows: of one prompt pass."""
+    """What a model takes with a cache of `context` tokens. prompt_rows: of one prompt pass.
+    drafter: beside it, with a cache of its own and graphs of its own."""
     weights = empty_weights(config, tensors, plan)
     heads = sum(matrix.nbytes for matrix in plan.matrices() if _is_heads(matrix))
-    buffers = allocated(new_buffers(config, plan, META))
+    static = new_buffers(config, plan, META)
+    buffers = allocated(static)
     buffers += allocated(new_prompt_buffers(config, weights, prompt_rows, META))
     loading = max(2 * matrix.raw_bytes for matrix in plan.matrices()) + PACKING_BYTES
-    cache_row, spare = cache_sizes(config, type_k, type_v)
+    cache_row, spare = cache_sizes(
+        config, type_k, type_v, None if drafter is None else drafter.config
+    )
+    beside = 0
+    if drafter is not None:
+        network = empty_drafter(drafter, weights, META)
+        own = new_drafter_buffers(drafter, network, static, META)
+        beside = allocated((weights, static, network, own)) - allocated((weights, static))
     return MemoryPlan(
         weights=allocated(weights) - heads,
         heads=heads,
         work=max(buffers, loading),
-        graphs=GRAPH_BYTES,
+        graphs=GRAPH_BYTES if drafter is None else 2 * GRAPH_BYTES,
         runtime=RUNTIME_BYTES,
         cache_row=cache_row,
         spare=spare,
         context=context,
+        drafter=beside,
     )
 
 
@@ -116,8 +135,13 @@ def empty_weights(
     return assemble(config, plan, packed, vectors, Embedding(table, plan.embedding.name))
 
 
-def cache_sizes(config: ModelConfig, type_k: str, type_v: str) -> tuple[int, int]:
-    """Bytes of a cache per token, and beside its rows."""
+def cache_sizes(
+    config: ModelConfig, type_k: str, type_v: str, drafter: ModelConfig | None = None
+) -> tuple[int, int]:
+    """Bytes of a cache per token, and beside its rows; with what a drafter keeps beside it."""
+    if drafter is not None:
+        (row, spare), (more, apart) = (cache_sizes(c, type_k, type_v) for c in (config, drafter))
+        return row + more, spare + apart
     rows = pass_rows(config)
     none, one = (
         allocated(new_cache_planes(config, type_k, type_v, columns, META))
@@ -147,29 +171,43 @@ def allocated(thing: Any) -> int:
 
 
 def check_memory(
-    plan: MemoryPlan, free: int, config: ModelConfig, type_k: str, type_v: str, device: str
+    plan: MemoryPlan,
+    free: int,
+    config: ModelConfig,
+    type_k: str,
+    type_v: str,
+    device: str,
+    drafter: ModelConfig | None = None,
 ) -> None:
     """Raise OrthrusError with every part and what would fit, unless the plan fits into `free`."""
     if plan.total <= free:
         return
+    beside = f" + drafter {_gib(plan.drafter)}" if plan.drafter else ""
     parts = (
-        f"weights {_gib(plan.weights)} + heads {_gib(plan.heads)} + key/value cache of "
+        f"weights {_gib(plan.weights)} + heads {_gib(plan.heads)}{beside} + key/value cache of "
         f"{plan.context} tokens ({type_k}/{type_v}) {_gib(plan.cache + plan.spare)} + buffers "
         f"{_gib(plan.work + plan.graphs)} + runtime {_gib(plan.runtime)}"
     )
     raise OrthrusError(
         f"{device}: needs {_gib(plan.total)} GiB, {_gib(free)} GiB are free: {parts}; "
-        + _advice(plan, free, config, type_k, type_v)
+        + _advice(plan, free, config, type_k, type_v, drafter)
     )
 
 
-def _advice(plan: MemoryPlan, free: int, config: ModelConfig, type_k: str, type_v: str) -> str:
+def _advice(
+    plan: MemoryPlan,
+    free: int,
+    config: ModelConfig,
+    type_k: str,
+    type_v: str,
+    drafter: ModelConfig | None,
+) -> str:
     choices = []
     largest = plan.largest_context(free)
     if largest:
         choices.append(f"-c {largest}")
     if "q8_0" not in (type_k, type_v) and type_k == type_v == "f16" and not config.head_dim % 32:
-        row, spare = cache_sizes(config, "q8_0", "q8_0")
+        row, spare = cache_sizes(config, "q8_0", "q8_0", drafter)
         quantized = max(0, (free - plan.fixed + plan.spare - spare) // row)
         if quantized >= plan.context:
             choices.append("-ctk q8_0 -ctv q8_0")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cuda.arrange import Arrangement, arrange, check_tokens
@@ -21,6 +22,7 @@ from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.cache import CudaCache, check_cache_types, check_head_size
 from orthrus_gguf.runtime.cuda.compiling import kernels_compiled
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
+from orthrus_gguf.runtime.cuda.drafter_weights import plan_beside
 from orthrus_gguf.runtime.cuda.graphs import Capture, Graphs, capture_for
 from orthrus_gguf.runtime.cuda.kernels import Kernels
 from orthrus_gguf.runtime.cuda.loader import Progress, load_weights
@@ -31,7 +33,7 @@ from orthrus_gguf.runtime.cuda.results import Gathered
 from orthrus_gguf.runtime.cuda.row_check import check_rows
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 from orthrus_gguf.runtime.cuda.tables import Shape, Table
-from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
+from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan, plan_weights
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
 
@@ -72,8 +74,10 @@ class CudaModel:
         prompt_rows: int,
         memory: MemoryPlan,
         capture: Capture | None,
+        plan: WeightPlan,
     ) -> None:
         """Take over what `load` has made."""
+        self.plan = plan
         self.config: ModelConfig = runner.config
         self.memory = memory
         self.lock = threading.RLock()
@@ -101,6 +105,7 @@ class CudaModel:
         capability: int | None = None,
         capture: Capture | None = None,
         say: Callable[[str], None] = log.info,
+        drafter: DrafterFile | None = None,
     ) -> CudaModel:
         """Load an open file onto a device.
 
@@ -109,23 +114,26 @@ class CudaModel:
         prompt_rows: AR rows of one prompt pass; with at most 64, prompts are row-invariant, too.
         kernels, capability: see `find_machine`. capture: how passes become graphs, for tests.
         say: hears how far compiling is, the first time.
+        drafter: will be loaded beside it (`CudaNetwork`): memory and kernels are for both.
         Raises OrthrusError for a device, model or setting that cannot be used, or too little
         memory, before anything is allocated.
         """
         config = file.config
-        check_head_size(config)
+        types = (cache_type_k, cache_type_v)
         if prompt_rows < 1:
             raise OrthrusError(f"-b {prompt_rows}: expected at least 1 row per batch")
-        check_cache_types(config, cache_type_k, cache_type_v)
+        for each in (config, *([] if drafter is None else [drafter.config])):
+            check_head_size(each)
+            check_cache_types(each, *types)
         machine = find_machine(device, kernels=kernels, capability=capability)
         plan = plan_weights(config, file.tensors, machine.capability)
-        memory = plan_memory(
-            config, file.tensors, plan, context or 1, cache_type_k, cache_type_v, prompt_rows
-        )
+        beside = None if drafter is None else plan_beside(drafter, plan, machine.capability)
+        memory = plan_memory(config, file.tensors, plan, context or 1, *types, prompt_rows, beside)
         free = machine.free_bytes()
         if free is not None:
-            check_memory(memory, free, config, cache_type_k, cache_type_v, str(machine.device))
-        compiling = kernels_compiled(file, machine, (cache_type_k, cache_type_v), prompt_rows, say)
+            own = None if drafter is None else drafter.config
+            check_memory(memory, free, config, *types, str(machine.device), own)
+        compiling = kernels_compiled(file, machine, types, prompt_rows, say, drafter)
         with compiling, machine.running(), _enough_memory(memory, machine, free):
             weights = load_weights(file, plan, machine.device, on_progress=on_progress)
             machine.trim()
@@ -139,9 +147,9 @@ class CudaModel:
                 torch.from_numpy(inv_freq).to(machine.device),
                 rope_scale,
                 torch.zeros(256, dtype=torch.uint8, device=machine.device),
-                (cache_type_k, cache_type_v),
+                types,
             )
-        return cls(runner, prompt_rows, memory, capture or capture_for(machine))
+        return cls(runner, prompt_rows, memory, capture or capture_for(machine), plan)
 
     @property
     def runner(self) -> PassRunner:

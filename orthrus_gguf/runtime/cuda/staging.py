@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.file import WeightFile
 
 SLOTS = 4
 SLOT_BYTES = 32 << 20
@@ -38,7 +38,7 @@ class StagedReader:
 
     def __init__(
         self,
-        file: ModelFile,
+        file: WeightFile,
         names: Sequence[str],
         device: torch.device,
         *,

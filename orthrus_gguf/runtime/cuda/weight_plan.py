@@ -27,7 +27,7 @@ from orthrus_kernels.products.dispatch import layout_for, split_for
 
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.tensors import OUTPUT, TOKEN_EMBD
+from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from orthrus_gguf.runtime.protocol import View
 
 _T = GGMLQuantizationType
@@ -101,12 +101,14 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """All matrices of a model. embedding: its type on the device (raw qblocks, not packed)."""
+    """All matrices of a model. embedding: its type on the device (raw qblocks, not packed).
+    suffixes: of the tensors of each view."""
 
     layers: tuple[LayerPlan, ...]
     head: ProductPlan
     embedding: GGMLQuantizationType
     vectors: tuple[str, ...]
+    suffixes: Mapping[View, str]
 
     def products(self) -> Iterator[ProductPlan]:
         """Every product, layer by layer."""
@@ -134,19 +136,35 @@ def plan_weights(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], capability: int
 ) -> WeightPlan:
     """The plan for a checked model (`ModelFile`) on a card of this compute capability."""
-    views = [View.AR, View.DIFFUSION] if config.has_heads else [View.AR]
+    suffixes = SUFFIX if config.has_heads else {View.AR: ""}
+    head = plan_product(TOKEN_EMBD if config.tied else OUTPUT, tensors, capability)
+    return WeightPlan(
+        plan_layers(config, tensors, capability, suffixes),
+        ProductPlan(head.matrices, 1),  # logits are read as they are
+        embedding_type(tensors[TOKEN_EMBD].type),
+        plan_vectors(config, suffixes),
+        suffixes,
+    )
 
-    def layout(names: list[str]) -> Layout:
-        wanted = {layout_for(packed_type(tensors[name].type), capability) for name in names}
-        return Layout.A8 if wanted == {Layout.A8} else Layout.A16
+
+def plan_layers(
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    capability: int,
+    suffixes: Mapping[View, str],
+    *,
+    q_apart: bool = False,
+) -> tuple[LayerPlan, ...]:
+    """Products of all layers. suffixes: of the tensors of each view; views with the same one share
+    their products. q_apart: q is a matrix of its own, so that k and v can be had without it."""
 
     def attention(index: int, parts: tuple[str, ...]) -> dict[View, ProductPlan]:
-        names = {v: [f"blk.{index}.attn_{p}{SUFFIX[v]}.weight" for p in parts] for v in views}
-        shared = layout([name for view in views for name in names[view]])
-        return {view: _stacked(names[view], tensors, shared) for view in views}
-
-    def one(name: str) -> ProductPlan:
-        return _stacked([name], tensors, layout([name]))
+        names = {
+            view: [f"blk.{index}.attn_{part}{suffix}.weight" for part in parts]
+            for view, suffix in suffixes.items()
+        }
+        shared = _layout([name for part in names.values() for name in part], tensors, capability)
+        return {view: _stacked(part, tensors, shared, q_apart) for view, part in names.items()}
 
     layers = []
     for index in range(config.n_layers):
@@ -155,23 +173,34 @@ def plan_weights(
             LayerPlan(
                 attention(index, ("q", "k", "v")),
                 attention(index, ("output",)),
-                _gate_up(ffn, tensors, layout(ffn)),
-                one(f"blk.{index}.ffn_down.weight"),
+                _gate_up(ffn, tensors, _layout(ffn, tensors, capability)),
+                plan_product(f"blk.{index}.ffn_down.weight", tensors, capability),
             )
         )
-    head = one(TOKEN_EMBD if config.tied else OUTPUT)
-    return WeightPlan(
-        tuple(layers),
-        ProductPlan(head.matrices, 1),  # logits are read as they are
-        embedding_type(tensors[TOKEN_EMBD].type),
-        tuple(_vectors(config, views)),
-    )
+    return tuple(layers)
 
 
-def _stacked(names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout) -> ProductPlan:
-    """Neighbours of one type become one matrix."""
+def plan_product(name: str, tensors: Mapping[str, TensorInfo], capability: int) -> ProductPlan:
+    """The product with one tensor."""
+    return _stacked([name], tensors, _layout([name], tensors, capability))
+
+
+def _layout(names: list[str], tensors: Mapping[str, TensorInfo], capability: int) -> Layout:
+    """Of all matrices that read the same rows."""
+    wanted = {layout_for(packed_type(tensors[name].type), capability) for name in names}
+    return Layout.A8 if wanted == {Layout.A8} else Layout.A16
+
+
+def _stacked(
+    names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout, first_apart: bool = False
+) -> ProductPlan:
+    """Neighbours of one type become one matrix; but the first, where it is to stand apart."""
+
+    def kind(name: str) -> tuple[GGMLQuantizationType, bool]:
+        return tensors[name].type, first_apart and name == names[0]
+
     matrices = []
-    for stored, group in groupby(names, key=lambda name: tensors[name].type):
+    for (stored, _), group in groupby(names, key=kind):
         members = tuple(group)
         rows = sum(tensors[name].shape[0] for name in members)
         matrices.append(MatrixPlan(members, stored, rows, tensors[members[0]].shape[1], layout))
@@ -190,14 +219,14 @@ def _gate_up(names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout
     return ProductPlan(tuple(single), split_for(rows, k))
 
 
-def _vectors(config: ModelConfig, views: list[View]) -> Iterator[str]:
+def plan_vectors(config: ModelConfig, suffixes: Mapping[View, str]) -> tuple[str, ...]:
     """Names of the norms and biases."""
-    arch = config.architecture
+    arch, names = config.architecture, []
     for index in range(config.n_layers):
-        yield from (f"blk.{index}.{name}.weight" for name in ("attn_norm", "ffn_norm"))
-        for view in views:
+        names += [f"blk.{index}.{name}.weight" for name in ("attn_norm", "ffn_norm")]
+        for suffix in dict.fromkeys(suffixes.values()):
             if arch.qk_norms:
-                yield from (f"blk.{index}.attn_{part}_norm{SUFFIX[view]}.weight" for part in "qk")
+                names += [f"blk.{index}.attn_{part}_norm{suffix}.weight" for part in "qk"]
             if arch.qkv_biases:
-                yield from (f"blk.{index}.attn_{part}{SUFFIX[view]}.bias" for part in "qkv")
-    yield "output_norm.weight"
+                names += [f"blk.{index}.attn_{part}{suffix}.bias" for part in "qkv"]
+    return (*names, OUTPUT_NORM)
