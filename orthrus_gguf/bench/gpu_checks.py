@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import numpy as np
 from orthrus_kernels.tools.gpu_check_report import Check
 
-from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.decode import decode, drive, prefill, run_cycle
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.cuda.cache import CudaCache
+from orthrus_gguf.runtime.cuda.drafter import CudaNetwork
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.protocol import Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
@@ -83,6 +87,62 @@ def generate(
     drive(model, prefill(sequence))
     cycles = list(decode(model, sequence, policy, n - 1))
     return sequence.tokens[len(prompt) :], cycles
+
+
+def drafter_checks(
+    demo: Path,
+    drafter: Path,
+    golden: dict[str, Any],
+    device: str | None,
+    extent: Extent,
+    kind: str,
+) -> Iterator[Check]:
+    """A drafter's network beside the demo model, with a cache of `kind`: the text that the model
+    has alone, about as many accepted drafts as the reference implementation has, and graphs."""
+    types = {"cache_type_k": kind, "cache_type_v": kind}
+    with ExitStack() as stack:
+        file = stack.enter_context(ModelFile.open(demo))
+        beside = stack.enter_context(DrafterFile.open(drafter, file.config, file.metadata))
+        target = CudaModel.load(file, device=device, drafter=beside, **types)
+        network = CudaNetwork.beside(beside, target)
+        model = stack.enter_context(closing(ModelWithDrafter(target, network)))
+        wrong: list[str] = []
+        cycles = accepted = wanted = 0
+        for number, case in enumerate(golden["cases"][: extent.cases]):
+            count = min(case["n_new"], extent.tokens)
+            expected, _ = generate(
+                target, target.new_cache(CAPACITY), case["prompt_ids"], GREEDY, "ar", count
+            )
+            found, own = _drafted(model, case["prompt_ids"], count)
+            wrong += [f"case {number}"] if found != expected else []
+            cycles += len(own)
+            accepted += sum(cycle.accepted for cycle in own)
+            theirs = case["cycles"][: len(own)]
+            wanted += sum(cycle["accepted"] for cycle in theirs)
+        detail = "; ".join(wrong) or f"{extent.cases} prompts at most"
+        yield Check(f"ar = drafter, {kind} cache", not wrong, detail)
+        detail = f"{accepted} accepted in {cycles} cycles; by the reference {wanted}"
+        yield Check(f"accepted drafts, {kind} cache", accepted > 0.8 * wanted, detail)
+        for name, one in (("model", target), ("network", network)):
+            check = _graphs(one, kind)
+            yield Check(f"{check.name}, {name}", check.passed, check.detail)
+
+
+def _drafted(
+    model: ModelWithDrafter, prompt: Sequence[int], n: int
+) -> tuple[list[int], list[Cycle]]:
+    """`n` tokens with the drafter's drafts, and their cycles."""
+    caches = model.new_cache(CAPACITY), model.new_draft_cache(CAPACITY)
+    sequence = TokenSequence(
+        model.config, caches[0], Sampler(GREEDY), list(prompt), draft_cache=caches[1]
+    )
+    policy = FixedPolicy(parse("ar+dflash"), model.config)
+    drafters = policy.drafters(sequence)
+    drive(model, prefill(sequence, drafters))
+    cycles: list[Cycle] = []
+    while len(sequence.tokens) < len(prompt) + n:
+        cycles.append(drive(model, run_cycle(sequence, policy, drafters, 100))[0])
+    return sequence.tokens[len(prompt) : len(prompt) + n], cycles
 
 
 def _golden(model: CudaModel, cases: list[dict[str, Any]], extent: Extent) -> Iterator[Check]:

@@ -45,6 +45,7 @@ class Stage:
 STAGES = (
     Stage("environment", 75),
     Stage("demo", 130),
+    Stage("drafter", 60),
     Stage("generation", 120, model=True),
     Stage("contexts", 80, model=True),
     Stage("profile", 40, model=True),
@@ -198,13 +199,15 @@ def summary(outcomes: Sequence[Outcome], seconds: float, most: int = MOST) -> st
 
 
 def prepare(runner: Runner, options: argparse.Namespace) -> subprocess.Popen[bytes] | None:
-    """The demo model now; the large one in the background."""
-    demo = runner.folder / "demo.gguf"
-    if not demo.exists():
-        words = ("orthrus_converters", str(ROOT / "models/tiny-orthrus-stdlib"), str(demo))
-        process = runner.start("convert", *words, "--type", "f16")
+    """The demo model and its drafter now; the large one in the background."""
+    for name, source in (("demo", "tiny-orthrus-stdlib"), ("drafter", "tiny-dflash-stdlib")):
+        path = runner.folder / f"{name}.gguf"
+        if path.exists():
+            continue
+        log, words = f"convert-{name}", (str(ROOT / "models" / source), str(path))
+        process = runner.start(log, "orthrus_converters", *words, "--type", "f16")
         if process.wait() != 0:
-            print(f"the demo model was not converted: {runner.last_line('convert')}", flush=True)
+            print(f"{source} was not converted: {runner.last_line(log)}", flush=True)
     if options.cpu or options.model.exists():
         return None
     model = ("--synthetic", options.shape, str(options.model), "--type", options.type)
@@ -217,6 +220,7 @@ def run(options: argparse.Namespace, stages: Sequence[Stage]) -> list[Outcome]:
     began = time.monotonic()
     maker = prepare(runner, options)
     flags = ["--demo", str(options.folder / "demo.gguf"), "--model", str(options.model)]
+    flags += ["--drafter", str(options.folder / "drafter.gguf")]
     flags += ["--cpu"] if options.cpu else []
     outcomes = []
     kept = within(stages, options.budget)

@@ -27,6 +27,8 @@ from orthrus_gguf.bench import gpu_checks, gpu_figures, gpu_sanitizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden/tiny-orthrus-stdlib.json"
 
+GOLDEN_DRAFTER = GOLDEN.with_name("dflash.json")
+
 Stage = Callable[[argparse.Namespace], Iterator[Item]]
 
 
@@ -45,6 +47,16 @@ def environment(options: argparse.Namespace) -> Iterator[Item]:
 def demo(options: argparse.Namespace) -> Iterator[Item]:
     """Text, row invariance and graphs of the demo model."""
     yield from _runtime_checks(options, ("f16",))
+
+
+def drafter(options: argparse.Namespace) -> Iterator[Item]:
+    """A drafter's network beside the demo model: drafts, text and graphs."""
+    golden = json.loads(GOLDEN_DRAFTER.read_text())
+    extent = gpu_checks.SMALL if options.cpu else gpu_checks.FULL
+    for kind in ("f16", "q8_0"):
+        yield from gpu_checks.drafter_checks(
+            options.demo, options.drafter, golden, _device(options), extent, kind
+        )
 
 
 def generation(options: argparse.Namespace) -> Iterator[Item]:
@@ -86,7 +98,9 @@ def sanitizer(options: argparse.Namespace) -> Iterator[Item]:
 
 STAGES: dict[str, Stage] = {
     stage.__name__: stage
-    for stage in (environment, demo, generation, contexts, profile, checks, tiles, sanitizer)
+    for stage in (
+        *(environment, demo, drafter, generation, contexts, profile, checks, tiles, sanitizer),
+    )
 }
 
 
@@ -115,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--items", type=Path, required=True, help="checks and figures go here")
     parser.add_argument("--demo", type=Path, help="the converted demo checkpoint")
+    parser.add_argument("--drafter", type=Path, help="the converted demo drafter")
     parser.add_argument("--model", type=Path, help="the file that is timed")
     parser.add_argument("--cpu", action="store_true", help="the logic, on stand-ins")
     parser.add_argument("--quick", action="store_true", help="small shapes")

@@ -29,6 +29,7 @@ from orthrus_gguf.model.tensors import (
     TOKEN_EMBD,
     base_tensors,
     diffusion_tensors,
+    drafter_tensors,
     is_diffusion_tensor,
 )
 
@@ -154,6 +155,33 @@ def write_model(
     tensors = base_tensors(config)
     if config.has_heads:
         tensors |= diffusion_tensors(config)
+    _write_tensors(api, writer, config, tensors, rule, seed)
+
+
+def write_drafter(
+    api: Ggml, path: Path, config: ModelConfig, rule: TypeRule, taps: tuple[int, ...]
+) -> None:
+    """Write a drafter of this shape, without tokens, that reads the inputs of layers `taps`."""
+    assert config.block_size is not None
+    assert config.mask_token is not None
+    writer = gguf.GGUFWriter(path, "dflash")
+    _write_metadata(writer, replace(config, block_size=None))
+    writer.add_vocab_size(config.n_vocab)
+    writer.add_uint32(keys.DFLASH_BLOCK_SIZE, config.block_size)
+    writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
+    writer.add_array(keys.DFLASH_TARGET_LAYERS, list(taps))
+    _write_tensors(api, writer, config, drafter_tensors(config, len(taps)), rule, 1)
+
+
+def _write_tensors(
+    api: Ggml,
+    writer: gguf.GGUFWriter,
+    config: ModelConfig,
+    tensors: Mapping[str, tuple[int, ...]],
+    rule: TypeRule,
+    seed: int,
+) -> None:
+    """Random weights; ends the file."""
     rng = np.random.default_rng(seed)
     for name, shape in tensors.items():
         if name == ROPE_FREQS:

@@ -159,6 +159,16 @@ def test_quantize_rows(scale: float) -> None:
     assert (error <= found.scales[..., None] * 0.5001).all()
 
 
+def test_f16_rows_of_what_no_kernel_writes() -> None:
+    """More than a tile of columns, out of range and not."""
+    x = torch.randn(3, 1056, generator=torch.Generator().manual_seed(1)) * 3e4
+    found, wanted = f16_rows(3, 1056), f16_rows(3, 1056)
+    ops.quantize_rows(x, found)
+    reference_ops.quantize_rows(x, wanted)
+    assert torch.equal(found, wanted)
+    assert torch.equal(deinterleave(found, 1056), x.clamp(-65504, 65504).half())
+
+
 def some_rows(head_dim: int) -> Rows:
     """AR rows at 5 and 6 of one sequence, two diffusion rows, an unused one; an AR row of another
     sequence, with two more places; random rotations."""

@@ -13,13 +13,13 @@ import pytest
 pytest.importorskip("triton")
 
 from gguf import GGMLQuantizationType as T
-from synthetic_model import model_shape, write_model
+from synthetic_model import model_shape, write_drafter, write_model
 
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN3
 from orthrus_gguf.model.config import Rope
 
-SCRIPT = Path(__file__).resolve().parents[1] / "helpers" / "cuda_interpreted.py"
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
 
 #: Architecture, RoPE to go with it, the card that is pretended (int8 activations on 86), and what
@@ -29,6 +29,43 @@ CASES = {
     "qwen2": (QWEN2, Rope(1e6, factor=4.0, original_context=8, ext_factor=1.0), 80, []),
     "llama": (LLAMA, Rope(1e4, freq_factors=tuple(float(i) for i in range(1, 33))), 80, []),
 }
+
+
+def interpreted(script: str, *arguments: object) -> str:
+    """What a script prints in the interpreter."""
+    run = subprocess.run(
+        [sys.executable, HELPERS / script, *map(str, arguments)],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_a_drafters_network(tmp_path: Path) -> None:
+    """Keys and values of committed rows, in two parts, and the logits of a block that sees them:
+    features and attention's output from int8 activations, q, k and v of mixed types."""
+    config = model_shape(
+        n_layers=1, n_embd=64, n_ff=64, n_head=2, n_head_kv=1, n_vocab=64, block_size=4
+    )
+    api, quantized = load_library().api, ("fc.", "attn_q", "attn_k", "attn_output")
+
+    def rule(name: str) -> T:
+        return T.Q8_0 if any(part in name for part in quantized) else T.F16
+
+    files = (tmp_path / "tiny.gguf", tmp_path / "drafter.gguf")
+    write_model(api, files[0], config, rule)
+    write_drafter(api, files[1], config, rule, (1, 1))
+    found = json.loads(interpreted("cuda_drafter_interpreted.py", *files, 86))
+    assert set(found) == {"keys", "values", "block"}
+    assert max(found.values()) < 1e-4, found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,20 +81,7 @@ def test_kernels_and_stand_ins_agree(tmp_path: Path, name: str) -> None:
     )  # fmt: skip
     path = tmp_path / "tiny.gguf"
     write_model(load_library().api, path, config, lambda name: T.Q8_0 if ".attn" in name else T.F16)
-    run = subprocess.run(
-        [sys.executable, SCRIPT, path, str(capability), *runs],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout)
+    found = json.loads(interpreted("cuda_interpreted.py", path, capability, *runs))
     assert found["error"] < 1e-4
     assert found["kernels"] == found["stand-ins"]
     kernels = found["kernels"]

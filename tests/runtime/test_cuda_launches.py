@@ -19,15 +19,17 @@ pytest.importorskip("triton")
 import torch
 from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
-from synthetic_model import model_shape, write_model
+from synthetic_model import model_shape, write_drafter, write_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from orthrus_gguf.ggml.library import load_library
+from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.buffers import new_buffers
+from orthrus_gguf.runtime.cuda.compile_ahead import empty_network
 from orthrus_gguf.runtime.cuda.device import Machine
 from orthrus_gguf.runtime.cuda.graphs import Graphs
 from orthrus_gguf.runtime.cuda.kernels import TRITON
@@ -280,3 +282,34 @@ def test_how_many_launches_a_pass_takes(model: CudaModel, device: Device) -> Non
     # Penalties, bans; log sums, the likeliest of each tile and of all, the report.
     assert counts["penalties and log-probabilities"] <= 9 * LAYERS + 14
     assert counts["several sequences"] <= 11 * LAYERS + 9
+
+
+def test_passes_of_a_drafters_network(model: CudaModel, device: Device, tmp_path: Path) -> None:
+    """What it learns of rows costs two uploads and no download: three launches a layer less than
+    a model's, without attention and MLP; a block costs what one of the model's own does. Again,
+    each is one launch."""
+    config = model_shape(n_layers=2)
+    drafter, replays = tmp_path / "drafter.gguf", []
+    write_drafter(load_library().api, drafter, config, lambda name: T.Q8_0, (1, 3, LAYERS))
+    with open_gguf(drafter) as file:
+        network = empty_network(config, file.tensors, model)
+    cache, taps = network.new_cache(64), np.ones((3, 16, config.n_embd), np.float32)
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return lambda: replays.append(step)
+
+    network.graphs = Graphs(capture)
+    for turn in range(3):
+        with watched(device) as watch:
+            network.inject(cache, taps)
+        assert (watch.uploads, device.downloads) == (2, 0)
+        # Angles, taps to rows, features, their norm; k and v, and what finishes them.
+        assert len(device.launches) == (4 + 2 * config.n_layers if turn < 2 else 0)
+        draw = Draw(GREEDY, [0] * 100, detail=True)
+        block = diffusion_segment(cache, 20, MASK, 16, cache.length, draw=draw)
+        with watched(device) as watch:
+            network.forward([block])
+        assert (watch.uploads, device.downloads) == (1, 1)
+        assert len(device.launches) == (9 * config.n_layers + 6 if turn < 2 else 0)
+    assert len(replays) == 4  # both kinds, at their second turn and their third
