@@ -99,11 +99,12 @@ def drafter_checks(
 ) -> Iterator[Check]:
     """A drafter's network beside the demo model, with a cache of `kind`: the text that the model
     has alone, about as many accepted drafts as the reference implementation has, and graphs."""
-    types = {"cache_type_k": kind, "cache_type_v": kind}
     with ExitStack() as stack:
         file = stack.enter_context(ModelFile.open(demo))
         beside = stack.enter_context(DrafterFile.open(drafter, file.config, file.metadata))
-        target = CudaModel.load(file, device=device, drafter=beside, **types)
+        target = CudaModel.load(
+            file, device=device, drafter=beside, cache_type_k=kind, cache_type_v=kind
+        )
         network = CudaNetwork.beside(beside, target)
         model = stack.enter_context(closing(ModelWithDrafter(target, network)))
         wrong: list[str] = []

@@ -45,11 +45,11 @@ class Stage:
 STAGES = (
     Stage("environment", 75),
     Stage("demo", 130),
-    Stage("drafter", 60),
     Stage("generation", 120, model=True),
     Stage("contexts", 80, model=True),
     Stage("profile", 40, model=True),
     Stage("checks", 120),
+    Stage("drafter", 60),
     Stage("tiles", 120, model=True),
     Stage("sanitizer", 130),
 )

@@ -24,7 +24,9 @@ from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.protocol import diffusion_segment
 
 
-def results(path: str, drafter: str, capability: int, kernels: Kernels) -> dict[str, NDArray]:
+def results(
+    path: str, drafter: str, capability: int, kernels: Kernels
+) -> dict[str, NDArray[np.floating]]:
     """By name. Two rows, then one, then a block that sees them."""
     with (
         ModelFile.open(path) as file,

@@ -70,7 +70,7 @@ def cycles_of(
     return cycles
 
 
-@pytest.mark.parametrize("number", [0, 2, 5])
+@pytest.mark.parametrize("number", [0, 5])
 def test_cycles_are_the_reference_implementations(model: ModelWithDrafter, number: int) -> None:
     """Drafts, accepted counts and text of every cycle, launched and replayed."""
     case = CASES[number]
@@ -125,7 +125,7 @@ def test_sequences_in_the_same_passes(model: ModelWithDrafter) -> None:
 
 @pytest.mark.parametrize(
     ("drafter", "capability", "cache_type"),
-    [("q8_0", 86, "q8_0"), ("q4_k_m", 86, "q4_0"), ("q4_k_m", 90, "f16")],
+    [("q8_0", 86, "q8_0"), ("q4_k_m", 80, "q4_0")],
 )
 def test_acceptance_with_quantized_weights_and_caches(
     demo_file: DemoFile, drafter: str, capability: int, cache_type: str
