@@ -3,21 +3,18 @@
 A template is a program that comes with the file, so from a stranger. It runs in Jinja's sandbox, in
 a process of its own that the kernel limits (`chat_worker.py`). Limits inside the process were not
 enough: one step of a template (`'a' * 10**10`, or printing a list that holds itself 2**40 times)
-runs in C code that no line budget and no signal handler interrupts. A process ends whatever it does
-and costs about 20 ms more than importing Jinja here.
+runs in C code that no line budget and no signal handler interrupts. A process ends
+whatever it does. The one that imports Jinja stays between messages and forks for each
+(`chat_process.py`).
 """
 
 from __future__ import annotations
 
-import json
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gguf
@@ -25,6 +22,7 @@ import gguf
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.fields import describe
 from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.text import chat_process
 from orthrus_gguf.text.tokenizer import Tokenizer
 
 Keys = gguf.Keys.Tokenizer
@@ -38,7 +36,7 @@ class Limits:
     """
 
     cpu_seconds: int = 5
-    wall_seconds: int = 30
+    wall_seconds: float = 30
     memory: int = 1 << 30
     output: int = 16_000_000
 
@@ -149,31 +147,19 @@ def _lacks_bos(metadata: Mapping[str, Value], tokenizer: Tokenizer) -> bool:
 
 
 def _run_worker(job: dict[str, Any], limits: Limits) -> str:
-    """Render in a process of its own; its answer is one JSON object."""
-    worker = Path(__file__).with_name("chat_worker.py")
-    request = {**job, "limits": asdict(limits), "path": sys.path}
+    """Render in a process of its own, which stays for the next message."""
     try:
-        done = subprocess.run(
-            # Isolated: no start-up file, variable or module of the current folder gets in.
-            [sys.executable, "-I", str(worker)],
-            input=json.dumps(request).encode(),
-            capture_output=True,
-            timeout=limits.wall_seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise _error(f"did not finish within {limits.wall_seconds} s") from None
+        answer = chat_process.render({**job, "limits": asdict(limits)}, limits.wall_seconds)
+    except TimeoutError:
+        raise _error(f"did not finish within {limits.wall_seconds:g} s") from None
+    except chat_process.EndedError as error:
+        raise _error(str(error)) from None
     except OSError as error:
         raise _error(f"cannot start {sys.executable}: {error.strerror}") from error
-    if done.returncode == -getattr(signal, "SIGXCPU", 0) != 0:  # Windows has no such signal
-        raise _error(f"did not finish within {limits.cpu_seconds} s of processor time")
-    if done.returncode != 0:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        raise _error(f"the process that renders it ended with status {done.returncode} ({last})")
-    answer: dict[str, str] = json.loads(done.stdout)
     if "error" in answer:
         raise _error(answer["error"])
-    return answer["text"]
+    text: str = answer["text"]
+    return text
 
 
 def _error(problem: str) -> OrthrusError:

@@ -1,12 +1,14 @@
-"""The process that renders one chat template: run as a script by `chat.py`, never imported.
+"""The process that renders chat templates: run as a script by `chat_process.py`, never imported.
 
-Reads a job as JSON from stdin and writes {"text": ...} or {"error": ...} to stdout. It imports
-nothing of this package, and Jinja only after it knows where to look for it.
+Reads jobs, a line of JSON each, from stdin and writes {"text": ...} or {"error": ...} to stdout. It
+imports nothing of this package, and Jinja only after it knows where to look for it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from contextlib import suppress
 from datetime import datetime
@@ -26,24 +28,67 @@ class RefusalError(Exception):
 
 
 def main() -> None:
-    """Do the one job on stdin."""
-    job = json.load(sys.stdin)
-    sys.path[:] = job["path"]
-    limits = job["limits"]
+    """Do the jobs on stdin: a line each, after one that says where to look for modules."""
+    sys.path[:] = json.loads(sys.stdin.buffer.readline())
     environment = make_environment()
+    for line in sys.stdin.buffer:
+        if not hasattr(os, "fork"):  # Windows: a process for every job
+            send(answer(environment, line))
+            return
+        send(forked(environment, line))
+
+
+def send(encoded: bytes) -> None:
+    sys.stdout.buffer.write(encoded + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def forked(environment: Environment, line: bytes) -> bytes:
+    """Do a job in a fork, so that limits count for it alone and nothing of it stays here."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(reading)
+            os.close(0)  # what this process says and hears is none of the template's business
+            os.close(1)
+            with open(writing, "wb") as pipe:
+                pipe.write(answer(environment, line))
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        encoded = pipe.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status == 0:
+        return encoded
+    if status == -signal.SIGXCPU:
+        seconds = json.loads(line)["limits"]["cpu_seconds"]
+        problem = f"did not finish within {seconds} s of processor time"
+    else:
+        problem = f"the process that renders it ended with status {status}"
+    return json.dumps({"error": problem}).encode()
+
+
+def answer(environment: Environment, line: bytes) -> bytes:
+    """The answer to a job, in JSON. This process is limited from here on."""
+    job = json.loads(line)
+    limits = job["limits"]
     restrict(limits)
     try:
-        answer = {"text": render(environment, job["source"], job["variables"], limits["output"])}
+        done = {"text": render(environment, job["source"], job["variables"], limits["output"])}
     except MemoryError:
-        answer = {"error": f"needs more than {limits['memory'] >> 20} MiB of memory"}
+        done = {"error": f"needs more than {limits['memory'] >> 20} MiB of memory"}
     except RecursionError:
-        answer = {"error": "is nested, or calls itself, too deeply"}
+        done = {"error": "is nested, or calls itself, too deeply"}
     except RefusalError as error:
-        answer = {"error": f"refuses the messages: {error!s:.300}"}
+        done = {"error": f"refuses the messages: {error!s:.300}"}
     except Exception as error:  # a template can raise anything
-        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
-        answer = {"error": f"{line}{type(error).__name__}: {error!s:.300}"}
-    json.dump(answer, sys.stdout)
+        where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        done = {"error": f"{where}{type(error).__name__}: {error!s:.300}"}
+    return json.dumps(done).encode()
 
 
 def make_environment() -> Environment:
