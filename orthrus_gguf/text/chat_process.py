@@ -48,7 +48,12 @@ class Worker:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         late = threading.Event()
-        timer = threading.Timer(wall_seconds, lambda: (late.set(), self.end()))
+
+        def stop() -> None:
+            late.set()
+            self.end()
+
+        timer = threading.Timer(wall_seconds, stop)
         timer.daemon = True
         timer.start()
         line = b""
