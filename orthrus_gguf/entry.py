@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "orthrus_gguf.cli.inspect",
     "bench": "orthrus_gguf.cli.bench",
     "server": "orthrus_gguf.cli.server",
+    "train": "orthrus_gguf.cli.train",
 }
 
 
@@ -54,6 +55,11 @@ def bench() -> NoReturn:
 def server() -> NoReturn:
     """`orthrus-server`."""
     start("server")
+
+
+def train() -> NoReturn:
+    """`orthrus-train`."""
+    start("train")
 
 
 def start(command: str) -> NoReturn:

@@ -50,6 +50,10 @@ ALLOWED: dict[str, set[str]] = {
         *("__init__", "decode", "drafting", "engine", "errors", "model", "runtime", "sampling"),
         *("text", "together"),
     },
+    "training": {
+        *("drafting", "engine", "errors", "gguf", "model", "orthrus_converters", "runtime"),
+        *("sampling", "text", "together"),
+    },
     "inspection": {"errors", "gguf", "model", "runtime"},
     "bench": {
         *("auto", "decode", "drafting", "engine", "errors", "model", "orthrus_kernels"),
@@ -59,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
         *("auto", "bench", "command", "decode", "drafting", "engine", "entry", "errors", "gguf"),
         *("hub", "server", "signals"),
         *("inspection", "model", "runtime", "sampling", "text"),
-        "this_machine",
+        *("this_machine", "training"),
     },
     "orthrus_kernels": set(),
     "orthrus_cpu_kernels": set(),
@@ -79,7 +83,7 @@ FEW: dict[str, tuple[str, ...]] = {
         *("orthrus_gguf.runtime.load", "orthrus_gguf.runtime.reference"),
         *("orthrus_gguf.runtime.reference_cache", "orthrus_gguf.runtime.reference_drafter"),
         *("orthrus_gguf.runtime.reference_hybrid", "orthrus_gguf.runtime.cuda"),
-        *(*GPU_CHECKS, "orthrus_kernels"),
+        *("orthrus_gguf.training", *GPU_CHECKS, "orthrus_kernels"),
     ),
     "triton": (*GPU_CHECKS, "orthrus_kernels"),
     "starlette": ("orthrus_gguf.server",),
@@ -92,7 +96,7 @@ FEW: dict[str, tuple[str, ...]] = {
         *("orthrus_gguf.runtime.cpu", "orthrus_gguf.runtime.load", "orthrus_gguf.runtime.memory"),
         "orthrus_cpu_kernels",
     ),
-    "orthrus_converters": ("orthrus_converters",),
+    "orthrus_converters": ("orthrus_converters", "orthrus_gguf.training"),
 }
 
 #: Implementations of `Model`. None may borrow from another: `reference` is the oracle of the rest.

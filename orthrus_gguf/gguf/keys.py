@@ -11,6 +11,9 @@ BASE_ARCHITECTURE = "orthrus.base_architecture"
 BLOCK_SIZE = "orthrus.diffusion.block_size"
 MASK_TOKEN_ID = "tokenizer.ggml.mask_token_id"
 
+#: Of heads that know it: `model.belong.fingerprint` of the base that they were trained on.
+BASE_FINGERPRINT = "orthrus.base.fingerprint"
+
 #: Of a drafter (`general.architecture` `dflash`): rows of its block, and the layers of the target
 #: whose input it reads (n_layers: what the last one writes).
 DFLASH_BLOCK_SIZE = "dflash.block_size"

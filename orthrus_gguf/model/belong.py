@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
+import numpy as np
+from numpy.typing import NDArray
+
+from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 
 #: Relative difference of two numbers that are still the same: a GGUF keeps single precision, a
@@ -42,6 +48,23 @@ def differences(base: ModelConfig, heads: ModelConfig) -> str:
             i = unlike[0]
             found.append(f"RoPE's factor {i} is {theirs[i]:.7g}, the base has {ours[i]:.7g}")
     return ", ".join(found)
+
+
+#: Bytes of each tensor that a fingerprint reads at its beginning, middle and end.
+_READ = 4096
+
+
+def fingerprint(tensors: Mapping[str, TensorInfo], data: Callable[[str], NDArray[np.uint8]]) -> str:
+    """SHA-256 over name, type, shape and samples of the data of all tensors, in the order of their
+    names: tells a base from others, other quantizations of it included, in next to no time."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        info, values = tensors[name], data(name)
+        digest.update(f"{name} {info.type.name} {info.shape}\n".encode())
+        middle = len(values) // 2
+        for part in (values[:_READ], values[middle : middle + _READ], values[-_READ:]):
+            digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 def _same(one: float, two: float) -> bool:

@@ -19,7 +19,7 @@ from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import MAX_NUMBER, Fields, describe
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
-from orthrus_gguf.model.belong import differences
+from orthrus_gguf.model.belong import differences, fingerprint
 from orthrus_gguf.model.config import ModelConfig, architecture, ignored_keys
 from orthrus_gguf.model.tensors import (
     FLOAT_TYPES,
@@ -175,6 +175,13 @@ def _pair_config(base: GGUFFile, heads: GGUFFile) -> ModelConfig:
         raise OrthrusError(
             f"{heads.path}: these heads do not belong to {base.path}: {unlike}; "
             "use the heads and the base of the same model"
+        )
+    wanted = Fields(heads.metadata, heads.path).text(keys.BASE_FINGERPRINT, "")
+    if wanted and wanted != fingerprint(base.tensors, base.data):
+        raise OrthrusError(
+            f"{heads.path}: these heads were trained on another file than {base.path} (their "
+            f"{keys.BASE_FINGERPRINT} is not its): use that base, or train heads for this one with "
+            "orthrus-train"
         )
     for name in heads.tensors:
         if name in base.tensors:

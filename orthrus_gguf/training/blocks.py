@@ -1,0 +1,180 @@
+"""Batches of blocks on texts, what they should say, and how far they say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from orthrus_gguf.training.answers import Answer
+from orthrus_gguf.training.network import Memory, Network
+
+#: Likeliest tokens of the AR view that the drafts are compared with; more say next to nothing.
+LIKELIEST = 48
+
+#: What each row of a block counts, times that of the row before it: drafts are of use only if all
+#: before them were right.
+DECAY = 0.85
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as the AR view reads it.
+
+    memory: with a batch of one. probabilities, ids: of the likeliest next tokens
+    [tokens, LIKELIEST]. first: the first position that an anchor may have.
+    """
+
+    answer: Answer
+    tokens: Tensor
+    memory: Memory
+    probabilities: Tensor
+    ids: Tensor
+
+    @property
+    def first(self) -> int:
+        return self.answer.n_prompt - 1
+
+    @property
+    def n_bytes(self) -> int:
+        tensors = (self.memory.keys, self.memory.values, self.probabilities, self.ids)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+class Library:
+    """Texts as the AR view reads them, each read alone: what is kept and what is read again are
+    the same numbers. limit: bytes kept."""
+
+    def __init__(self, network: Network, limit: int) -> None:
+        self._network, self._left = network, limit
+        self._kept: dict[int, Text] = {}
+
+    def text(self, answer: Answer) -> Text:
+        kept = self._kept.get(answer.index)
+        if kept is not None:
+            return kept
+        tokens = torch.tensor(answer.tokens)
+        memory, hidden = self._network.read(tokens[None])
+        with torch.no_grad():
+            logits = self._network.logits(hidden[0])
+            top, ids = logits.topk(min(LIKELIEST, logits.shape[1]), dim=-1)
+            probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
+        text = Text(answer, tokens, memory, probabilities, ids.to(torch.int32))
+        if text.n_bytes <= self._left:
+            self._kept[answer.index] = text
+            self._left -= text.n_bytes
+        return text
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks on texts.
+
+    tokens: [texts, blocks, rows]. anchors: [texts, blocks]. probabilities, ids: what the AR view
+    says where each row drafts [texts, blocks, rows, LIKELIEST]. live: rows that draft what the
+    text holds [texts, blocks, rows].
+    """
+
+    tokens: Tensor
+    anchors: Tensor
+    memory: Memory
+    probabilities: Tensor
+    ids: Tensor
+    live: Tensor
+
+
+def usable(answer: Answer) -> bool:
+    """Whether a block can be laid on it."""
+    return len(answer.tokens) - answer.n_prompt >= 2
+
+
+def draw_anchors(text: Text, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Positions for blocks, in the answer or right before it; something follows each."""
+    return np.sort(rng.integers(text.first, len(text.tokens) - 1, count))
+
+
+def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, mask: int) -> Batch:
+    """Blocks of `rows` rows on texts at their anchors (as many on each)."""
+    longest = max(len(text.tokens) for text in texts)
+
+    def padded(parts: list[Tensor]) -> Tensor:
+        return torch.cat([F.pad(p, (0, 0, 0, longest - p.shape[3])) for p in parts], dim=1)
+
+    memory = Memory(
+        padded([text.memory.keys for text in texts]),
+        padded([text.memory.values for text in texts]),
+    )
+    places = torch.from_numpy(np.stack(anchors))
+    tokens = torch.full((*places.shape, rows), mask)
+    probabilities, ids, live = [], [], []
+    for index, text in enumerate(texts):
+        tokens[index, :, 0] = text.tokens[places[index]]
+        at = places[index][:, None] + torch.arange(rows)
+        live.append(at < len(text.tokens) - 1)
+        at = at.clamp(max=len(text.tokens) - 1)
+        probabilities.append(text.probabilities[at])
+        ids.append(text.ids[at].long())
+    return Batch(
+        tokens,
+        places,
+        memory,
+        torch.stack(probabilities),
+        torch.stack(ids),
+        torch.stack(live),
+    )
+
+
+def loss_and_hits(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the AR view's likeliest tokens, weighted by row, and which rows draft its
+    likeliest token [texts, blocks, rows] (False where the text has ended)."""
+    logits = network.logits(network.draft(batch.tokens, batch.anchors, batch.memory))
+    said = logits.gather(-1, batch.ids) - logits.logsumexp(-1, keepdim=True)
+    weights = DECAY ** torch.arange(batch.tokens.shape[2]) * batch.live
+    loss = -((batch.probabilities * said).sum(-1) * weights).sum() / weights.sum()
+    hits = (logits.detach().argmax(-1) == batch.ids[..., 0]) & batch.live
+    return loss, hits
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What blocks on held-out texts come to.
+
+    tokens_per_cycle: accepted drafts and the token behind them, mean over anchors drawn evenly.
+    by_row: share of blocks whose drafts up to this one are all right.
+    by_domain: tokens per cycle.
+    """
+
+    tokens_per_cycle: float
+    by_row: tuple[float, ...]
+    by_domain: dict[str, float]
+
+
+@torch.no_grad()
+def acceptance(
+    network: Network, library: Library, answers: Sequence[Answer], rows: int, mask: int
+) -> Acceptance:
+    """Measured on blocks at drawn, but always the same, anchors. Of `rows` rows, rows - 1 drafts
+    are verified in a cycle, as decoding does."""
+    runs, domains = [], []
+    for answer in answers:
+        text = library.text(answer)
+        anchors = draw_anchors(text, 8, np.random.default_rng(answer.index))
+        _, hits = loss_and_hits(network, lay([text], [anchors], rows, mask))
+        runs.append(hits[0, :, : rows - 1].int().cumprod(1).float())
+        domains.append(answer.domain)
+    by_domain = {
+        domain: 1
+        + torch.cat([r for r, d in zip(runs, domains, strict=True) if d == domain])
+        .sum(1)
+        .mean()
+        .item()
+        for domain in sorted(set(domains))
+    }
+    all_runs = torch.cat(runs)
+    by_row = tuple(all_runs.mean(0).tolist())
+    return Acceptance(1 + all_runs.sum(1).mean().item(), by_row, by_domain)

@@ -1,0 +1,127 @@
+"""Heads as files: safetensors in the official layout, and a GGUF for exactly their base."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor, write_files
+from orthrus_gguf.model.architectures import QWEN3, Pairing
+from orthrus_gguf.model.belong import fingerprint
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
+
+Heads = Mapping[str, NDArray[np.float32]]
+
+_BF16 = gguf.GGMLQuantizationType.BF16
+
+#: Scalars of a base that its heads repeat.
+_REPEATED = ("block_count", "context_length", "embedding_length", "feed_forward_length")
+
+_PARTS = {"attn_output_diff": "self_attn.o_proj_diff"} | {
+    f"attn_{part}_diff": f"self_attn.{part}_proj_diff" for part in "qkv"
+}
+_PARTS |= {f"attn_{part}_norm_diff": f"self_attn.{part}_norm_diff" for part in "qk"}
+
+
+def write_sidecar(path: Path, base: ModelFile, heads: Heads, block_size: int, mask: int) -> None:
+    """The heads in BF16 (vectors F32), with the fingerprint of their base. Raises OrthrusError."""
+    writer = gguf.GGUFWriter(None, keys.ARCH_ORTHRUS)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_name(f"{base.config.name} Orthrus heads")
+    writer.add_string(gguf.Keys.Adapter.TYPE, keys.ADAPTER_HEADS)
+    arch = base.config.architecture
+    if arch is not QWEN3:
+        writer.add_string(keys.BASE_ARCHITECTURE, arch.name)
+    for key, value in base.metadata.items():
+        name = key.removeprefix(f"{arch.name}.")
+        if name == key or not (name in _REPEATED or name.startswith(("attention.", "rope."))):
+            continue
+        mine = f"{keys.ARCH_ORTHRUS}.{name}"
+        if isinstance(value, bool):
+            writer.add_bool(mine, value)
+        elif isinstance(value, int):
+            writer.add_uint32(mine, value)
+        elif isinstance(value, float):
+            writer.add_float32(mine, value)
+        elif isinstance(value, str):
+            writer.add_string(mine, value)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_uint32(keys.BLOCK_SIZE, block_size)
+    writer.add_uint32(keys.MASK_TOKEN_ID, mask)
+    writer.add_string(keys.BASE_FINGERPRINT, fingerprint(base.tensors, base.data))
+    tensors = [_planned(name, values) for name, values in heads.items()]
+    write_files([PlannedFile(path, writer, tensors)], lambda _: None, overwrite=True)
+
+
+def _planned(name: str, values: NDArray[np.float32]) -> PlannedTensor:
+    if values.ndim == 1:
+        return PlannedTensor(
+            name, values.shape, gguf.GGMLQuantizationType.F32, partial(_once, values)
+        )
+    return PlannedTensor(name, values.shape, _BF16, partial(_once, quantize(values, _BF16)))
+
+
+def _once(values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
+    return [np.ascontiguousarray(values)]
+
+
+def write_safetensors(path: Path, config: ModelConfig, heads: Heads) -> None:
+    """The heads under the names, and with the rows, of the official checkpoints, in BF16. Raises
+    OrthrusError."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    parts, end = [], 0
+    for name, values in heads.items():
+        rows = _unpaired(values, name, config)
+        data = quantize(rows.reshape(1, -1) if rows.ndim == 1 else rows, _BF16).tobytes()
+        header[official_name(name)] = {
+            "dtype": "BF16",
+            "shape": list(rows.shape),
+            "data_offsets": [end, end + len(data)],
+        }
+        parts.append(data)
+        end += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for data in parts:
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OrthrusError(
+            f"{path}: cannot be written: {error.strerror or error}; make room and give the command "
+            "again"
+        ) from error
+
+
+def official_name(name: str) -> str:
+    """`blk.0.attn_q_diff.weight` → `model.layers.0.self_attn.q_proj_diff.weight`."""
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{_PARTS[part]}.{kind}"
+
+
+def _unpaired(values: NDArray[np.float32], name: str, config: ModelConfig) -> NDArray[np.float32]:
+    """Rows in Hugging Face's order: a GGUF of `llama` has those of q and k in adjacent pairs."""
+    heads = {"attn_q_diff": config.n_head, "attn_k_diff": config.n_head_kv}.get(name.split(".")[2])
+    if heads is None or config.architecture.pairing is not Pairing.ADJACENT:
+        return values
+    pairs = values.reshape(heads, config.head_dim // 2, 2, *values.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(values.shape))

@@ -1,0 +1,208 @@
+"""From a base to its heads: prompts, answers, training, files, report."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.belong import fingerprint
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.text.chat import ChatTemplate
+from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
+from orthrus_gguf.training.answers import Wanted, Writer, read_answers, write_answers
+from orthrus_gguf.training.base import base_file, mask_token
+from orthrus_gguf.training.forecast import forecast
+from orthrus_gguf.training.network import Network
+from orthrus_gguf.training.output import write_safetensors, write_sidecar
+from orthrus_gguf.training.prompts import Invented, read_prompts
+from orthrus_gguf.training.report import decoded
+from orthrus_gguf.training.trainer import Recipe, Trainer
+
+Say = Callable[[str], None]
+
+_ANSWERS = "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the flags say. prompts: None lets the base write them. heads: to begin with. dtype: of
+    torch's matrix products. minutes: between checkpoints. keep_bytes: see `Trainer`. dry_run: end
+    after the forecast."""
+
+    base: str
+    folder: Path
+    prompts: Path | None
+    heads: Path | None
+    mask: int | None
+    wanted: Wanted
+    steps: int
+    rate: float
+    texts: int
+    blocks: int
+    rows: int
+    dtype: str
+    threads: int | None
+    minutes: float
+    keep_bytes: int
+    dry_run: bool
+
+
+def train(settings: Settings, say: Say) -> None:
+    """Do what is left to do in the folder. Raises OrthrusError."""
+    folder = settings.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OrthrusError(f"{folder}: cannot be made: {error.strerror}; name another") from error
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with ExitStack() as stack:
+        stack.enter_context(_alone(folder))
+        path = base_file(settings.base, folder)
+        base = stack.enter_context(ModelFile.open(path))
+        if base.config.has_heads:
+            raise OrthrusError(
+                f"{path}: holds heads already; take them off with orthrus-convert --split, and go "
+                "on from them with --heads"
+            )
+        if settings.wanted.context > base.config.n_ctx_train:
+            raise OrthrusError(
+                f"--context {settings.wanted.context}: {path} was trained on "
+                f"{base.config.n_ctx_train} tokens; lower it"
+            )
+        start = base
+        if settings.heads is not None:
+            start = stack.enter_context(ModelFile.open(path, settings.heads))
+        tokenizer = load_tokenizer(base.metadata, path=path, n_vocab=base.config.n_vocab)
+        mask = mask_token(start, tokenizer, settings.mask)
+        _same_folder(settings, base)
+        _stages(settings, base, start, tokenizer, mask, say)
+
+
+def _stages(
+    settings: Settings,
+    base: ModelFile,
+    start: ModelFile,
+    tokenizer: Tokenizer,
+    mask: int,
+    say: Say,
+) -> None:
+    wanted, folder = settings.wanted, settings.folder
+    template = ChatTemplate.from_metadata(base.metadata, tokenizer)
+    given = None
+    if settings.prompts is not None:
+        given = read_prompts(settings.prompts, tokenizer, template, wanted.prompt_tokens)
+    invented = Invented(tokenizer, template)
+    recipe = Recipe(
+        *(settings.steps, settings.rate, settings.texts, settings.blocks, settings.rows),
+        *(mask, wanted.seed),
+    )
+    network = Network(start, getattr(torch, settings.dtype))
+    runtime = RuntimeSettings(RuntimeName.CPU, threads=settings.threads)
+    model = load_model(base, runtime, say=say)
+    try:
+        writer = Writer(model, tokenizer, wanted.context)
+        left = wanted.count - len(read_answers(folder / _ANSWERS))
+        expected = forecast(
+            *(writer, network, recipe, wanted),
+            texts=max(0, left),
+            steps=settings.steps,
+            keep_bytes=settings.keep_bytes,
+        )
+        say(expected.text)
+        if settings.dry_run:
+            return
+        progress = _progress(wanted.count, say)
+        answers = write_answers(folder / _ANSWERS, writer, wanted, given, invented, progress)
+    finally:
+        model.close()
+    trainer = Trainer(network, answers, recipe, folder, keep_bytes=settings.keep_bytes)
+    if trainer.step:
+        say(f"going on from step {trainer.step} of {recipe.steps}")
+    trainer.run(settings.minutes, say)
+    _finish(settings, base, tokenizer, trainer, runtime, say)
+
+
+def _finish(
+    settings: Settings,
+    base: ModelFile,
+    tokenizer: Tokenizer,
+    trainer: Trainer,
+    runtime: RuntimeSettings,
+    say: Say,
+) -> None:
+    """Write the heads, open them as anyone would, and count what they are worth."""
+    folder, recipe = settings.folder, trainer.recipe
+    heads = {name: head.detach().numpy() for name, head in trainer.network.named_heads()}
+    sidecar = folder / "heads.gguf"
+    write_safetensors(folder / "heads.safetensors", base.config, heads)
+    write_sidecar(sidecar, base, heads, recipe.rows, recipe.mask)
+    with ModelFile.open(base.paths[0], sidecar) as pair:
+        model = load_model(pair, runtime, say=say)
+        try:
+            found = decoded(model, tokenizer, trainer.held, settings.wanted.context)
+        finally:
+            model.close()
+    expected = asdict(trainer.measure())
+    report = {"recipe": asdict(recipe), "decoded": found, "expected": expected}
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    domains = ", ".join(f"{name} {value:.2f}" for name, value in found["by_domain"].items())
+    rows = " ".join(f"{100 * share:.0f}" for share in found["by_position"])
+    say(
+        f"{found['texts']} texts held out, decoded: {found['tokens_per_cycle']:.2f} tokens per "
+        f"cycle ({domains}); drafts accepted by position, %: {rows}; text "
+        f"{'the same as' if found['same_text'] else 'NOT that of'} plain decoding"
+    )
+    say(f"orthrus-run -m {base.paths[0]} --heads {sidecar}")
+
+
+def _progress(count: int, say: Say) -> Callable[[int, int], None]:
+    def progress(texts: int, tokens: int) -> None:
+        if texts % 64 == 0 or texts == count:
+            say(f"{texts} of {count} texts, {tokens} answer tokens")
+
+    return progress
+
+
+def _same_folder(settings: Settings, base: ModelFile) -> None:
+    """Note what the folder's answers depend on; refuse a folder of another training."""
+    wanted = asdict(settings.wanted)
+    del wanted["count"]  # more may be asked for later
+    prompts = None if settings.prompts is None else str(settings.prompts.resolve())
+    mine = {"base": fingerprint(base.tensors, base.data), "prompts": prompts, **wanted}
+    path = settings.folder / "training.json"
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OrthrusError(f"{path}: is damaged; name another folder") from error
+        unlike = [name for name in mine if theirs.get(name) != mine[name]]
+        if unlike:
+            raise OrthrusError(
+                f"{settings.folder}: holds a training with another {unlike[0]}; name another "
+                "folder, or give the same settings"
+            )
+        return
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of the folder."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OrthrusError(f"{folder}: another training is under way there") from error
+        yield

@@ -1,0 +1,203 @@
+"""The training loop: steps, checkpoints, and going on where one was left."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.training.answers import Answer
+from orthrus_gguf.training.blocks import (
+    Acceptance,
+    Batch,
+    Library,
+    acceptance,
+    draw_anchors,
+    lay,
+    loss_and_hits,
+    usable,
+)
+from orthrus_gguf.training.network import Network
+
+_CHECKPOINT = "checkpoint.pt"
+_LOSSES = "losses.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the heads that come out depend on, besides base and texts.
+
+    steps: in all; the learning rate rises over the first twentieth of them, and falls as a cosine
+    to a twentieth of `rate`. texts, blocks: texts of a step, and blocks on each. rows: of a block.
+    """
+
+    steps: int
+    rate: float
+    texts: int
+    blocks: int
+    rows: int
+    mask: int
+    seed: int
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / max(1, self.steps // 20))
+        return self.rate * warm * max(0.05, (1 + math.cos(math.pi * step / self.steps)) / 2)
+
+
+class Trainer:
+    """Trains the heads of `network` on texts, in `folder`, from where a checkpoint there left off.
+
+    Every step draws from a seed of its own: training that was cut short and resumed gives the same
+    losses as training that was not (on the same machine, with as many threads).
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        answers: Sequence[Answer],
+        recipe: Recipe,
+        folder: Path,
+        *,
+        keep_bytes: int,
+    ) -> None:
+        """keep_bytes: memory for what the AR view says of texts. Raises OrthrusError."""
+        self.network, self.recipe, self._folder = network, recipe, folder
+        fit = [answer for answer in answers if usable(answer)]
+        self.held = [answer for answer in fit if answer.held]
+        self._texts = [answer for answer in fit if not answer.held]
+        if not self._texts or not self.held:
+            raise OrthrusError(
+                f"{folder}: {len(self._texts)} texts to train on and {len(self.held)} held out, "
+                "of two tokens and more; ask for more with --texts, or give other --prompts"
+            )
+        self._library = Library(network, keep_bytes)
+        self._optimizer = torch.optim.AdamW(
+            network.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0
+        )
+        self.step = 0
+        self._resume()
+
+    def batch(self, step: int) -> Batch:
+        """What is learned from in a step."""
+        recipe = self.recipe
+        rng = np.random.default_rng((recipe.seed, step))
+        chosen = rng.integers(0, len(self._texts), recipe.texts)
+        texts = [self._library.text(self._texts[i]) for i in chosen]
+        anchors = [draw_anchors(text, recipe.blocks, rng) for text in texts]
+        return lay(texts, anchors, recipe.rows, recipe.mask)
+
+    def advance(self) -> float:
+        """Take a step; its loss. Raises OrthrusError when it is no number."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.recipe.rate_at(self.step)
+        loss, _ = loss_and_hits(self.network, self.batch(self.step))
+        value = loss.item()
+        if not math.isfinite(value):
+            raise OrthrusError(
+                f"step {self.step}: the loss is {value}; lower --rate and start in a new folder"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        with (self._folder / _LOSSES).open("a", encoding="ascii") as file:
+            file.write(json.dumps([self.step, value]) + "\n")
+        return value
+
+    def measure(self) -> Acceptance:
+        """Acceptance on the texts held out."""
+        recipe = self.recipe
+        return acceptance(self.network, self._library, self.held, recipe.rows, recipe.mask)
+
+    def run(self, minutes: float, say: Callable[[str], None]) -> None:
+        """All steps that are left, with a checkpoint every `minutes`; one is written too where it
+        is interrupted. say: hears how it goes."""
+        last, started, begun, mean = time.monotonic(), time.monotonic(), self.step, None
+        try:
+            while self.step < self.recipe.steps:
+                loss = self.advance()
+                mean = loss if mean is None else 0.95 * mean + 0.05 * loss
+                now = time.monotonic()
+                if now - last >= 60 * minutes or self.step == self.recipe.steps:
+                    self.save()
+                    rows = (self.step - begun) * self._rows / (now - started)
+                    say(
+                        f"step {self.step} of {self.recipe.steps}: loss {mean:.3f}, "
+                        f"{self.measure().tokens_per_cycle:.2f} tokens per cycle expected on texts "
+                        f"held out, {rows:.0f} block rows per second"
+                    )
+                    last = time.monotonic()
+        except KeyboardInterrupt:
+            self.save()
+            say(f"saved at step {self.step}; the same command goes on from there")
+            raise
+
+    @property
+    def _rows(self) -> int:
+        return self.recipe.texts * self.recipe.blocks * self.recipe.rows
+
+    def save(self) -> None:
+        """Write the checkpoint, beside the old one until it is whole. Raises OrthrusError."""
+        path = self._folder / _CHECKPOINT
+        beside = path.with_suffix(".tmp")
+        state: dict[str, Any] = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "heads": {name: head.detach() for name, head in self.network.named_heads()},
+            "optimizer": self._optimizer.state_dict(),
+        }
+        try:
+            with beside.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            beside.unlink(missing_ok=True)
+            raise OrthrusError(
+                f"{path}: cannot be written: {str(error).splitlines()[0]}; the checkpoint before "
+                "it is whole: make room and give the command again"
+            ) from error
+
+    def _resume(self) -> None:
+        path = self._folder / _CHECKPOINT
+        if path.exists():
+            try:
+                state = torch.load(path, weights_only=True)
+                recipe, step, heads = state["recipe"], int(state["step"]), state["heads"]
+            except Exception as error:
+                raise OrthrusError(
+                    f"{path}: is no checkpoint of ours, or damaged; remove it to begin again"
+                ) from error
+            mine = asdict(self.recipe)
+            unlike = [name for name in mine if recipe.get(name) != mine[name]]
+            if unlike:
+                name = unlike[0]
+                raise OrthrusError(
+                    f"{path}: was begun with {name} {recipe.get(name)}, not {mine[name]}; give the "
+                    "same settings, or another folder"
+                )
+            with torch.no_grad():
+                for name, head in self.network.named_heads():
+                    head.copy_(heads[name])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self.step = step
+        self._cut_losses()
+
+    def _cut_losses(self) -> None:
+        """Take away the losses of steps behind the checkpoint, which are taken again."""
+        path = self._folder / _LOSSES
+        if path.exists():
+            lines = path.read_text(encoding="ascii").splitlines(keepends=True)[: self.step]
+            path.write_text("".join(lines), encoding="ascii")
