@@ -185,13 +185,14 @@ def read_answers(path: Path) -> list[Answer]:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    answers = []
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            index, domain, n_prompt, tokens = json.loads(line)
-            answers.append(Answer(index, domain, n_prompt, tuple(tokens), is_held(index)))
-        except (ValueError, TypeError) as error:
-            raise OrthrusError(
-                f"{path}, line {number}: is damaged; take the line out, it is made again"
-            ) from error
-    return answers
+    return [_answer(path, *numbered) for numbered in enumerate(whole.splitlines(), 1)]
+
+
+def _answer(path: Path, number: int, line: bytes) -> Answer:
+    try:
+        index, domain, n_prompt, tokens = json.loads(line)
+        return Answer(index, domain, n_prompt, tuple(tokens), is_held(index))
+    except (ValueError, TypeError) as error:
+        raise OrthrusError(
+            f"{path}, line {number}: is damaged; take the line out, it is made again"
+        ) from error

@@ -121,7 +121,8 @@ class Network:
         """[batch, 1, blocks · rows, n_keys + blocks · rows]."""
         before = torch.arange(n_keys) < anchors[:, :, None]
         before = before.repeat_interleave(rows, dim=1)
-        own = torch.block_diag(*[torch.ones(rows, rows)] * anchors.shape[1]).bool()
+        block = torch.arange(anchors.shape[1]).repeat_interleave(rows)
+        own = block[:, None] == block
         return torch.cat([before, own[None].expand(len(anchors), -1, -1)], dim=2)[:, None]
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,7 @@ class Network:
 
         def heads(matrix: Tensor, bias: Tensor | None) -> Tensor:
             out = F.linear(h, matrix, bias)
-            return out.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+            return out.view(*out.shape[:2], -1, self.config.head_dim).transpose(1, 2)
 
         q, k, v = heads(w.q, w.q_bias), heads(w.k, w.k_bias), heads(w.v, w.v_bias)
         q = q if w.q_norm is None else self._norm(q, w.q_norm)

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 from numpy.typing import NDArray
+from orthrus_converters.tensor_names import LAYER_PARTS
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
@@ -28,11 +29,6 @@ _BF16 = gguf.GGMLQuantizationType.BF16
 
 #: Scalars of a base that its heads repeat.
 _REPEATED = ("block_count", "context_length", "embedding_length", "feed_forward_length")
-
-_PARTS = {"attn_output_diff": "self_attn.o_proj_diff"} | {
-    f"attn_{part}_diff": f"self_attn.{part}_proj_diff" for part in "qkv"
-}
-_PARTS |= {f"attn_{part}_norm_diff": f"self_attn.{part}_norm_diff" for part in "qk"}
 
 
 def write_sidecar(path: Path, base: ModelFile, heads: Heads, block_size: int, mask: int) -> None:
@@ -115,7 +111,7 @@ def write_safetensors(path: Path, config: ModelConfig, heads: Heads) -> None:
 def official_name(name: str) -> str:
     """`blk.0.attn_q_diff.weight` → `model.layers.0.self_attn.q_proj_diff.weight`."""
     _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{_PARTS[part]}.{kind}"
+    return f"model.layers.{layer}.{LAYER_PARTS[part]}.{kind}"
 
 
 def _unpaired(values: NDArray[np.float32], name: str, config: ModelConfig) -> NDArray[np.float32]:
