@@ -25,7 +25,7 @@ from orthrus_gguf.training.network import Network
 from orthrus_gguf.training.output import write_safetensors, write_sidecar
 from orthrus_gguf.training.prompts import Invented, read_prompts
 from orthrus_gguf.training.report import decoded
-from orthrus_gguf.training.trainer import Recipe, Trainer
+from orthrus_gguf.training.trainer import Recipe, Trainer, steps_noted
 
 Say = Callable[[str], None]
 
@@ -115,7 +115,7 @@ def _stages(
         expected = forecast(
             *(writer, network, recipe, wanted),
             texts=max(0, left),
-            steps=settings.steps,
+            steps=max(0, settings.steps - steps_noted(folder)),
             keep_bytes=settings.keep_bytes,
         )
         say(expected.text)

@@ -201,3 +201,9 @@ class Trainer:
         if path.exists():
             lines = path.read_text(encoding="ascii").splitlines(keepends=True)[: self.step]
             path.write_text("".join(lines), encoding="ascii")
+
+
+def steps_noted(folder: Path) -> int:
+    """Steps whose losses are in the folder; those behind its checkpoint are taken again."""
+    path = folder / _LOSSES
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
