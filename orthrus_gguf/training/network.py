@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -171,21 +171,18 @@ def _parts(attention: Attention) -> list[tuple[str, Tensor]]:
 
 
 def _trainable(attention: Attention) -> Attention:
-    parts = {name: tensor.clone().requires_grad_() for name, tensor in _parts(attention)}
-    return Attention(**{field.name: parts.get(field.name) for field in fields(Attention)})  # type: ignore[arg-type]
+    return Attention(**{name: part.clone().requires_grad_() for name, part in _parts(attention)})
 
 
 def _cast(attention: Attention, dtype: torch.dtype) -> Attention:
-    parts = {name: tensor.to(dtype) for name, tensor in _parts(attention)}
-    return Attention(**{field.name: parts.get(field.name) for field in fields(Attention)})  # type: ignore[arg-type]
+    return Attention(**{name: part.to(dtype) for name, part in _parts(attention)})
 
 
 def _cast_layer(layer: Layer, dtype: torch.dtype) -> Layer:
     """The frozen side of a layer."""
-    return Layer(
-        attn_norm=layer.attn_norm,
+    return replace(
+        layer,
         attention={View.AR: _cast(layer.attention[View.AR], dtype)},
-        ffn_norm=layer.ffn_norm,
         ffn_gate=layer.ffn_gate.to(dtype),
         ffn_up=layer.ffn_up.to(dtype),
         ffn_down=layer.ffn_down.to(dtype),
