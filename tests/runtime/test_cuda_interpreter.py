@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 #: Architecture, RoPE to go with it, the card that is pretended (int8 activations on 86), and what
 #: is decoded.
 CASES = {
-    "qwen3": (QWEN3, Rope(1e6), 86, ["ar", "two-pass", "fused", "tree", "sampled"]),
+    "qwen3": (QWEN3, Rope(1e6), 86, ["ar", "fused"]),
     "qwen2": (QWEN2, Rope(1e6, factor=4.0, original_context=8, ext_factor=1.0), 80, []),
     "llama": (LLAMA, Rope(1e4, freq_factors=tuple(float(i) for i in range(1, 33))), 80, []),
 }
@@ -68,13 +69,23 @@ def test_a_drafters_network(tmp_path: Path) -> None:
     assert max(found.values()) < 1e-4, found
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_kernels_and_stand_ins_agree(tmp_path: Path, name: str) -> None:
+#: The other ways to decode: minutes in the interpreter.
+LONGER = ("ar", "two-pass", "tree", "sampled")
+
+
+@pytest.mark.parametrize(
+    ("name", "runs"),
+    [
+        *((name, case[3]) for name, case in CASES.items()),
+        pytest.param("qwen3", LONGER, marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_and_stand_ins_agree(tmp_path: Path, name: str, runs: Sequence[str]) -> None:
     """Attention's products on int8 activations, as on a GeForce; the MLP's and the head's on fp16.
 
     int8 rows flip a unit where kernel and stand-in differ in the last bits: 1.5e-5 was seen.
     """
-    architecture, rope, capability, runs = CASES[name]
+    architecture, rope, capability, _ = CASES[name]
     config = model_shape(
         n_layers=1, n_embd=64, n_ff=64, n_head=2, n_head_kv=1, n_vocab=64, block_size=4,
         rope=rope, architecture=architecture,
@@ -86,7 +97,7 @@ def test_kernels_and_stand_ins_agree(tmp_path: Path, name: str) -> None:
     assert found["kernels"] == found["stand-ins"]
     kernels = found["kernels"]
     assert len(kernels["company"]) == 6
-    if runs:
-        assert kernels["ar"] == kernels["two-pass"] == kernels["fused"] == kernels["tree"]
-        assert kernels["ar"] != kernels["sampled"]
-        assert len(kernels["ar"]) == 4
+    greedy = [kernels[run] for run in runs if run != "sampled"]
+    assert all(text == greedy[0] and len(text) == 4 for text in greedy)
+    if "sampled" in runs:
+        assert kernels["sampled"] != kernels["ar"]
