@@ -63,7 +63,10 @@ class Graphs:
             graph = capture(step)
         except Exception as error:  # triton's errors have no base class of their own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("no CUDA graph for %s, it runs launch by launch: %s", key, reason)
+            log.warning(
+                "no CUDA graph for %s, it runs launch by launch: %s (what the attempt reserved on"
+                " the GPU is free again after a restart)", key, reason,
+            )  # fmt: skip
             self._failed.add(key)
             step()
             return
