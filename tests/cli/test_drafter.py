@@ -103,7 +103,10 @@ def test_bad_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("--dflash", "--strategy", "ar"), "--dflash: needs a drafter"),
         (("--drafter", drafter_file(), "--draft-width", "9"), "must lie in 1..8"),
         (("--drafter", drafter_file(), "--strategy", "fused"), "no diffusion heads"),
-        (("--drafter", drafter_file(), "--runtime", "ggml"), "--runtime ggml has none; use --runtime auto"),
+        (
+            ("--drafter", drafter_file(), "--runtime", "ggml"),
+            "--runtime ggml has none; use --runtime auto",
+        ),
     ):
         assert message in error(capsys, base, "--no-heads", *flags)
 
