@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -56,13 +57,15 @@ class Told:
 class Server:
     name: str
     port: int
+    temperature: float
 
     def ask(
         self, prompt: str, tokens: int, heard: Callable[[], None] | None = None, **more: Any
     ) -> Told:
         """A streamed answer. heard: is called with each piece."""
-        body = {"prompt": prompt, "n_predict": tokens, "stream": True, "temperature": 0}
-        body |= {"cache_prompt": False, "ignore_eos": True, **more}
+        body = {"prompt": prompt, "n_predict": tokens, "stream": True, "seed": 1}
+        body |= {"cache_prompt": False, "ignore_eos": True, "temperature": self.temperature}
+        body |= more
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         told, began = Told(), time.perf_counter()
         connection.request(
@@ -95,7 +98,7 @@ def served(name: str, args: argparse.Namespace, slots: int) -> Iterator[Server]:
     """A server process, from the time on when it answers."""
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = int(found.getsockname()[1])
-    words = [sys.executable]
+    words: list[object] = [sys.executable]
     if name == "llama-server":
         words += ["-c", STOCK, args.model, port, args.threads, slots, args.ctx]
     else:
@@ -118,14 +121,14 @@ def served(name: str, args: argparse.Namespace, slots: int) -> Iterator[Server]:
             except OSError:
                 pass
             time.sleep(0.1)
-        yield Server(name, port)
+        yield Server(name, port, args.temperature)
     finally:
         process.kill()
         process.wait()
 
 
 def together(
-    server: Server, count: int, args: argparse.Namespace, turn: int
+    args: argparse.Namespace, count: int, server: Server, turn: int
 ) -> tuple[float, float]:
     """So many conversations that begin at once: the median time to the first piece in seconds, and
     tokens per second of all of them, prompts included."""
@@ -137,7 +140,7 @@ def together(
     return median(one.times[0] for one in told), sum(one.tokens for one in told) / seconds
 
 
-def disturbed(server: Server, args: argparse.Namespace, turn: int) -> tuple[float, float, float]:
+def disturbed(args: argparse.Namespace, server: Server, turn: int) -> tuple[float, float, float]:
     """An answer under way while a long prompt comes: the median time between pieces before, the
     longest one after, and the long prompt's time to its first piece; seconds."""
     arrived = threading.Semaphore(0)
@@ -152,10 +155,11 @@ def disturbed(server: Server, args: argparse.Namespace, turn: int) -> tuple[floa
     return median(gaps[: args.tokens // 2 - 1]), max(gaps[args.tokens // 2 - 1 :]), first[0]
 
 
-def constrained(server: Server, args: argparse.Namespace, turn: int) -> tuple[float, float]:
+def constrained(args: argparse.Namespace, server: Server, turn: int) -> tuple[float, float]:
     """Seconds per token of a free answer, and of one under a JSON schema."""
-    found = []
-    for more in ({}, {"json_schema": SCHEMA, "ignore_eos": False}):
+    found, bound = [], {"json_schema": SCHEMA, "ignore_eos": False}
+    changes: tuple[dict[str, Any], ...] = ({}, bound)
+    for more in changes:
         told = server.ask(text(20, 80 + turn), args.tokens, **more)
         found.append(told.generation / max(told.tokens - 1, 1))
     return found[0], found[1]
@@ -196,6 +200,9 @@ def main() -> None:
     parser.add_argument("-c", "--ctx", type=int, default=2048)
     parser.add_argument("--long", type=int, default=1000)
     parser.add_argument("--conversations", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="random weights say nothing when greedy"
+    )
     parser.add_argument("--strategy", default="ar")
     parser.add_argument("--skip", nargs="*", default=[], choices=["long", "schema"])
     args = parser.parse_args()
@@ -209,7 +216,7 @@ def main() -> None:
         print("| conversations | first token, ms | ratio | all tokens per second | ratio |")
         print("|--:|--:|--:|--:|--:|")
         for count in args.conversations:
-            row = measure(servers, args.turns, lambda s, turn, n=count: together(s, n, args, turn))
+            row = measure(servers, args.turns, partial(together, args, count))
             first, rate = (
                 " · ".join(column(row, server, place, scale) for server in servers)
                 for place, scale in ((0, 1e3), (1, 1))
@@ -217,7 +224,7 @@ def main() -> None:
             ratios = [ratio(row, servers, place) for place in (0, 1)]
             print(f"| {count} | {first} | {ratios[0]} | {rate} | {ratios[1]} |")
         if "long" not in args.skip:
-            row = measure(servers, args.turns, lambda s, turn: disturbed(s, args, turn))
+            row = measure(servers, args.turns, partial(disturbed, args))
             print(f"\nan answer beside a prompt of {args.long} words, ms:")
             for server in servers:
                 before, most, first = (column(row, server, place, 1e3) for place in range(3))
@@ -225,7 +232,7 @@ def main() -> None:
                     f"{server.name}: {before} between pieces, {most} at most, {first} to its first"
                 )
         if "schema" not in args.skip:
-            row = measure(servers, args.turns, lambda s, turn: constrained(s, args, turn))
+            row = measure(servers, args.turns, partial(constrained, args))
             print("\nms per token, free and under a JSON schema:")
             for server in servers:
                 print(
