@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -168,27 +169,29 @@ async def half_open(load: Load, scale: float) -> set[int]:
     return set()
 
 
+@cache
+def large_requests(scale: float) -> list[bytes]:
+    """Bodies of 10 and 40 MB, which are too large, and of 1 MB, which are not: prompts, messages,
+    depths. Made once: who makes them does not hear the bystander's answers."""
+    sizes = [int(10e6 * scale), 1_000_000]
+    found: list[tuple[str, Any]] = [("/completion", b" " * int((40 << 20) * scale))]
+    for size in sizes:
+        chat = {"messages": [{"role": "user", "content": "a " * (size // 2)}]}
+        found += [
+            ("/completion", generation(4, "import os\n" * (size // 11))),
+            ("/v1/chat/completions", chat),
+            ("/completion", b"[" * size),
+            ("/completion", {"prompt": [1] * (size // 3)}),
+            ("/tokenize", {"content": "x" * (size - 100)}),
+        ]
+    return [request(path, body) for path, body in found]
+
+
 async def large(load: Load, scale: float) -> set[int]:
-    """Bodies of 10 and 40 MB, which are too large, and of 2 MB: prompts, messages, depths."""
-    size = int(10e6 * scale)
-    bodies: list[tuple[str, Any]] = [
-        ("/completion", generation(4, "import os\n" * (size // 10))),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * (size // 2)}]}),
-        ("/completion", b"[" * size),
-        ("/completion", {"prompt": [1] * (size // 3)}),
-        ("/tokenize", {"content": "x" * size}),
-        ("/completion", b" " * (40 << 20)),
-    ]
-    small = 2_000_000  # fits: 128 bytes for each token of the context
-    bodies += [
-        ("/completion", generation(4, "import os\n" * (small // 11))),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * (small // 2)}]}),
-        ("/completion", b"[" * small),
-        ("/completion", {"prompt": [1] * (small // 3)}),
-        ("/tokenize", {"content": "x" * small}),
-    ]
-    for path, body in bodies:
-        await asyncio.gather(*(load.post(path, body) for _ in range(2)))
+    """Two of each at once."""
+    for data in large_requests(scale):
+        for status in await asyncio.gather(load.send(data), load.send(data)):
+            load.statuses[status or 0] += 1
     return {400, 413}
 
 
@@ -279,9 +282,11 @@ async def run(load: Load, scale: float) -> list[str]:
     problems = []
     for stage in STAGES:
         await stage(load, 0.1 * scale)
-    for stage in (large, crowd):  # what the allocator keeps once it has been so large
-        load.statuses.clear()
+    # What the allocator keeps once it has been so large, and caches that are full.
+    for stage in (large, crowd):
         await stage(load, scale)
+    full = [f"{slot} " + "import os\n" * 2600 for slot in range(4)]
+    await asyncio.gather(*(load.post("/completion", generation(64, text)) for text in full))
     await idle(load)
     await asyncio.sleep(2)
     first = load.memory
@@ -327,7 +332,23 @@ def main() -> int:
         port = int(found.getsockname()[1])
     home = Path(tempfile.mkdtemp())
     (home / "slots").mkdir()
-    flags = ["-np", 4, "-c", 16384, "-t", 1, "--queue", 64, "--metrics", "--api-key", KEY]
+    flags = [
+        "-np",
+        4,
+        "-c",
+        8192,
+        "-cram",
+        0,
+        "-t",
+        1,
+        "-n",
+        64,
+        "--queue",
+        64,
+        "--metrics",
+        "--api-key",
+        KEY,
+    ]
     words = [args.model, "--port", port, *flags, "--slot-save-path", home / "slots"]
     with (home / "log").open("w+") as log:
         process = subprocess.Popen(
