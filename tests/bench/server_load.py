@@ -283,7 +283,7 @@ async def run(load: Load, scale: float) -> list[str]:
     for stage in STAGES:
         await stage(load, 0.1 * scale)
     # What the allocator keeps once it has been so large, and caches that are full.
-    for stage in (large, crowd):
+    for stage in (large, crowd, large):
         await stage(load, scale)
     full = [f"{slot} " + "import os\n" * 2600 for slot in range(4)]
     await asyncio.gather(*(load.post("/completion", generation(64, text)) for text in full))
