@@ -96,6 +96,19 @@ class Piece(NamedTuple):
     tokens: int
 
 
+class Rows(NamedTuple):
+    """Rows of a session as bytes, for another one of the same model.
+
+    model: of these tokens (`Portable.take`). drafter: of the first `drafted` of them, in the cache
+    of a drafter's network, if there is one.
+    """
+
+    tokens: tuple[int, ...]
+    model: tuple[NDArray[np.uint8], ...]
+    drafted: int = 0
+    drafter: tuple[NDArray[np.uint8], ...] = ()
+
+
 class Session:
     """One conversation on one model: owns a cache and remembers which tokens it holds.
 
@@ -160,19 +173,27 @@ class Session:
         """Whether rows can be taken out of the cache, and put into it."""
         return isinstance(self._cache, Portable)
 
-    def take(self, rows: int) -> list[NDArray[np.uint8]]:
-        """The first rows of the cache, `reachable` ones (see `Portable.take`)."""
-        return list(self._cache.take(rows))
+    def take(self, tokens: Sequence[int]) -> Rows:
+        """The rows of `tokens`, the first ones that the cache holds, `reachable` ones (see
+        `Portable.take`); those of a drafter's network with them, as far as it knows them."""
+        rows = Rows(tuple(tokens), tuple(self._cache.take(len(tokens))))
+        if self._draft_cache is None:
+            return rows
+        drafted = self._draft_cache.known(tokens)
+        return rows._replace(drafted=drafted, drafter=tuple(self._draft_cache.take(drafted)))
 
     def reachable(self, rows: int) -> int:
         """How many of the first rows of the cache it can give or go back to: `rows`, or as many
         less as its checkpoints ask for."""
         return int(self._cache.checkpoint(rows).length)
 
-    def put(self, parts: Sequence[NDArray[np.uint8]], tokens: Sequence[int]) -> None:
-        """Hold the rows of `tokens`, which `take` gave (see `Portable.put`)."""
-        self._cache.put(parts, len(tokens))
-        self._held = list(tokens)
+    def put(self, rows: Rows) -> None:
+        """Hold what `take` gave, and nothing else. Raises ValueError, and goes on holding what it
+        held, if it is not of this model (see `Portable.put`)."""
+        if self._draft_cache is not None:
+            self._draft_cache.put(rows.drafter, rows.tokens[: rows.drafted])
+        self._cache.put(rows.model, len(rows.tokens))
+        self._held = list(rows.tokens)
 
     @property
     def rows(self) -> int:

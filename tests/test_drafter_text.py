@@ -131,6 +131,31 @@ def test_beside_heads(demo_file: DemoFile) -> None:
     assert_they_drafted({p: n for p, n in accepted.items() if p != "auto"}, 8)
 
 
+def test_rows_move_with_what_the_drafter_knows(demo_file: DemoFile) -> None:
+    """A session that got the rows of another one drafts from the first cycle on, and computes none
+    of them again; where the other had not followed all of them, only what is missing."""
+    with beside(demo_file("f32", split=True), drafter_file()) as model:
+        for plan, known in (("two-pass", None), ("ar", 0)):
+            first, second, alone = (Session(model, ENDLESS, 128) for _ in range(3))
+            for session in (first, alone):
+                finished(session.generate(request(model, plan, PROMPTS[0], 0)))
+            turn = (*first.held, 7, 9)
+            rows = first.take(first.held)
+            assert rows.drafted == (len(first.held) if known is None else known)
+            second.put(rows)
+            asked = request(model, "two-pass", turn, 0)
+            found = finished(second.generate(asked))
+            expected = finished(alone.generate(request(model, "two-pass", turn, 0)))
+            assert found.output == expected.output
+            assert found.statistics.sources == expected.statistics.sources
+            assert found.statistics.cached_tokens == rows.drafted
+            # Rows of another length are refused, and what was held stays.
+            held = second.held
+            with pytest.raises(ValueError, match="rows"):
+                second.put(rows._replace(drafted=rows.drafted + 1, tokens=turn))
+            assert second.held == held
+
+
 @pytest.mark.parametrize("cache_type", ["q8_0", "q4_0"])
 def test_small_caches(demo_file: DemoFile, cache_type: str) -> None:
     plans = ("two-pass", "two-pass@7+tree=16")

@@ -472,7 +472,7 @@ def test_rows_can_move_to_another_session(
                 pass
         shared = len(prompt) - 5
         assert second.portable
-        second.put(first.take(shared), prompt[:shared])
+        second.put(first.take(prompt[:shared]))
         assert list(second.held) == list(prompt[:shared])
         results = []
         for session in (second, alone):
@@ -484,7 +484,7 @@ def test_rows_can_move_to_another_session(
         assert results[0].statistics.cached_tokens == shared
         # Rows of another length, and more than there are.
         with pytest.raises(ValueError, match="rows"):
-            second.put(first.take(64), prompt[:32])
+            second.put(first.take(first.held[:64])._replace(tokens=prompt[:32]))
         with pytest.raises(ValueError, match="rows"):
-            first.take(first.rows + 1)
+            first.take((0,) * (first.rows + 1))
         assert second.rows == len(second.held)

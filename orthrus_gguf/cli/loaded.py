@@ -24,7 +24,8 @@ from orthrus_gguf.drafting.registry import KINDS, optional_names
 from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.drafter import DrafterFile
+from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
@@ -53,6 +54,7 @@ class Loaded:
     """
 
     file: ModelFile
+    drafter: DrafterFile | None
     tokenizer: Tokenizer
     template: ChatTemplate | None
     settings: RuntimeSettings
@@ -135,6 +137,7 @@ def load(
         )
     return Loaded(
         file=file,
+        drafter=drafter,
         tokenizer=tokenizer,
         template=template,
         settings=settings,
@@ -265,7 +268,7 @@ def _refuse(args: argparse.Namespace, strategy: str, *flags: str) -> None:
             raise OrthrusError(f"{flag}: --strategy {strategy} has no use for it; leave it out")
 
 
-def identity(file: ModelFile) -> str:
+def identity(file: WeightFile) -> str:
     """Tells model files apart: what is in them, not where they lie."""
     tensors = ((info.name, info.type.name, info.shape) for info in file.tensors.values())
     digest = hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest()

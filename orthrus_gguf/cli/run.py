@@ -14,12 +14,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.answering import (
+    add_answering_options,
+    add_limit_options,
+    add_thinking_options,
+)
 from orthrus_gguf.cli.chat import chat_loop
 from orthrus_gguf.cli.chat_commands import Statistics
-from orthrus_gguf.cli.drafter import add_drafter_option
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.finished import explain, explanation_json, result_json, statistics_block
-from orthrus_gguf.cli.llama_flags import HelpLlama, foreign
+from orthrus_gguf.cli.llama_flags import HelpLlama
 from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.piped import piped_text
 from orthrus_gguf.cli.twice import answer_twice
@@ -52,19 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = base_parser("orthrus-run", EXAMPLES, DESCRIPTION)
-    options.add_model_options(parser)
-    add_drafter_option(parser)
-    add_prompt_options(parser)
-    options.add_decoding_options(parser)
-    options.add_sampling_options(parser)
     parser.add_argument(
         "--log-verbose", dest="verbose", action="store_true", help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--help-llama", action=HelpLlama, help="what each flag of llama.cpp does here"
     )
+    add_answering_options(parser, add_prompt_options)
     parser.hint = " A prompt goes with -p"
-    parser.foreign = foreign(parser)
     return parser
 
 
@@ -87,23 +86,7 @@ def add_prompt_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-sysf", "--system-prompt-file", metavar="FILE", help="read the system message from FILE"
     )
-    group.add_argument(
-        "-c",
-        "--ctx-size",
-        type=options.natural,
-        default=0,
-        metavar="N",
-        help="context in tokens (default: 0, what the model was trained for)",
-    )
-    group.add_argument(
-        "-n",
-        "--predict",
-        "--n-predict",
-        type=options.integer,
-        default=-1,
-        metavar="N",
-        help="most tokens to generate (default: -1, until the text or the context ends)",
-    )
+    add_limit_options(group, context="context in tokens", predict="most tokens to generate")
     _add_text_options(group)
     _add_output_options(group)
 
@@ -128,19 +111,7 @@ def _add_text_options(group: argparse._ArgumentGroup) -> None:
         help="no chat template: continue the prompt",
     )
     options.add_special_option(group)
-    group.add_argument(
-        "--think",
-        action=argparse.BooleanOptionalAction,
-        help="let the model think before it answers, where its template has that switch",
-    )
-    group.add_argument(
-        "-rea",
-        "--reasoning",
-        dest="think",
-        type=options.switch,
-        metavar="on|off|auto",
-        help="the same, as llama.cpp spells it",
-    )
+    add_thinking_options(group)
     group.add_argument(
         "-e",
         "--escape",

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING
 from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.auto.costs import SharedCosts
 from orthrus_gguf.cli import options
-from orthrus_gguf.cli.llama_flags import foreign
+from orthrus_gguf.cli.answering import (
+    add_answering_options,
+    add_limit_options,
+    add_thinking_options,
+)
 from orthrus_gguf.cli.loaded import Loaded, identity, load, say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.drafting.plan import Plan
@@ -48,13 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = base_parser("orthrus-server", EXAMPLES, DESCRIPTION)
-    options.add_model_options(parser)
-    _add_server_options(parser)
-    options.add_decoding_options(parser)
-    options.add_sampling_options(parser)
+    add_answering_options(parser, _add_server_options)
     parser.set_defaults(raw=False, system_prompt=None, special_in_prompt=False, stop=[])
-    parser.set_defaults(drafter=None)  # slots do not carry the cache of a drafter yet
-    parser.foreign = foreign(parser)
     return parser
 
 
@@ -70,13 +69,10 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--port", type=options.natural, default=8080, metavar="N", help="port (default: 8080)"
     )
-    group.add_argument(
-        "-c",
-        "--ctx-size",
-        type=options.natural,
-        default=0,
-        metavar="N",
-        help="context of each conversation in tokens (default: 0, what the model was trained for)",
+    add_limit_options(
+        group,
+        context="context of each conversation in tokens",
+        predict="most tokens of an answer, where a request does not say",
     )
     group.add_argument(
         "-np",
@@ -102,15 +98,6 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that may wait; more hear 429 (default: 64)",
     )
-    group.add_argument(
-        "-n",
-        "--predict",
-        "--n-predict",
-        type=options.integer,
-        default=-1,
-        metavar="N",
-        help="most tokens of an answer, where a request does not say (default: -1, no limit)",
-    )
     group.add_argument("-a", "--alias", metavar="NAME[,NAME…]", help="names of the model")
     group.add_argument(
         "--api-key", metavar="KEY[,KEY…]", help="keys, one of which a request must bring"
@@ -135,20 +122,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
             default=True,
             help=f"/{name} tells about the server (default: on)",
         )
-    group.add_argument(
-        "--think",
-        action=argparse.BooleanOptionalAction,
-        help="let the model think before it answers, where its template has that switch and the"
-        " request does not say",
-    )
-    group.add_argument(
-        "-rea",
-        "--reasoning",
-        dest="think",
-        type=options.switch,
-        metavar="on|off|auto",
-        help="the same, as llama.cpp spells it",
-    )
+    add_thinking_options(group, unless=" and the request does not say")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -241,14 +215,17 @@ def _kept(loaded: Loaded, args: argparse.Namespace) -> int:
     if loaded.settings.name is RuntimeName.CUDA:
         return int(args.parallel)
     types = args.cache_type_k or "f16", args.cache_type_v or "f16"
-    size = cache_layout(loaded.file.config, *types).row_bytes() * loaded.session.n_ctx
+    configs = [loaded.file.config, *([loaded.drafter.config] if loaded.drafter else [])]
+    row = sum(cache_layout(config, *types).row_bytes() for config in configs)
+    size = row * loaded.session.n_ctx
     return max(int(args.parallel), min(int(args.cache_ram * 2**20 // size), MOST_KEPT))
 
 
 def _cache_identity(loaded: Loaded, args: argparse.Namespace) -> str:
     """Caches that may be exchanged have the same."""
     kind = type(loaded.model).__name__
-    return f"{identity(loaded.file)} {kind} {args.cache_type_k} {args.cache_type_v}"
+    beside = "" if loaded.drafter is None else f" {identity(loaded.drafter)}"
+    return f"{identity(loaded.file)}{beside} {kind} {args.cache_type_k} {args.cache_type_v}"
 
 
 def _listed(text: str | None) -> list[str]:

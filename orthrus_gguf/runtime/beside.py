@@ -111,6 +111,17 @@ class DraftCache:
         self._cache.assume(rows)
         self._tokens += [0] * rows
 
+    def take(self, rows: int) -> list[NDArray[np.uint8]]:
+        """See `Portable.take`."""
+        self._flush()
+        found: list[NDArray[np.uint8]] = self._cache.take(rows)
+        return found
+
+    def put(self, parts: Sequence[NDArray[np.uint8]], tokens: Sequence[int]) -> None:
+        """Hold the rows of `tokens`, which `take` gave (see `Portable.put`)."""
+        self._cache.put(parts, len(tokens))
+        self._tokens, self._waiting = list(tokens), []
+
     def ready(self) -> Any:
         """The network's cache, with all rows that it was told of."""
         self._flush()

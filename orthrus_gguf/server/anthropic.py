@@ -80,11 +80,13 @@ class TurnMessage:
 
 @dataclass(kw_only=True)
 class ClientTool:
-    """A tool that may be called. input_schema: JSON Schema of its arguments."""
+    """A tool that may be called. input_schema: JSON Schema of its arguments. strict: see
+    `FunctionTool`."""
 
     name: Annotated[str, Within(1, 256)]
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
 
 
 @dataclass(kw_only=True)
@@ -142,7 +144,10 @@ def _chat_request(request: CountRequest) -> ChatRequest:
         Tool(
             type="function",
             function=FunctionTool(
-                name=tool.name, description=tool.description, parameters=tool.input_schema
+                name=tool.name,
+                description=tool.description,
+                parameters=tool.input_schema,
+                strict=tool.strict,
             ),
         )
         for tool in request.tools or []

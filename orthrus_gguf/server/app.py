@@ -159,7 +159,8 @@ class App:
         async def handle(request: Request) -> Response:
             try:
                 service = self._service()
-                given: Any = read(endpoint.body, await http.body(request))
+                body = await http.body(request, http.most_bytes(service.n_ctx))
+                given: Any = read(endpoint.body, body)
                 work = asyncio.ensure_future(endpoint.handler(service, given))
                 found = await http.unless_gone(request.receive, _awaited(work))
             except ApiError as error:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from orthrus_gguf.server.api_errors import wrong
 from orthrus_gguf.server.events import Job
 from orthrus_gguf.server.fields import Within
-from orthrus_gguf.server.grammars import after_thought, from_schema, tool_calls
+from orthrus_gguf.server.grammars import Calls, Thought, reply
 from orthrus_gguf.server.service import Prompt, Sampling, Service, compiled
 
 
@@ -53,7 +53,8 @@ class ChatMessage:
 
 @dataclass(kw_only=True)
 class FunctionTool:
-    """A function that may be called. parameters: JSON Schema of its arguments."""
+    """A function that may be called. parameters: JSON Schema of its arguments. strict: they keep to
+    it also where no call has to come."""
 
     name: Annotated[str, Within(1, 256)]
     description: str | None = None
@@ -238,42 +239,55 @@ def _grammar(
     service: Service, request: ChatRequest, prompt: Prompt, thinking: bool | None
 ) -> str | None:
     """What the answer has to be, if anything is asked for."""
-    template = service.template
-    off = (service.thinking if thinking is None else thinking) is False
-    thinks = template is not None and template.supports_thinking and not off
-    calls = _calls(request)
-    wanted = request.response_format
-    native = service.grammar(request)
-    if sum([bool(calls), native is not None, bool(wanted and wanted.type != "text")]) > 1:
-        raise wrong("response_format", "excludes grammar, json_schema, regex and forced tool calls")
-    if calls:
-        several = request.parallel_tool_calls
-        return compiled(
-            "tools",
-            lambda: tool_calls(calls, several=several, thinks=thinks, begun=prompt.thinking),
-        )
-    if wanted is None or wanted.type == "text":
+    native, calls, schema = service.grammar(request), _calls(request), _schema(request)
+    forced = calls is not None and calls.required
+    strict = any(tool.function.strict for tool in request.tools or [])
+    field = "tools" if forced or (strict and calls) else "response_format" if schema else None
+    if field is None:
         return native
-    schema: dict[str, Any] = wanted.schema or {"type": "object"}
-    if wanted.type == "json_schema":
-        if wanted.json_schema is None or wanted.json_schema.schema is None:
-            raise wrong("response_format.json_schema.schema", "is required")
-        schema = wanted.json_schema.schema
-    if thinks or prompt.thinking:
-        return compiled("response_format", lambda: after_thought(schema, begun=prompt.thinking))
-    return compiled("response_format", lambda: from_schema(schema))
+    if native is not None:
+        raise wrong(field, "excludes grammar, json_schema and regex")
+    if forced and schema is not None:
+        raise wrong("response_format", "excludes forced tool calls")
+    return compiled(field, lambda: reply(_thought(service, prompt, thinking), calls, schema))
 
 
-def _calls(request: ChatRequest) -> dict[str, Any]:
-    """Tools of which one must be called: name → schema of the arguments."""
-    choice = request.tool_choice
-    if choice in (None, "auto", "none"):
-        return {}
+def _thought(service: Service, prompt: Prompt, thinking: bool | None) -> Thought:
+    """Whether a thought may come first."""
+    if prompt.thinking:
+        return Thought.BEGUN
+    off = (service.thinking if thinking is None else thinking) is False
+    template = service.template
+    thinks = template is not None and template.supports_thinking and not off
+    return Thought.MAYBE if thinks else Thought.NONE
+
+
+def _schema(request: ChatRequest) -> dict[str, Any] | None:
+    """What `response_format` asks for."""
+    wanted = request.response_format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return wanted.schema or {"type": "object"}
+    if wanted.json_schema is None or wanted.json_schema.schema is None:
+        raise wrong("response_format.json_schema.schema", "is required")
+    return wanted.json_schema.schema
+
+
+def _calls(request: ChatRequest) -> Calls | None:
+    """The tools that may be called, or of which one must be."""
+    choice, several = request.tool_choice, request.parallel_tool_calls
     tools = {t.function.name: t.function.parameters or {} for t in request.tools or []}
+    if choice in (None, "auto"):
+        loose = {t.function.name for t in request.tools or [] if not t.function.strict}
+        tools = {name: {} if name in loose else schema for name, schema in tools.items()}
+        return Calls(tools, several, required=False) if tools else None
+    if choice == "none":
+        return None
     if not tools:
         raise wrong("tool_choice", "there are no tools")
     if isinstance(choice, NamedTool):
         if choice.function.name not in tools:
             raise wrong("tool_choice.function.name", f"no tool is called {choice.function.name!r}")
-        return {choice.function.name: tools[choice.function.name]}
-    return tools
+        tools = {choice.function.name: tools[choice.function.name]}
+    return Calls(tools, several, required=True)

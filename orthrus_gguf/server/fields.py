@@ -66,6 +66,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
         raise wrong(path, f"expected {_words(hint)}, found {_found(value)}")
     if origin is list:
         (inner,) = get_args(hint)
+        if inner in (int, str) and all(type(item) is inner for item in value):
+            return value  # may be long
         return [_value(inner, item, f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is dict:
         _, inner = get_args(hint)

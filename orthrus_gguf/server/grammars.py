@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -24,12 +25,6 @@ from orthrus_gguf.text.tokenizer import Tokenizer
 
 #: White space in JSON: some, but a model that is lost cannot go on with it forever.
 WHITESPACE = r"[ \n\t]{0,20}"
-
-#: What a thought looks like, in Lark; the rest of a grammar may follow it.
-THOUGHT = r"""
-thought: {opening} thinking /\s{{0,4}}/
-thinking[suffix="</think>"]: /(.|\n)*/
-"""
 
 
 @dataclass(frozen=True)
@@ -146,20 +141,60 @@ def from_gbnf(grammar: str) -> str:
         raise OrthrusError(f"not GBNF: {_line(str(error))}") from error
 
 
-def after_thought(schema: Mapping[str, Any], *, begun: bool) -> str:
-    """JSON that fits a schema, after a thought: which has begun, or which may come."""
-    thought = THOUGHT.format(opening="" if begun else '"<think>"')
-    start = "thought" if begun else "thought?"
-    return _lark(f"start: {start} answer\nanswer: {_json(schema)}\n{thought}")
+@dataclass(frozen=True)
+class Calls:
+    """Calls of tools in Qwen3's form: name → schema of the arguments. several: of one answer.
+    required: there is one, and nothing else; otherwise what looks like a call is one."""
+
+    tools: Mapping[str, Mapping[str, Any]]
+    several: bool
+    required: bool
 
 
-def tool_calls(
-    tools: Mapping[str, Mapping[str, Any]], *, several: bool, thinks: bool, begun: bool
+class Thought(Enum):
+    """Of an answer: whether a thought comes first. BEGUN: the prompt opens it."""
+
+    NONE = ""
+    MAYBE = "thought? "
+    BEGUN = "thought "
+
+
+def reply(
+    thought: Thought, calls: Calls | None = None, schema: Mapping[str, Any] | None = None
 ) -> str:
-    """Calls of tools (name → schema of the arguments) in Qwen3's form, and nothing else.
+    """What an assistant may say: calls of tools, JSON that fits a schema, or either of them, after
+    a thought. Calls alone that are not required stand in free text. Raises OrthrusError."""
+    lines = [] if thought is Thought.NONE else [_THOUGHT.format(opening=_OPENING[thought])]
+    said = "answer"
+    if schema is not None:
+        lines.append(f"answer: {_json(schema)}")
+    if calls is not None:
+        lines += ['call: "<tool_call>" tail', *_tail(calls.tools)]
+        said = 'call ("\\n" call)*' if calls.several else "call"
+        if not calls.required and schema is not None:
+            said = f"(answer | {said})"
+        elif not calls.required:
+            said = f"(text tail){'*' if calls.several else '?'} REST"
+            lines.append(_FREE)
+    return _lark("\n".join([f"start: {thought.value}{said}", *lines]))
 
-    thinks: a thought may come first; begun: it has begun.
-    """
+
+_OPENING = {Thought.MAYBE: '"<think>"', Thought.BEGUN: ""}
+_THOUGHT = r"""
+thought: {opening} thinking /\s{{0,4}}/
+thinking[suffix="</think>"]: /(.|\n)*/
+"""
+
+#: Text up to where a call begins, and text without any. Neither begins as a thought does, in which
+#: what looks like a call is none.
+_FREE = r"""
+text[suffix="<tool_call>"]: /(.|\n)*/ & ~/<think>(.|\n)*/
+REST: /(.|\n)*/ & ~/(.|\n)*<tool_call>(.|\n)*/ & ~/<think>(.|\n)*/
+"""
+
+
+def _tail(tools: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A call behind its first tag."""
     options = [
         {
             "type": "object",
@@ -169,14 +204,10 @@ def tool_calls(
         }
         for name, schema in tools.items()
     ]
-    start = "thought " if begun else "thought? " if thinks else ""
-    thought = THOUGHT.format(opening="" if begun else '"<think>"') if start else ""
-    more = r' ("\n" call)*' if several else ""
-    return _lark(
-        f"start: {start}call{more}\n"
-        rf'call: "<tool_call>\n" body "\n</tool_call>"'
-        f"\nbody: {_json({'anyOf': options})}\n{thought}"
-    )
+    return [
+        r'tail: "\n" body "\n</tool_call>"',
+        f"body: {_json({'anyOf': options})}",
+    ]
 
 
 def _json(schema: Mapping[str, Any]) -> str:

@@ -16,8 +16,14 @@ from orthrus_gguf.server.api_errors import ApiError
 
 T = TypeVar("T")
 
-#: Bytes of a body at most.
-MOST_BYTES = 32 << 20
+#: Bytes that a body may have: in any case, for each token of the context, and at most.
+LEAST_BYTES, BYTES_PER_TOKEN, MOST_BYTES = 1 << 20, 128, 32 << 20
+
+#: Bytes that take a moment to be parsed.
+LONG_BYTES = 1 << 18
+
+#: Seconds that a part of a body may take to come.
+BODY_SECONDS = 60.0
 
 #: A line that says nothing, so that nobody takes the connection for dead.
 PING_LINE = b": ping\n\n"
@@ -36,13 +42,31 @@ class Json(JSONResponse):
         return dumps(content)
 
 
-async def body(request: Request) -> Any:
-    """The JSON of a request. Raises ApiError."""
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > MOST_BYTES:
-            raise ApiError(f"the body is larger than {MOST_BYTES >> 20} MiB", status=413)
+async def body(request: Request, most: int = LEAST_BYTES) -> Any:
+    """The JSON of a request of `most` bytes. Raises ApiError."""
+    data, over = bytearray(), 0
+    stream = request.stream()
+    while True:
+        try:
+            chunk = await asyncio.wait_for(anext(stream), BODY_SECONDS)
+        except StopAsyncIteration:
+            break
+        except asyncio.TimeoutError:
+            raise ApiError("the body does not come to an end", status=408) from None
+        if len(data) + len(chunk) <= most and not over:
+            data += chunk
+            continue
+        # It is read all the same: who is still writing does not hear the answer.
+        data.clear()
+        over += len(chunk)
+        if over > 4 * MOST_BYTES:
+            break
+    if over:
+        raise ApiError(f"the body is larger than {most >> 10} KiB", status=413)
+    return _parsed(data) if len(data) < LONG_BYTES else await in_thread(_parsed, data)
+
+
+def _parsed(data: bytearray) -> Any:
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
@@ -51,6 +75,11 @@ async def body(request: Request) -> Any:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number in JSON")
+
+
+def most_bytes(n_ctx: int) -> int:
+    """What a body may have where a conversation has so many tokens: many times the text of them."""
+    return min(max(n_ctx * BYTES_PER_TOKEN, LEAST_BYTES), MOST_BYTES)
 
 
 def event(data: Any, name: str | None = None) -> bytes:

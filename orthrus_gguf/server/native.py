@@ -67,7 +67,9 @@ class TemplateRequest:
 async def completion(service: Service, request: NativeRequest) -> dict[str, Any] | Stream:
     """The answer, or events, in llama-server's shape."""
     given = request.prompt
-    ids = await http.in_thread(encoded, service, given) if isinstance(given, str) else given
+    ids: list[int] = (
+        await http.in_thread(service.encoded, given, "prompt") if isinstance(given, str) else given
+    )
     job = service.job(
         Prompt(tuple(ids)),
         request,
@@ -86,14 +88,6 @@ async def completion(service: Service, request: NativeRequest) -> dict[str, Any]
             one for event in events for one in tokens_json(service, event, request.n_probs)
         ]
     return found
-
-
-def encoded(service: Service, text: str) -> list[int]:
-    """Ids of a prompt. Raises ApiError."""
-    try:
-        return service.tokenizer.encode(text)
-    except OrthrusError as error:
-        raise wrong("prompt", str(error)) from error
 
 
 async def _stream(

@@ -253,10 +253,7 @@ def _prompts(service: Service, given: str | list[int] | list[str]) -> list[Promp
     if isinstance(given, list) and given and isinstance(given[0], int):
         return [Prompt(tuple(int(token) for token in given))]
     texts = [given] if isinstance(given, str) else given
-    try:
-        return [Prompt(tuple(service.tokenizer.encode(str(text)))) for text in texts]
-    except Exception as error:
-        raise wrong("prompt", str(error)) from error
+    return [Prompt(tuple(service.encoded(str(text), "prompt"))) for text in texts]
 
 
 async def completion(service: Service, request: CompletionRequest) -> dict[str, Any] | Stream:

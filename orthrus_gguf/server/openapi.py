@@ -52,7 +52,7 @@ def description(endpoints: Sequence[Described], *, public: Collection[str]) -> d
                         "description": "the answer; events where stream is true",
                         "content": {"application/json": {}, "text/event-stream": {}},
                     },
-                    **dict.fromkeys(("400", "401", "413", "429", "503"), _ERROR),
+                    **dict.fromkeys(("400", "401", "408", "413", "429", "503"), _ERROR),
                 },
             }
             paths[path] = {"post": operation}

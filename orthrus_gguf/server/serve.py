@@ -13,11 +13,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.server.app import App
 from orthrus_gguf.server.service import Service
+
+#: Seconds that the head of a request may take to come.
+HEAD_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,43 @@ def _unix_socket(path: Path) -> socket.socket:
     return found
 
 
+class _Connection(H11Protocol):
+    """One whose head does not come to an end in time is closed: half-open ones cost a file each."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._timer = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waiting = self.conn.their_state is h11.IDLE  # for the rest of a head
+        if waiting and self._timer is None:
+            self._timer = self.loop.call_later(HEAD_SECONDS, self.timeout_keep_alive_handler)
+        elif not waiting:
+            self._stop_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _allow_connections() -> None:
+    """As many open files as the system allows: a connection is one, and many systems begin with
+    1,024."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 class _Server(uvicorn.Server):
     """The first signal lets answers under way end, the second does not."""
 
@@ -95,6 +137,7 @@ def serve(
     raised from here.
     """
     listening = address.listen()
+    _allow_connections()
     with listening:
         config = uvicorn.Config(
             app.asgi,
@@ -102,6 +145,7 @@ def serve(
             ssl_certfile=address.certificate,
             ssl_keyfile=address.key,
             lifespan="off",
+            http=_Connection,
             access_log=False,
             server_header=False,
         )

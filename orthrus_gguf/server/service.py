@@ -24,6 +24,10 @@ from orthrus_gguf.text.tokenizer import Tokenizer
 #: Seconds of silence after which a stream says that it is still there.
 PING = 15.0
 
+#: Characters for each token of the context, of which some text may consist (long runs of spaces);
+#: and tokens that the place where a text is cut may cost it.
+CHARACTERS_PER_TOKEN, AT_THE_CUT = 16, 64
+
 #: Seconds after which a client may try again when the queue is full.
 RETRY = 1
 
@@ -111,6 +115,11 @@ class Service:
                 raise wrong(f"messages[{len(messages) - 1}]", "a call of a tool needs its result")
             begun = str(messages[-1].get("content") or "")
             messages = messages[:-1]
+        # Templates leave out parts of what an assistant said, but of nobody else's: this much is
+        # known before they run.
+        others = [m.get("content") or "" for m in messages if m.get("role") != "assistant"]
+        if sum(map(len, others)) > self.n_ctx * CHARACTERS_PER_TOKEN:
+            self.encoded("\n".join(others), "messages")
         try:
             text = self.template.render(
                 messages,
@@ -123,7 +132,31 @@ class Service:
             raise ApiError(str(error), param="messages") from error
         thinks = text.rstrip().endswith("<think>") and not begun
         text += self.tokenizer.guard(begun)
-        return text, Prompt(tuple(self.tokenizer.encode(text, guarded=True)), thinks)
+        return text, Prompt(tuple(self.encoded(text, "messages", guarded=True)), thinks)
+
+    def encoded(self, text: str, param: str, *, guarded: bool = False) -> list[int]:
+        """Ids of a prompt. Takes a moment: call it in a thread. Raises ApiError, which names
+        `param`; for a text that is far too long without reading all of it, which would take
+        seconds, and memory."""
+        try:
+            most = self.n_ctx * CHARACTERS_PER_TOKEN
+            if len(text) > most:
+                count = len(self.tokenizer.encode(text[:most], guarded=guarded))
+                if count > self.n_ctx + AT_THE_CUT:
+                    raise self._too_long(count, cut=True)
+            return self.tokenizer.encode(text, guarded=guarded)
+        except OrthrusError as error:
+            raise wrong(param, str(error)) from error
+
+    def _too_long(self, count: int, *, cut: bool = False) -> ApiError:
+        """cut: there are more, which nobody counted."""
+        return ApiError(
+            f"the prompt has {'more than ' if cut else ''}{count} tokens, and the context of a"
+            f" conversation {self.n_ctx}; shorten it, or start the server with a larger -c",
+            kind="exceed_context_size_error",
+            n_prompt_tokens=count,
+            n_ctx=self.n_ctx,
+        )
 
     def settings(self, given: Sampling, index: int = 0) -> SamplingSettings:
         """What to sample with; index: of several answers to one request."""
@@ -197,13 +230,7 @@ class Service:
         if not count:
             raise wrong("prompt", "is empty: there is no token to continue from")
         if count >= self.n_ctx:
-            raise ApiError(
-                f"the prompt has {count} tokens, and the context of a conversation {self.n_ctx};"
-                " shorten it, or start the server with a larger -c",
-                kind="exceed_context_size_error",
-                n_prompt_tokens=count,
-                n_ctx=self.n_ctx,
-            )
+            raise self._too_long(count)
         if not all(stop):
             raise wrong("stop", "a stop string must not be empty")
         if not all(0 <= token < self.tokenizer.n_vocab for token in prompt.ids):

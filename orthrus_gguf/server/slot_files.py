@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from orthrus_gguf.engine import Rows
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.server.api_errors import ApiError, wrong
 from orthrus_gguf.server.slots import Slot
@@ -39,8 +40,10 @@ class SlotFiles:
         session = _idle(slot).session
         tokens = list(session.held)
         tokens = tokens[: session.reachable(len(tokens))]
-        head = json.dumps({"identity": self._identity, "tokens": tokens})
-        parts = session.take(len(tokens))
+        rows = session.take(tokens)
+        parts = (*rows.model, *rows.drafter)
+        counts = {"drafted": rows.drafted, "model_parts": len(rows.model)}
+        head = json.dumps({"identity": self._identity, "tokens": tokens, **counts})
         beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with beside.open("wb") as file:
@@ -64,7 +67,9 @@ class SlotFiles:
                 head = json.loads(data["head"].tobytes())
                 parts = [data[f"part{i}"] for i in range(len(data.files) - 1)]
             same = head["identity"] == self._identity
-            tokens = [int(token) for token in head["tokens"]]
+            tokens = tuple(int(token) for token in head["tokens"])
+            drafted, cut = int(head["drafted"]), int(head["model_parts"])
+            rows = Rows(tokens, tuple(parts[:cut]), drafted, tuple(parts[cut:]))
         except FileNotFoundError:
             raise ApiError("filename: no slot was saved under it", status=404) from None
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
@@ -74,7 +79,7 @@ class SlotFiles:
         if not same:
             raise wrong("filename", "was saved of another model, or another type of cache")
         try:
-            session.put(parts, tokens)
+            session.put(rows)
         except ValueError as error:
             raise wrong("filename", f"does not fit: {error}") from error
         return len(tokens)

@@ -124,4 +124,4 @@ class Pool:
         best = max(others, key=lambda other: shared[other], default=None)
         if best is not None and shared[best] >= own + WORTH_COPYING:
             rows = shared[best]
-            slot.session.put(best.session.take(rows), prompt[:rows])
+            slot.session.put(best.session.take(prompt[:rows]))

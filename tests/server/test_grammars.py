@@ -15,7 +15,15 @@ from orthrus_gguf.drafting.forced import Forcing
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.server.grammars import Grammars, from_gbnf, from_regex, from_schema
+from orthrus_gguf.server.grammars import (
+    Calls,
+    Grammars,
+    Thought,
+    from_gbnf,
+    from_regex,
+    from_schema,
+    reply,
+)
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 
 SCHEMA: Any = {
@@ -128,3 +136,78 @@ def test_what_must_come_is_a_draft(grammars: Grammars, tokenizer: Tokenizer) -> 
     assert "description".startswith(tokenizer.decode(forced).strip(' "')[:11])
     assert len(forced) >= 2
     assert not isinstance(grammars.constraint(from_schema(schema), 0, drafts=False), Forcing)
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {"x": 3}}\n</tool_call>'
+OTHER = '<tool_call>\n{"name": "g", "arguments": {"any": [1]}}\n</tool_call>'
+TOOLS: Any = {
+    "f": {
+        "type": "object",
+        "properties": {"x": {"type": "integer"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    },
+    "g": {},
+}
+
+
+def said(grammars: Grammars, tokenizer: Tokenizer, grammar: str, text: str) -> bool | None:
+    """Whether a text is whole under a grammar; None if it leaves it."""
+    tokens = tokenizer.encode(text, special=False, add_bos=False)
+    constraint = grammars.constraint(grammar, 0)
+    for end, token in enumerate(tokens):
+        if token not in allowed(constraint(tokens[:end], Tree(()))[0]):
+            return None
+    return bool(allowed(constraint(tokens, Tree(()))[0]) & tokenizer.eog)
+
+
+@pytest.mark.parametrize(
+    ("required", "several", "schema", "text", "whole"),
+    [
+        (True, True, None, CALL, True),
+        (True, True, None, CALL + "\n" + OTHER, True),
+        (True, False, None, CALL + "\n" + OTHER, None),
+        (True, True, None, "So: " + CALL, None),
+        (False, True, None, "a <tool_ call> of x < 3", True),
+        (False, True, None, "So:\n" + CALL + "\n" + OTHER + " and so on", True),
+        (False, True, None, "So: " + CALL.partition("}")[0], False),
+        (False, True, None, "So: <tool_call>x", None),
+        (False, True, None, "So: " + CALL.replace("3", '"3"'), None),
+        (False, True, None, CALL.replace('"f"', '"h"'), None),
+        (False, False, None, "So: " + CALL + " done", True),
+        (False, False, None, CALL + CALL, None),
+        (False, True, {"type": "integer"}, "12", True),
+        (False, True, {"type": "integer"}, CALL, True),
+        (False, True, {"type": "integer"}, "12 " + CALL, None),
+    ],
+)
+def test_calls(
+    grammars: Grammars,
+    tokenizer: Tokenizer,
+    required: bool,
+    several: bool,
+    schema: Any,
+    text: str,
+    whole: bool | None,
+) -> None:
+    """Calls that must come, that may stand in a text, or take the place of an answer."""
+    calls = Calls(TOOLS, several, required)
+    grammar = reply(Thought.NONE, calls, schema)
+    assert said(grammars, tokenizer, grammar, text) is whole
+    after = reply(Thought.MAYBE, calls, schema)
+    assert said(grammars, tokenizer, after, text) is whole
+    thought = "<think>\nno <tool_call> yet</think>\n\n"
+    assert said(grammars, tokenizer, after, thought + text) is whole
+    begun = reply(Thought.BEGUN, calls, schema)
+    assert said(grammars, tokenizer, begun, thought.removeprefix("<think>") + text) is whole
+
+
+def test_a_call_in_a_text_is_forced_from_its_tag_on(
+    grammars: Grammars, tokenizer: Tokenizer
+) -> None:
+    constraint = grammars.constraint(reply(Thought.NONE, Calls({"f": {}}, True, False)), 0)
+    assert isinstance(constraint, Forcing)
+    tokens = tokenizer.encode("So: ", add_bos=False)
+    assert constraint.forced(tokens) == []
+    tokens += tokenizer.encode("<tool_call>", special=False, add_bos=False)
+    assert tokenizer.decode(constraint.forced(tokens)).startswith("\n{")

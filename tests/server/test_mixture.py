@@ -10,32 +10,65 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from live_server import Live
+import pytest
+from live_server import Live, live
 
-PROMPTS = ("import ", "def read(self):\n" * 9, "class A:\n")
-PLANS = ("ar", "fused", "two-pass@5+tree=9", "auto")
+PROMPTS = ("import ", "def read(self):\n" * 9, "class A:\n", "import os\n" * 40 + "def f(")
+PLANS = ("ar", "fused", "two-pass@5+tree=9", "auto", "ar+lookup", "fused@4x2+lookup+tail")
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "size": {"enum": [1, 20, 300]}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+GRAMMARS: tuple[dict[str, Any], ...] = (
+    {"regex": "[a-z ]{30}"},
+    {"json_schema": SCHEMA},
+    {"grammar": 'root ::= ("import " [a-z]+ "\\n")+'},
+)
+TOOL = {"type": "function", "function": {"name": "open_file", "parameters": SCHEMA}}
 
 
-def request(index: int) -> dict[str, Any]:
+def request(index: int) -> tuple[str, dict[str, Any]]:
+    """Where to, and the body: of a kind of its own for each index."""
+    chance = random.Random(index)
     body: dict[str, Any] = {
-        "prompt": PROMPTS[index % 3],
-        "n_predict": 20 + index,
+        "prompt": chance.choice(PROMPTS)[chance.choice([0, 0, 3]) :],
+        "n_predict": chance.randint(1, 48),
         "seed": index,
-        "speculative": {"strategy": PLANS[index % 4]},
-        "cache_prompt": index % 7 != 0,
-        "n_probs": 2 * (index % 6 == 0),
+        "temperature": chance.choice([0, 0.7, 1.2]),
+        "repeat_penalty": chance.choice([1, 1, 1.2]),
+        "cache_prompt": chance.random() < 0.8,
+        "speculative": {"strategy": PLANS[index % len(PLANS)]},
     }
+    if index % 9 == 8:
+        message = {"role": "user", "content": body.pop("prompt")}
+        more = {"tools": [TOOL], "tool_choice": "required", "enable_thinking": False}
+        limit = {"max_tokens": body.pop("n_predict")}
+        return "/v1/chat/completions", {**body, **more, **limit, "messages": [message]}
     if index % 5 == 4:
-        body["regex"] = "[a-z ]{30}"
-    return body
+        body.update(chance.choice(GRAMMARS))
+    if index % 4 == 0:
+        body["n_probs"] = 2
+    if index % 7 == 3:
+        body["stop"] = ["self", "\n\n"]
+    return "/completion", body
 
 
-def ask(server: Live, index: int) -> tuple[Any, Any, Any]:
-    status, found = server.post("/completion", request(index))
+def ask(server: Live, index: int, **changes: Any) -> Any:
+    """What a client is told that depends on the request alone."""
+    path, body = request(index)
+    status, found = server.post(path, {**body, **changes})
     assert status == 200, found
-    return found["content"], found["tokens"], found.get("completion_probabilities")
+    if "choices" in found:
+        (choice,) = found["choices"]
+        calls = [call["function"] for call in choice["message"].get("tool_calls", ())]
+        return choice["message"]["content"], calls, choice["finish_reason"]
+    told = ("content", "tokens", "stop_type", "stopping_word", "completion_probabilities")
+    return tuple(found.get(name) for name in told)
 
 
 @contextmanager
@@ -68,19 +101,44 @@ def leaving(server: Live, counts: list[int]) -> Iterator[None]:
         thread.join()
 
 
-def test_every_answer_is_what_it_is_alone(server: Live) -> None:
-    alone = [ask(server, index) for index in range(16)]
-    order = [*range(16)] * 2
-    random.Random(2).shuffle(order)
+def check(server: Live, alone: list[Any], order: list[int], at_once: int) -> None:
+    """Requests in this order, so many at once, beside clients that leave."""
     counts = [0]
-    with leaving(server, counts), ThreadPoolExecutor(8) as threads:
+    with leaving(server, counts), ThreadPoolExecutor(at_once) as threads:
         found = list(threads.map(lambda index: ask(server, index), order))
-    assert counts[0] > 20
+    assert counts[0] > len(order) // 2
     for index, answer in zip(order, found, strict=True):
-        assert answer == alone[index]
+        assert answer == alone[index], request(index)
     # Nobody is served any more, and nothing went wrong on the way.
     deadline = time.monotonic() + 20
     while any(slot["is_processing"] for slot in json.loads(server.get("/slots")[1])):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert "Traceback" not in server.said()
+
+
+def test_every_answer_is_what_it_is_alone(server: Live) -> None:
+    plain = {"speculative": {"enabled": False}, "cache_prompt": False}
+    alone = [ask(server, index, **plain) for index in range(18)]
+    order = [*range(18)] * 2
+    random.Random(2).shuffle(order)
+    check(server, alone, order, 8)
+
+
+@pytest.fixture(scope="module")
+def answers(chat_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of 200 requests gives on a server that serves nobody else and never drafts."""
+    with live(
+        chat_file, tmp_path_factory.mktemp("alone"), "-np", 1, "-c", 1024, "--strategy", "ar"
+    ) as server:
+        plain = {"speculative": {"enabled": False}, "cache_prompt": False}
+        return [ask(server, index, **plain) for index in range(200)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", [1, 2, 3, 5, 8])
+def test_200_requests(chat_file: Path, tmp_path: Path, answers: list[Any], parallel: int) -> None:
+    order = [*range(200)]
+    random.Random(parallel).shuffle(order)
+    with live(chat_file, tmp_path, "-np", parallel, "-c", 1024) as server:
+        check(server, answers, order, parallel + 3)

@@ -310,6 +310,33 @@ class TestTools:
             reasons.append(chunk.choices[0].finish_reason)
         assert (name, streamed, reasons[-1]) == ("open_file", arguments, "tool_calls")
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"tool_choice": "required"},
+            {"tool_choice": {"type": "function", "function": {"name": "open_file"}}},
+            {"tool_choice": "auto", "response_format": {"type": "json_object"}},
+        ],
+    )
+    def test_drafts_do_not_change_calls(self, client: openai.OpenAI, changes: Any) -> None:
+        """What a grammar forces is drafted; what is called is what it is without drafts."""
+        function = {**TOOLS[0]["function"], "strict": True}
+        settings = {**self.settings, "tools": [{"type": "function", "function": function}]}
+        found = []
+        for speculative in ({"enabled": False}, {"strategy": "ar+lookup"}, {"strategy": "fused"}):
+            body = {"enable_thinking": False, "speculative": speculative}
+            answer = client.chat.completions.create(
+                **{**settings, **changes, "extra_body": body, "max_tokens": 120}
+            )
+            message = answer.choices[0].message
+            calls = [call.function for call in message.tool_calls or []]
+            timings: Any = answer.model_extra
+            found.append((message.content, [(c.name, c.arguments) for c in calls]))
+            drafted = timings["timings"]["draft_n_accepted"]
+            assert (drafted > 0) == ("strategy" in speculative)
+        assert found[0] == found[1] == found[2]
+        assert [name for name, _ in found[0][1]] == ["open_file"]
+
     def test_its_result_goes_back(self, client: openai.OpenAI) -> None:
         message = client.chat.completions.create(**self.settings).choices[0].message
         (call,) = message.tool_calls or []
@@ -353,6 +380,7 @@ class TestErrors:
             ({"grammar": "root ::= ("}, "grammar"),
             ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
             ({"response_format": {"type": "json_object"}, "regex": "a"}, "response_format"),
+            ({"tools": TOOLS, "tool_choice": "required", "regex": "a"}, "tools"),
             ({"tools": [{"type": "function"}]}, "tools[0].function"),
             ({"tool_choice": "required"}, "tool_choice"),
             ({"id_slot": 77}, None),

@@ -24,6 +24,7 @@ from vocabularies import (
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from orthrus_gguf.text.vocab.bpe import LONG
 
 ENDOFTEXT, IM_START, IM_END, MASK = range(4092, 4096)
 FILE = Path("some.gguf")
@@ -78,6 +79,9 @@ def test_bpe_equals_hugging_face(ours: Tokenizer, theirs: Any, corpus: list[str]
     skipped = theirs.decode_batch([e.ids for e in encoded], skip_special_tokens=True)
     assert [ours.decode(e.ids) for e in encoded] == decoded
     assert [ours.decode(e.ids, skip_special=True) for e in encoded] == skipped
+    long = "".join(corpus[:2000])  # goes another way, which lets other threads run
+    assert len(long) > LONG
+    assert ours.encode(long) == theirs.encode(long).ids
 
 
 def test_bpe_equals_hugging_face_when_special_tokens_are_text(

@@ -35,6 +35,9 @@ def _byte_characters() -> dict[int, int]:
 
 _BYTE_CHARACTERS = _byte_characters()
 
+#: Characters of a text that other threads are not to wait for: batches let them run meanwhile.
+LONG = 1 << 14
+
 #: Bytes that every vocabulary must have: those of plain text.
 _PLAIN = (0x0A, *range(0x20, 0x7F))
 
@@ -66,7 +69,12 @@ class BPE:
         )
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int]
+        if len(text) < LONG:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            (found,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            ids = found.ids
         if self._first_lacking is None:
             return ids
         return [id for id in ids if id < self._first_lacking]
