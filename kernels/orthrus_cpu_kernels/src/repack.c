@@ -98,13 +98,22 @@ static void spell_b(int type, const uint8_t *p, Block *to) {
         to->m = half_at(p);
         p += 2;
     }
-    uint32_t fifth = 0;
-    if (type == T_Q5_0 || type == T_Q5_1) {
+    uint32_t fifth;
+    int five = type == T_Q5_0 || type == T_Q5_1;
+    if (five) {
         memcpy(&fifth, p, 4);
         p += 4;
     }
-    for (int i = 0; i < 32; i++)
-        to->code[i] = (uint8_t)((p[i % 16] >> (i < 16 ? 0 : 4) & 15) | (fifth >> i & 1) << 4);
+    for (int i = 0; i < 16; i += 8) {
+        uint64_t eight, low, high;
+        memcpy(&eight, p + i, 8);
+        low = eight & 0x0F0F0F0F0F0F0F0F;
+        high = eight >> 4 & 0x0F0F0F0F0F0F0F0F;
+        memcpy(to->code + i, &low, 8);
+        memcpy(to->code + i + 16, &high, 8);
+    }
+    if (five)
+        for (int i = 0; i < 32; i++) to->code[i] |= (uint8_t)((fifth >> i & 1) << 4);
 }
 
 static int raw_bytes(int type) {
@@ -236,34 +245,39 @@ size_t orthrus_row_bytes(int form, int k) {
     return (size_t)k * sizeof(float);
 }
 
-static void repack_floats(int type, const uint8_t *raw, int columns, int k, int panel,
-                          uint8_t *to) {
-    int size = raw_bytes(type);
-    for (int c = 0; c < LANES; c++) {
-        int column = panel * LANES + c;
-        if (column >= columns) continue;
-        const uint8_t *from = raw + (size_t)column * (size_t)k * (size_t)size;
-        for (int i = 0; i < k; i++)
-            memcpy(to + ((size_t)i * LANES + (size_t)c) * (size_t)size,
-                   from + (size_t)i * (size_t)size, (size_t)size);
+// The panel's columns of one k after the other: read from 16 places, written to one.
+#define GATHER(T)                                                                                  \
+    for (int i = 0; i < k; i++)                                                                    \
+        for (int c = 0; c < columns; c++)                                                          \
+            memcpy(to + ((size_t)i * LANES + (size_t)c) * sizeof(T),                               \
+                   raw + ((size_t)c * (size_t)k + (size_t)i) * sizeof(T), sizeof(T));
+
+static void repack_floats(int type, const uint8_t *raw, int columns, int k, uint8_t *to) {
+    if (type == T_F32) {
+        GATHER(float)
+    } else {
+        GATHER(uint16_t)
     }
 }
+#undef GATHER
 
 void orthrus_repack(int type, const uint8_t *raw, int columns, int k, int first, int stop,
                     uint8_t *panels) {
     size_t bytes = orthrus_panel_bytes(type, k), block = block_bytes(type);
-    int form = form_of(type), per = form == X_K ? 256 : 32, size = raw_bytes(type);
+    int form = form_of(type), size = raw_bytes(type);
+    int per = form == X_K ? 256 : form == X_B ? 32 : 1;
     for (int panel = first; panel < stop; panel++) {
         uint8_t *to = panels + panel * bytes;
         memset(to, 0, bytes);
+        int column = panel * LANES, here = columns - column < LANES ? columns - column : LANES;
+        const uint8_t *from = raw + (size_t)column * (size_t)(k / per * size);
         if (form == X_F) {
-            repack_floats(type, raw, columns, k, panel, to);
+            repack_floats(type, from, here, k, to);
             continue;
         }
-        for (int c = 0; c < LANES && panel * LANES + c < columns; c++) {
-            const uint8_t *from = raw + (size_t)(panel * LANES + c) * (size_t)(k / per * size);
+        for (int c = 0; c < here; c++) {
             for (int b = 0; b < k / per; b++, from += size) {
-                Block spelled = {0};
+                Block spelled;
                 spell(type, from, &spelled);
                 if (form == X_K)
                     lay_out_k(type, &spelled, c, to + b * block);
