@@ -22,7 +22,7 @@ from orthrus_gguf.training.answers import Wanted, Writer, read_answers, write_an
 from orthrus_gguf.training.base import base_file, mask_token
 from orthrus_gguf.training.forecast import forecast
 from orthrus_gguf.training.network import Network
-from orthrus_gguf.training.output import write_safetensors, write_sidecar
+from orthrus_gguf.training.output import write_checkpoint, write_sidecar
 from orthrus_gguf.training.prompts import Invented, read_prompts
 from orthrus_gguf.training.report import decoded
 from orthrus_gguf.training.trainer import Recipe, Trainer, steps_noted
@@ -149,7 +149,7 @@ def _finish(
     folder, recipe = settings.folder, trainer.recipe
     heads = {name: head.detach().numpy() for name, head in trainer.network.named_heads()}
     sidecar = folder / "heads.gguf"
-    write_safetensors(folder / "heads.safetensors", base.config, heads)
+    write_checkpoint(folder, base, heads, recipe.rows, recipe.mask)
     write_sidecar(sidecar, base, heads, recipe.rows, recipe.mask)
     with ModelFile.open(base.paths[0], sidecar) as pair:
         model = load_model(pair, runtime, say=say)

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 from hf_bases import write_base
+from orthrus_converters.cli import main as converter
 from orthrus_converters.safetensors_file import read_header
-from orthrus_converters.source_tensor import read_chunks
-from orthrus_converters.tensor_names import LAYER_PARTS, _paired
 
 from orthrus_gguf.cli.train import main
 from orthrus_gguf.errors import OrthrusError
@@ -29,7 +28,7 @@ from orthrus_gguf.runtime.reference import ReferenceModel
 from orthrus_gguf.training.answers import read_answers
 from orthrus_gguf.training.base import base_file
 from orthrus_gguf.training.network import Network
-from orthrus_gguf.training.output import write_safetensors, write_sidecar
+from orthrus_gguf.training.output import write_checkpoint, write_sidecar
 from orthrus_gguf.training.trainer import Recipe, Trainer
 from tests.tiny_model import BASES, BLOCK_SIZE, MASK, N_VOCAB, SCALINGS, write_heads, write_model
 
@@ -103,10 +102,13 @@ def check_pair(path: Path, heads: Path) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_what_is_written_is_what_was_trained(base: str, tmp_path: Path) -> None:
-    """The sidecar, opened like any; it opens on no other base. The safetensors have the official
-    names and, after the converter's pairing of rows, the same numbers."""
-    plain = write_model(tmp_path / "base.gguf", base)
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_what_is_written_is_what_was_trained(
+    base: str, scaling: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sidecar, opened like any, and the checkpoint, added to its base by the converter: the
+    same numbers. Neither goes with another base."""
+    plain = write_model(tmp_path / "base.gguf", base, scaling=scaling)
     with ModelFile.open(plain) as file:
         network = Network(file)
         heads = {
@@ -114,27 +116,29 @@ def test_what_is_written_is_what_was_trained(base: str, tmp_path: Path) -> None:
             for name, head in network.named_heads()
         }
         write_sidecar(tmp_path / "heads.gguf", file, heads, BLOCK_SIZE, MASK)
-        write_safetensors(tmp_path / "heads.safetensors", file.config, heads)
-        config = file.config
-    with ModelFile.open(plain, tmp_path / "heads.gguf") as pair:
-        assert pair.config.block_size == BLOCK_SIZE
-        assert pair.config.mask_token == MASK
-        for name, head in Network(pair).named_heads():
-            np.testing.assert_array_equal(head.detach().numpy(), heads[name])
-    stored = read_header(tmp_path / "heads.safetensors")
-    for name, values in heads.items():
-        _, layer, part, kind = name.split(".")
-        source = stored.pop(f"model.layers.{layer}.{LAYER_PARTS[part]}.{kind}")
-        source = _paired(name, source, config) if base == "llama" else source
-        data = b"".join(bytes(chunk.data) for chunk in read_chunks(source, 1 << 20))
-        found = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        np.testing.assert_array_equal(found.reshape(values.shape), values)
-    assert not stored
-    other = write_model(
-        tmp_path / "other.gguf", base, tensors={"output_norm.weight": np.ones(32, np.float32)}
-    )
+        (tmp_path / "out").mkdir()
+        write_checkpoint(tmp_path / "out", file, heads, BLOCK_SIZE, MASK)
+    convert = [str(tmp_path / "out"), str(tmp_path / "whole.gguf"), "--heads-type", "bf16"]
+    assert converter(convert) == 0
+    for files in ((plain, tmp_path / "heads.gguf"), (tmp_path / "whole.gguf",)):
+        with ModelFile.open(*files) as model:
+            assert model.config.block_size == BLOCK_SIZE
+            assert model.config.mask_token == MASK
+            for name, head in Network(model).named_heads():
+                np.testing.assert_array_equal(head.detach().numpy(), heads[name])
+    names = read_header(tmp_path / "out" / "model.safetensors")
+    assert "model.layers.0.self_attn.o_proj_diff.weight" in names
+    tensors = {"output_norm.weight": np.ones(32, np.float32)}
+    other = write_model(tmp_path / "other.gguf", base, scaling=scaling, tensors=tensors)
     with pytest.raises(OrthrusError, match="trained on another file"):
         ModelFile.open(other, tmp_path / "heads.gguf")
+    plain.unlink()
+    capsys.readouterr()
+    again = ["--base", str(other), "--heads", *convert]
+    for argv, message in ((convert, "which is not there"), (again, "trained on another file")):
+        assert converter([*argv, "--overwrite"]) == 1
+        assert message in capsys.readouterr().err
+    assert converter([*convert, "--type", "q8_0"]) == 1
 
 
 def losses(folder: Path) -> list[Any]:
