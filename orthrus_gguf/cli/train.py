@@ -79,6 +79,7 @@ def _rate(text: str) -> float:
 def _train(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise OrthrusError("training needs torch: pip install 'orthrus-gguf[train]'")
+    from orthrus_gguf.cli.train_report import gains, tell
     from orthrus_gguf.training.answers import Wanted
     from orthrus_gguf.training.run import Settings, train
 
@@ -106,7 +107,13 @@ def _train(args: argparse.Namespace) -> int:
         keep_bytes=int(args.keep * 1e9),
         dry_run=args.dry_run,
     )
-    train(settings, lambda line: print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+    report = train(settings, say, gains)
+    if report is not None:
+        tell(report, args.out, say)
     return 0
 
 

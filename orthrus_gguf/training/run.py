@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,18 +18,23 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.belong import fingerprint
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
-from orthrus_gguf.training.answers import Wanted, Writer, read_answers, write_answers
+from orthrus_gguf.training.answers import Answer, Wanted, Writer, read_answers, write_answers
 from orthrus_gguf.training.base import base_file, mask_token
 from orthrus_gguf.training.forecast import forecast
 from orthrus_gguf.training.network import Network
 from orthrus_gguf.training.output import write_checkpoint, write_sidecar
 from orthrus_gguf.training.prompts import Invented, read_prompts
 from orthrus_gguf.training.report import decoded
-from orthrus_gguf.training.trainer import Recipe, Trainer, steps_noted
+from orthrus_gguf.training.trainer import Recipe, Trainer, losses_noted
 
 Say = Callable[[str], None]
+
+#: What `auto` gains with trained heads, by hardware and kind of text, told from a model with them
+#: and texts held out.
+Gains = Callable[[ModelFile, Model, Sequence[Answer], Say], dict[str, dict[str, float]]]
 
 _ANSWERS = "answers.jsonl"
 
@@ -56,8 +63,9 @@ class Settings:
     dry_run: bool
 
 
-def train(settings: Settings, say: Say) -> None:
-    """Do what is left to do in the folder. Raises OrthrusError."""
+def train(settings: Settings, say: Say, gains: Gains) -> dict[str, Any] | None:
+    """Do what is left to do in the folder; the report, which is in the folder too, or None after a
+    dry run. gains: see `Gains`. Raises OrthrusError."""
     folder = settings.folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,6 +75,7 @@ def train(settings: Settings, say: Say) -> None:
         torch.set_num_threads(settings.threads)
     with ExitStack() as stack:
         stack.enter_context(_alone(folder))
+        stack.enter_context(_told_where_full(folder))
         path = base_file(settings.base, folder)
         base = stack.enter_context(ModelFile.open(path))
         if base.config.has_heads:
@@ -90,7 +99,7 @@ def train(settings: Settings, say: Say) -> None:
         tokenizer = load_tokenizer(base.metadata, path=path, n_vocab=base.config.n_vocab)
         mask = mask_token(start, tokenizer, settings.mask)
         _same_folder(settings, base)
-        _stages(settings, base, start, tokenizer, mask, say)
+        return _stages(settings, base, start, tokenizer, mask, say, gains)
 
 
 def _stages(
@@ -100,7 +109,8 @@ def _stages(
     tokenizer: Tokenizer,
     mask: int,
     say: Say,
-) -> None:
+    gains: Gains,
+) -> dict[str, Any] | None:
     wanted, folder = settings.wanted, settings.folder
     template = ChatTemplate.from_metadata(base.metadata, tokenizer)
     given = None
@@ -120,12 +130,12 @@ def _stages(
         expected = forecast(
             *(writer, network, recipe, wanted),
             texts=max(0, left),
-            steps=max(0, settings.steps - steps_noted(folder)),
+            steps=max(0, settings.steps - len(losses_noted(folder))),
             keep_bytes=settings.keep_bytes,
         )
         say(expected.text)
         if settings.dry_run:
-            return
+            return None
         progress = _progress(wanted.count, say)
         answers = write_answers(folder / _ANSWERS, writer, wanted, given, invented, progress)
     finally:
@@ -134,7 +144,7 @@ def _stages(
     if trainer.step:
         say(f"going on from step {trainer.step} of {recipe.steps}")
     trainer.run(settings.minutes, say)
-    _finish(settings, base, tokenizer, trainer, runtime, say)
+    return _finish(settings, base, tokenizer, trainer, runtime, say, gains)
 
 
 def _finish(
@@ -144,7 +154,8 @@ def _finish(
     trainer: Trainer,
     runtime: RuntimeSettings,
     say: Say,
-) -> None:
+    gains: Gains,
+) -> dict[str, Any]:
     """Write the heads, open them as anyone would, and count what they are worth."""
     folder, recipe = settings.folder, trainer.recipe
     heads = {name: head.detach().numpy() for name, head in trainer.network.named_heads()}
@@ -155,10 +166,17 @@ def _finish(
         model = load_model(pair, runtime, say=say)
         try:
             found = decoded(model, tokenizer, trainer.held, settings.wanted.context)
+            gained = gains(pair, model, trainer.held, say)
         finally:
             model.close()
     expected = asdict(trainer.measure())
-    report = {"recipe": asdict(recipe), "decoded": found, "expected": expected}
+    report = {
+        "recipe": asdict(recipe),
+        "decoded": found,
+        "expected": expected,
+        "gains": gained,
+        "losses": losses_noted(folder),
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     domains = ", ".join(f"{name} {value:.2f}" for name, value in found["by_domain"].items())
     rows = " ".join(f"{100 * share:.0f}" for share in found["by_position"])
@@ -168,6 +186,7 @@ def _finish(
         f"{'the same as' if found['same_text'] else 'NOT that of'} plain decoding"
     )
     say(f"orthrus-run -m {base.paths[0]} --heads {sidecar}")
+    return report
 
 
 def _progress(count: int, say: Say) -> Callable[[int, int], None]:
@@ -200,6 +219,20 @@ def _same_folder(settings: Settings, base: ModelFile) -> None:
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+@contextmanager
+def _told_where_full(folder: Path) -> Iterator[None]:
+    """What the system says of a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OrthrusError(
+            f"{folder}: cannot be written to: {error.strerror}; what is there is kept: make room "
+            "and give the command again"
+        ) from error
 
 
 @contextmanager

@@ -203,7 +203,12 @@ class Trainer:
             path.write_text("".join(lines), encoding="ascii")
 
 
-def steps_noted(folder: Path) -> int:
-    """Steps whose losses are in the folder; those behind its checkpoint are taken again."""
+def losses_noted(folder: Path) -> list[float]:
+    """The losses in the folder, step by step; those behind its checkpoint are taken again. Raises
+    OrthrusError."""
     path = folder / _LOSSES
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    try:
+        return [float(json.loads(line)[1]) for line in lines]
+    except (ValueError, TypeError, LookupError) as error:
+        raise OrthrusError(f"{path}: is damaged; remove it: only its curve is lost") from error
