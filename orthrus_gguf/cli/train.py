@@ -46,7 +46,18 @@ def _parser() -> Parser:
     add("--blocks", type=_count, default=8, help="blocks on each (%(default)s)")
     add("--block-size", type=_block, default=8, help="rows of a block (%(default)s)")
     add("--mask-token", type=int, help="id of the mask token (default: the tokenizer's)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: a GPU if there is one",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of products (auto: bfloat16 where it is faster)",
+    )
     add("--threads", "-t", type=_count, help="CPU threads (default: all)")
     add("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     add("--minutes", type=_rate, default=5.0, help="between checkpoints (%(default)s)")
@@ -101,6 +112,7 @@ def _train(args: argparse.Namespace) -> int:
         texts=args.batch,
         blocks=args.blocks,
         rows=args.block_size,
+        device=args.device,
         dtype=args.dtype,
         threads=args.threads,
         minutes=args.minutes,

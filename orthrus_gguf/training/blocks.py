@@ -58,7 +58,7 @@ class Library:
         kept = self._kept.get(answer.index)
         if kept is not None:
             return kept
-        tokens = torch.tensor(answer.tokens)
+        tokens = torch.tensor(answer.tokens, device=self._network.device)
         memory, hidden = self._network.read(tokens[None])
         with torch.no_grad():
             logits = self._network.logits(hidden[0])
@@ -100,7 +100,7 @@ def draw_anchors(text: Text, count: int, rng: np.random.Generator) -> NDArray[np
 
 def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, mask: int) -> Batch:
     """Blocks of `rows` rows on texts at their anchors (as many on each)."""
-    longest = max(len(text.tokens) for text in texts)
+    longest, device = max(len(text.tokens) for text in texts), texts[0].tokens.device
 
     def padded(parts: list[Tensor]) -> Tensor:
         return torch.cat([F.pad(p, (0, 0, 0, longest - p.shape[3])) for p in parts], dim=1)
@@ -109,12 +109,12 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
         padded([text.memory.keys for text in texts]),
         padded([text.memory.values for text in texts]),
     )
-    places = torch.from_numpy(np.stack(anchors))
-    tokens = torch.full((*places.shape, rows), mask)
+    places = torch.from_numpy(np.stack(anchors)).to(device)
+    tokens = torch.full((*places.shape, rows), mask, device=device)
     probabilities, ids, live = [], [], []
     for index, text in enumerate(texts):
         tokens[index, :, 0] = text.tokens[places[index]]
-        at = places[index][:, None] + torch.arange(rows)
+        at = places[index][:, None] + torch.arange(rows, device=device)
         live.append(at < len(text.tokens) - 1)
         at = at.clamp(max=len(text.tokens) - 1)
         probabilities.append(text.probabilities[at])
@@ -134,7 +134,8 @@ def loss_and_hits(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
     likeliest token [texts, blocks, rows] (False where the text has ended)."""
     logits = network.logits(network.draft(batch.tokens, batch.anchors, batch.memory))
     said = logits.gather(-1, batch.ids) - logits.logsumexp(-1, keepdim=True)
-    weights = DECAY ** torch.arange(batch.tokens.shape[2]) * batch.live
+    row = torch.arange(batch.tokens.shape[2], device=network.device)
+    weights = DECAY**row * batch.live
     loss = -((batch.probabilities * said).sum(-1) * weights).sum() / weights.sum()
     hits = (logits.detach().argmax(-1) == batch.ids[..., 0]) & batch.live
     return loss, hits

@@ -17,12 +17,13 @@ import torch
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.belong import fingerprint
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.load import RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 from orthrus_gguf.training.answers import Answer, Wanted, Writer, read_answers, write_answers
 from orthrus_gguf.training.base import base_file, mask_token
+from orthrus_gguf.training.device import choose
 from orthrus_gguf.training.forecast import forecast
 from orthrus_gguf.training.network import Network
 from orthrus_gguf.training.output import write_checkpoint, write_sidecar
@@ -41,9 +42,9 @@ _ANSWERS = "answers.jsonl"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the flags say. prompts: None lets the base write them. heads: to begin with. dtype: of
-    torch's matrix products. minutes: between checkpoints. keep_bytes: see `Trainer`. dry_run: end
-    after the forecast."""
+    """What the flags say. prompts: None lets the base write them. heads: to begin with. device,
+    dtype: see `device.choose`. minutes: between checkpoints. keep_bytes: see `Trainer`. dry_run:
+    end after the forecast."""
 
     base: str
     folder: Path
@@ -56,6 +57,7 @@ class Settings:
     texts: int
     blocks: int
     rows: int
+    device: str
     dtype: str
     threads: int | None
     minutes: float
@@ -112,6 +114,7 @@ def _stages(
     gains: Gains,
 ) -> dict[str, Any] | None:
     wanted, folder = settings.wanted, settings.folder
+    device = choose(settings.device, settings.dtype, settings.threads, say)
     template = ChatTemplate.from_metadata(base.metadata, tokenizer)
     given = None
     if settings.prompts is not None:
@@ -119,11 +122,10 @@ def _stages(
     invented = Invented(tokenizer, template)
     recipe = Recipe(
         *(settings.steps, settings.rate, settings.texts, settings.blocks, settings.rows),
-        *(mask, wanted.seed),
+        *(mask, wanted.seed, str(device.dtype).removeprefix("torch.")),
     )
-    network = Network(start, getattr(torch, settings.dtype))
-    runtime = RuntimeSettings(RuntimeName.CPU, threads=settings.threads)
-    model = load_model(base, runtime, say=say)
+    network = Network(start, device.dtype, device.tensors, device.compiler)
+    model = load_model(base, device.runtime, say=say)
     try:
         writer = Writer(model, tokenizer, wanted.context)
         left = wanted.count - len(read_answers(folder / _ANSWERS))
@@ -144,7 +146,7 @@ def _stages(
     if trainer.step:
         say(f"going on from step {trainer.step} of {recipe.steps}")
     trainer.run(settings.minutes, say)
-    return _finish(settings, base, tokenizer, trainer, runtime, say, gains)
+    return _finish(settings, base, tokenizer, trainer, device.runtime, say, gains)
 
 
 def _finish(
@@ -158,7 +160,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write the heads, open them as anyone would, and count what they are worth."""
     folder, recipe = settings.folder, trainer.recipe
-    heads = {name: head.detach().numpy() for name, head in trainer.network.named_heads()}
+    heads = {name: head.detach().cpu().numpy() for name, head in trainer.network.named_heads()}
     sidecar = folder / "heads.gguf"
     write_checkpoint(folder, base, heads, recipe.rows, recipe.mask)
     write_sidecar(sidecar, base, heads, recipe.rows, recipe.mask)

@@ -38,6 +38,7 @@ class Recipe:
 
     steps: in all; the learning rate rises over the first twentieth of them, and falls as a cosine
     to a twentieth of `rate`. texts, blocks: texts of a step, and blocks on each. rows: of a block.
+    dtype: of matrix products.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class Recipe:
     rows: int
     mask: int
     seed: int
+    dtype: str = "float32"
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -174,7 +176,7 @@ class Trainer:
         path = self._folder / _CHECKPOINT
         if path.exists():
             try:
-                state = torch.load(path, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 recipe, step, heads = state["recipe"], int(state["step"]), state["heads"]
             except Exception as error:
                 raise OrthrusError(

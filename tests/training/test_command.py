@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     *("--texts", "17", "--answer-tokens", "24", "--prompt-tokens", "8", "--context", "48"),
     *("--batch", "2", "--blocks", "2", "--block-size", "4", "-t", "1", "--steps", "12"),
+    *("--device", "cpu", "--dtype", "float32"),
 )
 
 Captured = pytest.CaptureFixture[str]
@@ -198,6 +199,8 @@ def test_a_full_disk_leaves_the_answers_before(base: Path, begun: Path, capsys: 
         (["--context", "4096"], "was trained on 128 tokens"),
         (["--mask-token", "5000"], "expected an id below 270"),
         (["--prompts", "other"], "holds a training with another prompts"),
+        (["--dtype", "bfloat16"], "was begun with dtype float32, not bfloat16"),
+        (["--device", "cuda"], "--device cuda: no NVIDIA GPU was found"),
     ],
 )
 def test_flags_that_do_not_fit(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ import torch
 from hf_bases import write_base
 from orthrus_converters.cli import main as converter
 from orthrus_converters.safetensors_file import read_header
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.protocol import Segment, View
 from orthrus_gguf.runtime.reference import ReferenceModel
+from orthrus_gguf.training.answers import Answer
 from orthrus_gguf.training.base import base_file
+from orthrus_gguf.training.blocks import Library, draw_anchors, lay, loss_and_hits
+from orthrus_gguf.training.device import as_it_is
 from orthrus_gguf.training.network import Network
 from orthrus_gguf.training.output import write_checkpoint, write_sidecar
 from tests.tiny_model import BASES, BLOCK_SIZE, MASK, N_VOCAB, SCALINGS, write_heads, write_model
@@ -69,6 +74,43 @@ def test_a_checkpoints_weights_are_the_runtimes_too(name: str, tmp_path: Path) -
 def test_a_quantized_bases_rounding_is_used(demo_file: Callable[..., Path]) -> None:
     path = demo_file("q4_0", split=True)
     check_pair(path, path.with_name(f"{path.stem}-heads.gguf"))
+
+
+@pytest.mark.slow
+def test_a_layer_compiles_whole(demo_file: Callable[..., Path]) -> None:
+    """Without a break in its graph, forward and backward, and not anew for every layer: once for
+    the first, whose input has no gradient, and once for all others."""
+    counter = CompileCounterWithBackend("aot_eager")
+    text = torch.from_numpy(np.random.default_rng(0).integers(0, N_VOCAB - 1, (1, 20)))
+    losses = []
+    with ModelFile.open(demo_file("q4_0", split=True)) as file:
+        for compiler in (as_it_is, partial(torch.compile, fullgraph=True, backend=counter)):
+            network = Network(file, compiler=compiler)
+            assert file.config.n_layers > 2
+            memory, _ = network.read(text)
+            hidden = network.draft(text[:, :8].view(1, 2, 4), torch.tensor([[3, 9]]), memory)
+            loss = network.logits(hidden).square().sum()
+            grads = torch.autograd.grad(loss, network.parameters())
+            losses.append([loss.item(), *(grad.square().sum().item() for grad in grads)])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
+    assert counter.frame_count == 2
+
+
+def test_nothing_is_left_on_the_cpu(tmp_path: Path) -> None:
+    """On torch's device without memory: a tensor of another device would be refused. No GPU has
+    been at hand to train on."""
+    meta = torch.device("meta")
+    with ModelFile.open(write_model(tmp_path / "base.gguf", "qwen2")) as file:
+        network = Network(file, torch.bfloat16, meta)
+    answers = [Answer(i, "text", 4, tuple(range(i, i + 20)), held=False) for i in range(2)]
+    library = Library(network, 1 << 30)
+    texts = [library.text(answer) for answer in answers]
+    rng = np.random.default_rng(0)
+    batch = lay(texts, [draw_anchors(text, 3, rng) for text in texts], BLOCK_SIZE, MASK)
+    loss, hits = loss_and_hits(network, batch)
+    grads = torch.autograd.grad(loss, network.parameters())
+    assert all(grad.device == meta for grad in grads)
+    assert hits.shape == (2, 3, BLOCK_SIZE)
 
 
 def check_pair(path: Path, heads: Path) -> None:
