@@ -26,8 +26,8 @@ DECAY = 0.85
 class Text:
     """A text as the AR view reads it.
 
-    memory: with a batch of one. probabilities, ids: of the likeliest next tokens
-    [tokens, LIKELIEST]. first: the first position that an anchor may have.
+    memory: with a batch of one. probabilities, ids: of the likeliest next tokens from `first` on
+    [tokens - first, LIKELIEST]. first: the first position that an anchor may have.
     """
 
     answer: Answer
@@ -61,7 +61,7 @@ class Library:
         tokens = torch.tensor(answer.tokens, device=self._network.device)
         memory, hidden = self._network.read(tokens[None])
         with torch.no_grad():
-            logits = self._network.logits(hidden[0])
+            logits = self._network.logits(hidden[0, answer.n_prompt - 1 :])
             top, ids = logits.topk(min(LIKELIEST, logits.shape[1]), dim=-1)
             probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
         text = Text(answer, tokens, memory, probabilities, ids.to(torch.int32))
@@ -116,7 +116,7 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
         tokens[index, :, 0] = text.tokens[places[index]]
         at = places[index][:, None] + torch.arange(rows, device=device)
         live.append(at < len(text.tokens) - 1)
-        at = at.clamp(max=len(text.tokens) - 1)
+        at = at.clamp(max=len(text.tokens) - 1) - text.first
         probabilities.append(text.probabilities[at])
         ids.append(text.ids[at].long())
     return Batch(

@@ -31,6 +31,9 @@ from orthrus_gguf.training.network import Network
 _CHECKPOINT = "checkpoint.pt"
 _LOSSES = "losses.jsonl"
 
+#: Texts held out that the progress line is about, at most.
+_MEASURED = 64
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,9 +121,9 @@ class Trainer:
         return value
 
     def measure(self) -> Acceptance:
-        """Acceptance on the texts held out."""
-        recipe = self.recipe
-        return acceptance(self.network, self._library, self.held, recipe.rows, recipe.mask)
+        """Acceptance on the first of the texts held out."""
+        recipe, held = self.recipe, self.held[:_MEASURED]
+        return acceptance(self.network, self._library, held, recipe.rows, recipe.mask)
 
     def run(self, minutes: float, say: Callable[[str], None]) -> None:
         """All steps that are left, with a checkpoint every `minutes`; one is written too where it
