@@ -45,6 +45,12 @@ def _parser() -> Parser:
     add("--batch", type=_count, default=12, help="texts of a step (%(default)s)")
     add("--blocks", type=_count, default=8, help="blocks on each (%(default)s)")
     add("--block-size", type=_block, default=8, help="rows of a block (%(default)s)")
+    add(
+        "--decay",
+        type=_share,
+        default=0.85,
+        help="weight of a draft by the one before (%(default)s)",
+    )
     add("--mask-token", type=int, help="id of the mask token (default: the tokenizer's)")
     add(
         "--device",
@@ -87,6 +93,13 @@ def _rate(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, up to 1")
+    return value
+
+
 def _train(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise OrthrusError("training needs torch: pip install 'orthrus-gguf[train]'")
@@ -112,6 +125,7 @@ def _train(args: argparse.Namespace) -> int:
         texts=args.batch,
         blocks=args.blocks,
         rows=args.block_size,
+        decay=args.decay,
         device=args.device,
         dtype=args.dtype,
         threads=args.threads,

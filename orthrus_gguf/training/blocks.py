@@ -17,10 +17,6 @@ from orthrus_gguf.training.network import Memory, Network
 #: Likeliest tokens of the AR view that the drafts are compared with; more say next to nothing.
 LIKELIEST = 48
 
-#: What each row of a block counts, times that of the row before it: drafts are of use only if all
-#: before them were right.
-DECAY = 0.85
-
 
 @dataclass(frozen=True)
 class Text:
@@ -129,13 +125,17 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
     )
 
 
-def loss_and_hits(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the AR view's likeliest tokens, weighted by row, and which rows draft its
-    likeliest token [texts, blocks, rows] (False where the text has ended)."""
+def loss_and_hits(network: Network, batch: Batch, decay: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the AR view's likeliest tokens, and which rows draft its likeliest token
+    [texts, blocks, rows] (False where the text has ended).
+
+    decay: what each row counts, times that of the row before it: drafts are of use only if all
+    before them were right.
+    """
     logits = network.logits(network.draft(batch.tokens, batch.anchors, batch.memory))
     said = logits.gather(-1, batch.ids) - logits.logsumexp(-1, keepdim=True)
     row = torch.arange(batch.tokens.shape[2], device=network.device)
-    weights = DECAY**row * batch.live
+    weights = decay**row * batch.live
     loss = -((batch.probabilities * said).sum(-1) * weights).sum() / weights.sum()
     hits = (logits.detach().argmax(-1) == batch.ids[..., 0]) & batch.live
     return loss, hits
@@ -165,7 +165,7 @@ def acceptance(
     for answer in answers:
         text = library.text(answer)
         anchors = draw_anchors(text, 8, np.random.default_rng(answer.index))
-        _, hits = loss_and_hits(network, lay([text], [anchors], rows, mask))
+        _, hits = loss_and_hits(network, lay([text], [anchors], rows, mask), 1.0)
         runs.append(hits[0, :, : rows - 1].int().cumprod(1).float())
         domains.append(answer.domain)
     by_domain = {

@@ -70,7 +70,7 @@ def forecast(
     batch = lay([text] * recipe.texts, anchors, recipe.rows, recipe.mask)
     for _ in range(2):  # the first is slower than the rest
         started = time.perf_counter()
-        loss, _ = loss_and_hits(network, batch)
+        loss, _ = loss_and_hits(network, batch, recipe.decay)
         loss.backward()  # type: ignore[no-untyped-call]
         network.finish()
         step = time.perf_counter() - started

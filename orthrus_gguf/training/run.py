@@ -57,6 +57,7 @@ class Settings:
     texts: int
     blocks: int
     rows: int
+    decay: float
     device: str
     dtype: str
     threads: int | None
@@ -122,7 +123,7 @@ def _stages(
     invented = Invented(tokenizer, template)
     recipe = Recipe(
         *(settings.steps, settings.rate, settings.texts, settings.blocks, settings.rows),
-        *(mask, wanted.seed, str(device.dtype).removeprefix("torch.")),
+        *(mask, wanted.seed, settings.decay, str(device.dtype).removeprefix("torch.")),
     )
     network = Network(start, device.dtype, device.tensors, device.compiler)
     model = load_model(base, device.runtime, say=say)

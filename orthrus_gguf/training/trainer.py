@@ -41,7 +41,7 @@ class Recipe:
 
     steps: in all; the learning rate rises over the first twentieth of them, and falls as a cosine
     to a twentieth of `rate`. texts, blocks: texts of a step, and blocks on each. rows: of a block.
-    dtype: of matrix products.
+    decay: see `loss_and_hits`. dtype: of matrix products.
     """
 
     steps: int
@@ -51,6 +51,7 @@ class Recipe:
     rows: int
     mask: int
     seed: int
+    decay: float = 0.85
     dtype: str = "float32"
 
     def rate_at(self, step: int) -> float:
@@ -105,7 +106,7 @@ class Trainer:
         """Take a step; its loss. Raises OrthrusError when it is no number."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
-        loss, _ = loss_and_hits(self.network, self.batch(self.step))
+        loss, _ = loss_and_hits(self.network, self.batch(self.step), self.recipe.decay)
         value = loss.item()
         if not math.isfinite(value):
             raise OrthrusError(

@@ -109,7 +109,7 @@ def test_what_is_learned_lowers_the_loss(begun: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer, "batch", lambda _: batch)
     found = [trainer.advance() for _ in range(3)]
     assert found == sorted(found, reverse=True)
-    assert loss_and_hits(network, batch)[0].item() < found[-1]
+    assert loss_and_hits(network, batch, recipe.decay)[0].item() < found[-1]
 
 
 def test_interrupted_it_saves_and_goes_on_alike(
@@ -199,6 +199,7 @@ def test_a_full_disk_leaves_the_answers_before(base: Path, begun: Path, capsys: 
         (["--context", "4096"], "was trained on 128 tokens"),
         (["--mask-token", "5000"], "expected an id below 270"),
         (["--prompts", "other"], "holds a training with another prompts"),
+        (["--decay", "0.5"], "was begun with decay 0.85, not 0.5"),
         (["--dtype", "bfloat16"], "was begun with dtype float32, not bfloat16"),
         (["--device", "cuda"], "--device cuda: no NVIDIA GPU was found"),
     ],
