@@ -68,6 +68,7 @@ def _parser() -> Parser:
     add("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     add("--minutes", type=_rate, default=5.0, help="between checkpoints (%(default)s)")
     add("--keep", type=_rate, default=2.0, help="GB for what is read once (%(default)s)")
+    add("--finish", action="store_true", help="heads as the last checkpoint has them, and end")
     add("--dry-run", action="store_true", help="say what it takes, and end")
     return parser
 
@@ -132,6 +133,7 @@ def _train(args: argparse.Namespace) -> int:
         minutes=args.minutes,
         keep_bytes=int(args.keep * 1e9),
         dry_run=args.dry_run,
+        finish=args.finish,
     )
 
     def say(line: str) -> None:

@@ -44,7 +44,7 @@ _ANSWERS = "answers.jsonl"
 class Settings:
     """What the flags say. prompts: None lets the base write them. heads: to begin with. device,
     dtype: see `device.choose`. minutes: between checkpoints. keep_bytes: see `Trainer`. dry_run:
-    end after the forecast."""
+    end after the forecast. finish: take the heads as the checkpoint has them."""
 
     base: str
     folder: Path
@@ -64,6 +64,7 @@ class Settings:
     minutes: float
     keep_bytes: int
     dry_run: bool
+    finish: bool
 
 
 def train(settings: Settings, say: Say, gains: Gains) -> dict[str, Any] | None:
@@ -146,7 +147,10 @@ def _stages(
     trainer = Trainer(network, answers, recipe, folder, keep_bytes=settings.keep_bytes)
     if trainer.step:
         say(f"going on from step {trainer.step} of {recipe.steps}")
-    trainer.run(settings.minutes, say)
+    if not settings.finish:
+        trainer.run(settings.minutes, say)
+    elif not trainer.step:
+        raise OrthrusError(f"{folder}: --finish: there is no checkpoint yet; leave it out")
     return _finish(settings, base, tokenizer, trainer, device.runtime, say, gains)
 
 

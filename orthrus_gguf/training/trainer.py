@@ -146,7 +146,10 @@ class Trainer:
                     last = time.monotonic()
         except KeyboardInterrupt:
             self.save()
-            say(f"saved at step {self.step}; the same command goes on from there")
+            say(
+                f"saved at step {self.step}; the same command goes on from there, and with "
+                "--finish writes heads as they are"
+            )
             raise
 
     @property

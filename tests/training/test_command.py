@@ -129,6 +129,10 @@ def test_interrupted_it_saves_and_goes_on_alike(
         patch.setattr(Trainer, "advance", interrupted)
         assert main(command) == 130
     assert "saved at step 5; the same command goes on from there" in capsys.readouterr().err
+    assert main([*command, "--finish"]) == 0
+    with ModelFile.open(tmp_path / "out" / "base.gguf", tmp_path / "out" / "heads.gguf") as pair:
+        assert pair.config.has_heads
+    assert len(losses(tmp_path / "out")) == 5
     with (tmp_path / "out" / "losses.jsonl").open("a") as file:
         file.write("[6, 1.0]\n[7, 2.0]\n")
     answers = tmp_path / "out" / "answers.jsonl"
@@ -251,6 +255,12 @@ def test_prompts_that_are_nowhere(trained: Path, tmp_path: Path, capsys: Capture
     flags = ("--prompts", tmp_path / "none")
     line = refused(capsys, trained / "base.gguf", tmp_path / "out", *SMALL, *flags)
     assert "no such file or folder" in line
+
+
+def test_finishing_what_was_not_begun(begun: Path, capsys: Captured) -> None:
+    (begun / "checkpoint.pt").unlink()
+    line = refused(capsys, begun / "base.gguf", begun, *SMALL, "--finish")
+    assert "there is no checkpoint yet" in line
 
 
 def test_too_few_texts(trained: Path, tmp_path: Path, capsys: Captured) -> None:
