@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from orthrus_converters.convert import plan_checkpoint
-from orthrus_converters.graft import plan_graft
+from orthrus_converters.graft import base_of, plan_graft
 from orthrus_converters.imatrix import Imatrix, read_imatrix
 from orthrus_converters.plan import Plan, Request, check_outputs, heads_path
 from orthrus_converters.repack import plan_gguf, plan_merge
@@ -32,6 +32,11 @@ def plan_conversion(request: Request) -> Plan:
     if isinstance(source, FileSource):
         _refuse_target(request)
         return plan_gguf(request, source.path, imatrix)
+    base = base_of(source)
+    if base is not None:
+        _refuse_target(request)
+        _check_kept(request, str(source.folder))
+        return plan_graft(request, base, request.source, imatrix)
     return plan_checkpoint(request, source, imatrix)
 
 
@@ -80,10 +85,16 @@ def _check_flags(request: Request) -> None:
             raise OrthrusError(f"--base takes the place of MODEL; leave out {request.source}")
         if request.heads is None:
             raise OrthrusError("--base needs --heads CHECKPOINT_OR_GGUF, the heads to add to it")
-        if request.split or choice != TypeChoice(heads=choice.heads):
-            raise OrthrusError(
-                "--base keeps its tensors as they are: of the type flags, only --heads-type goes "
-                "with it"
-            )
+        _check_kept(request, "--base")
     elif request.heads is not None:
         raise OrthrusError("--heads goes with --base BASE.gguf, or with --merge")
+
+
+def _check_kept(request: Request, what: str) -> None:
+    """Raise OrthrusError for flags that would change a base that heads are added to."""
+    choice = request.choice
+    if request.split or choice != TypeChoice(heads=choice.heads):
+        raise OrthrusError(
+            f"{what} keeps its base's tensors as they are: of the type flags, only --heads-type "
+            "goes with it"
+        )

@@ -36,9 +36,14 @@ from orthrus_converters.type_plan import TypeChoice
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.model.architectures import QWEN3
-from orthrus_gguf.model.belong import differences
+from orthrus_gguf.model.belong import check_trained_on, differences
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.tensors import is_diffusion_tensor
+
+#: In config.json of a folder of trained heads: the GGUF that they are for, as `file` (seen from the
+#: folder) and `fingerprint`.
+TRAINED_ON = "orthrus_base"
 
 _CHUNK = 1 << 22  # elements hashed at a time
 
@@ -48,7 +53,8 @@ class _Heads:
     """Heads and what is known about the model that they were trained on.
 
     reference: its AR weights, or as many of them as there are. entries: about the heads.
-    is_gguf: they have types that were chosen already. notes: what was left out.
+    is_gguf: they have types that were chosen already. notes: what was left out. trained_on: the
+    fingerprint of their base, where a folder tells it.
     """
 
     name: str
@@ -59,6 +65,24 @@ class _Heads:
     inputs: Sequence[Path]
     is_gguf: bool
     notes: Sequence[str] = ()
+    trained_on: str = ""
+
+
+def base_of(source: FolderSource) -> Path | None:
+    """The GGUF that the heads in a folder were trained on; None for any other checkpoint. Raises
+    OrthrusError if it is not there."""
+    if not (source.folder / CONFIG).exists():
+        return None
+    base = read_config_file(source.folder / CONFIG).mapping(TRAINED_ON)
+    if not base:
+        return None
+    path = source.folder / str(base.get("file"))
+    if not path.is_file():
+        raise OrthrusError(
+            f"{source.folder}: these heads are for {path}, which is not there; name that file: "
+            f"--base FILE.gguf --heads {source.folder}"
+        )
+    return path
 
 
 def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix | None) -> Plan:
@@ -73,6 +97,11 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
     )
     check_outputs(request, found.inputs)
     _check_constants(base.config, found.config, str(base_path), found.name)
+    if found.trained_on:
+        with ModelFile.open(base_path) as stock:
+            check_trained_on(
+                Path(found.name), found.trained_on, base_path, stock.tensors, stock.data
+            )
     agreement = check_weights(base.tensors, found.reference, found.name)
 
     choice = _heads_choice(request.choice, base, found)
@@ -87,7 +116,9 @@ def plan_graft(request: Request, base_path: Path, heads: str, imatrix: Imatrix |
     file = NewFile(request.output, new_writer(entries), [jobs[name] for name in order])
 
     notes = [*base.notes, *found.notes, *job_notes]
-    if agreement is None:
+    if found.trained_on:
+        notes.append(f"{found.name}: was trained on this file: its fingerprint is the same")
+    elif agreement is None:
         notes.append(f"{found.name}: has no AR weights; only shapes and constants were compared")
     else:
         notes.append(
@@ -198,6 +229,7 @@ def _from_folder(source: FolderSource) -> _Heads:
         [*inputs_of(folder), *checkpoint.files],
         is_gguf=False,
         notes=checkpoint.notes,
+        trained_on=str(config_file.mapping(TRAINED_ON).get("fingerprint", "")),
     )
 
 

@@ -45,12 +45,30 @@ def _parser() -> Parser:
     add("--batch", type=_count, default=12, help="texts of a step (%(default)s)")
     add("--blocks", type=_count, default=8, help="blocks on each (%(default)s)")
     add("--block-size", type=_block, default=8, help="rows of a block (%(default)s)")
+    add(
+        "--decay",
+        type=_share,
+        default=0.85,
+        help="weight of a draft by the one before (%(default)s)",
+    )
     add("--mask-token", type=int, help="id of the mask token (default: the tokenizer's)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: a GPU if there is one",
+    )
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of products (auto: bfloat16 where it is faster)",
+    )
     add("--threads", "-t", type=_count, help="CPU threads (default: all)")
     add("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     add("--minutes", type=_rate, default=5.0, help="between checkpoints (%(default)s)")
     add("--keep", type=_rate, default=2.0, help="GB for what is read once (%(default)s)")
+    add("--finish", action="store_true", help="heads as the last checkpoint has them, and end")
     add("--dry-run", action="store_true", help="say what it takes, and end")
     return parser
 
@@ -76,9 +94,17 @@ def _rate(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, up to 1")
+    return value
+
+
 def _train(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("torch") is None:
         raise OrthrusError("training needs torch: pip install 'orthrus-gguf[train]'")
+    from orthrus_gguf.cli.train_report import gains, tell
     from orthrus_gguf.training.answers import Wanted
     from orthrus_gguf.training.run import Settings, train
 
@@ -100,13 +126,22 @@ def _train(args: argparse.Namespace) -> int:
         texts=args.batch,
         blocks=args.blocks,
         rows=args.block_size,
+        decay=args.decay,
+        device=args.device,
         dtype=args.dtype,
         threads=args.threads,
         minutes=args.minutes,
         keep_bytes=int(args.keep * 1e9),
         dry_run=args.dry_run,
+        finish=args.finish,
     )
-    train(settings, lambda line: print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True))
+
+    def say(line: str) -> None:
+        print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+    report = train(settings, say, gains)
+    if report is not None:
+        tell(report, args.out, say)
     return 0
 
 

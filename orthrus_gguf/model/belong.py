@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 
@@ -65,6 +67,21 @@ def fingerprint(tensors: Mapping[str, TensorInfo], data: Callable[[str], NDArray
         for part in (values[:_READ], values[middle : middle + _READ], values[-_READ:]):
             digest.update(part.tobytes())
     return digest.hexdigest()
+
+
+def check_trained_on(
+    heads: Path,
+    wanted: str,
+    base: Path,
+    tensors: Mapping[str, TensorInfo],
+    data: Callable[[str], NDArray[np.uint8]],
+) -> None:
+    """Raise OrthrusError unless the fingerprint that heads want is that of the base's tensors."""
+    if wanted != fingerprint(tensors, data):
+        raise OrthrusError(
+            f"{heads}: these heads were trained on another file than {base} (their fingerprint "
+            "is not its): use that base, or train heads for this one with orthrus-train"
+        )
 
 
 def _same(one: float, two: float) -> bool:

@@ -19,7 +19,7 @@ from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import MAX_NUMBER, Fields, describe
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
-from orthrus_gguf.model.belong import differences, fingerprint
+from orthrus_gguf.model.belong import check_trained_on, differences
 from orthrus_gguf.model.config import ModelConfig, architecture, ignored_keys
 from orthrus_gguf.model.tensors import (
     FLOAT_TYPES,
@@ -177,12 +177,8 @@ def _pair_config(base: GGUFFile, heads: GGUFFile) -> ModelConfig:
             "use the heads and the base of the same model"
         )
     wanted = Fields(heads.metadata, heads.path).text(keys.BASE_FINGERPRINT, "")
-    if wanted and wanted != fingerprint(base.tensors, base.data):
-        raise OrthrusError(
-            f"{heads.path}: these heads were trained on another file than {base.path} (their "
-            f"{keys.BASE_FINGERPRINT} is not its): use that base, or train heads for this one with "
-            "orthrus-train"
-        )
+    if wanted:
+        check_trained_on(heads.path, wanted, base.path, base.tensors, base.data)
     for name in heads.tensors:
         if name in base.tensors:
             raise OrthrusError(

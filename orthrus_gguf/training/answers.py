@@ -17,7 +17,7 @@ from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import Tokenizer
 from orthrus_gguf.together import Together
-from orthrus_gguf.training.prompts import Invented, Prompt
+from orthrus_gguf.training.prompts import Beginning, Invented, Prompt
 
 #: Conversations in a pass.
 SLOTS = 16
@@ -158,15 +158,17 @@ def _prompts(
         return {index: given[order[index % len(given)]] for index in missing}
     todo, found = list(missing), dict[int, Prompt]()
     for attempt in range(8):
-        begun = []
+        begun = dict[int, Beginning]()
+        work = []
         for index in todo:
             rng = np.random.default_rng((wanted.seed, index, attempt))
             sampling = SamplingSettings(
                 temperature=1.0, top_k=0, top_p=0.95, min_p=0.0, seed=int(rng.integers(1 << 31))
             )
-            begun.append((index, invented.beginning(rng), sampling, wanted.prompt_tokens))
-        for index, beginning, said in writer.run(begun):
-            prompt = invented.prompt(beginning, said)
+            begun[index] = invented.beginning(rng)
+            work.append((index, begun[index].tokens, sampling, wanted.prompt_tokens))
+        for index, _, said in writer.run(work):
+            prompt = invented.prompt(begun[index], said)
             if prompt is not None:
                 found[index] = prompt
         todo = [index for index in todo if index not in found]

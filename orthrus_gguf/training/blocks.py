@@ -17,17 +17,13 @@ from orthrus_gguf.training.network import Memory, Network
 #: Likeliest tokens of the AR view that the drafts are compared with; more say next to nothing.
 LIKELIEST = 48
 
-#: What each row of a block counts, times that of the row before it: drafts are of use only if all
-#: before them were right.
-DECAY = 0.85
-
 
 @dataclass(frozen=True)
 class Text:
     """A text as the AR view reads it.
 
-    memory: with a batch of one. probabilities, ids: of the likeliest next tokens
-    [tokens, LIKELIEST]. first: the first position that an anchor may have.
+    memory: with a batch of one. probabilities, ids: of the likeliest next tokens from `first` on
+    [tokens - first, LIKELIEST]. first: the first position that an anchor may have.
     """
 
     answer: Answer
@@ -58,10 +54,10 @@ class Library:
         kept = self._kept.get(answer.index)
         if kept is not None:
             return kept
-        tokens = torch.tensor(answer.tokens)
+        tokens = torch.tensor(answer.tokens, device=self._network.device)
         memory, hidden = self._network.read(tokens[None])
         with torch.no_grad():
-            logits = self._network.logits(hidden[0])
+            logits = self._network.logits(hidden[0, answer.n_prompt - 1 :])
             top, ids = logits.topk(min(LIKELIEST, logits.shape[1]), dim=-1)
             probabilities = (top - logits.logsumexp(-1, keepdim=True)).exp()
         text = Text(answer, tokens, memory, probabilities, ids.to(torch.int32))
@@ -100,7 +96,7 @@ def draw_anchors(text: Text, count: int, rng: np.random.Generator) -> NDArray[np
 
 def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, mask: int) -> Batch:
     """Blocks of `rows` rows on texts at their anchors (as many on each)."""
-    longest = max(len(text.tokens) for text in texts)
+    longest, device = max(len(text.tokens) for text in texts), texts[0].tokens.device
 
     def padded(parts: list[Tensor]) -> Tensor:
         return torch.cat([F.pad(p, (0, 0, 0, longest - p.shape[3])) for p in parts], dim=1)
@@ -109,14 +105,14 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
         padded([text.memory.keys for text in texts]),
         padded([text.memory.values for text in texts]),
     )
-    places = torch.from_numpy(np.stack(anchors))
-    tokens = torch.full((*places.shape, rows), mask)
+    places = torch.from_numpy(np.stack(anchors)).to(device)
+    tokens = torch.full((*places.shape, rows), mask, device=device)
     probabilities, ids, live = [], [], []
     for index, text in enumerate(texts):
         tokens[index, :, 0] = text.tokens[places[index]]
-        at = places[index][:, None] + torch.arange(rows)
+        at = places[index][:, None] + torch.arange(rows, device=device)
         live.append(at < len(text.tokens) - 1)
-        at = at.clamp(max=len(text.tokens) - 1)
+        at = at.clamp(max=len(text.tokens) - 1) - text.first
         probabilities.append(text.probabilities[at])
         ids.append(text.ids[at].long())
     return Batch(
@@ -129,12 +125,17 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
     )
 
 
-def loss_and_hits(network: Network, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Cross-entropy with the AR view's likeliest tokens, weighted by row, and which rows draft its
-    likeliest token [texts, blocks, rows] (False where the text has ended)."""
+def loss_and_hits(network: Network, batch: Batch, decay: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with the AR view's likeliest tokens, and which rows draft its likeliest token
+    [texts, blocks, rows] (False where the text has ended).
+
+    decay: what each row counts, times that of the row before it: drafts are of use only if all
+    before them were right.
+    """
     logits = network.logits(network.draft(batch.tokens, batch.anchors, batch.memory))
     said = logits.gather(-1, batch.ids) - logits.logsumexp(-1, keepdim=True)
-    weights = DECAY ** torch.arange(batch.tokens.shape[2]) * batch.live
+    row = torch.arange(batch.tokens.shape[2], device=network.device)
+    weights = decay**row * batch.live
     loss = -((batch.probabilities * said).sum(-1) * weights).sum() / weights.sum()
     hits = (logits.detach().argmax(-1) == batch.ids[..., 0]) & batch.live
     return loss, hits
@@ -164,7 +165,7 @@ def acceptance(
     for answer in answers:
         text = library.text(answer)
         anchors = draw_anchors(text, 8, np.random.default_rng(answer.index))
-        _, hits = loss_and_hits(network, lay([text], [anchors], rows, mask))
+        _, hits = loss_and_hits(network, lay([text], [anchors], rows, mask), 1.0)
         runs.append(hits[0, :, : rows - 1].int().cumprod(1).float())
         domains.append(answer.domain)
     by_domain = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.training.answers import SLOTS, Answer, Wanted, Writer
@@ -19,7 +22,7 @@ _TOKENS = 16  # written by each conversation of the trial
 @dataclass(frozen=True)
 class Forecast:
     """tokens_per_second: of answers. seconds_per_step, rows_per_second: of training. seconds:
-    of all that is to come. n_bytes: memory that training takes, the base included."""
+    of all that is to come. n_bytes: memory that all of it takes."""
 
     tokens_per_second: float
     seconds_per_step: float
@@ -61,13 +64,15 @@ def forecast(
     trial = Answer(0, "", n_prompt, tuple(rng.integers(0, n_vocab, length).tolist()), held=True)
     started = time.perf_counter()
     text = library.text(trial)
+    network.finish()
     read = time.perf_counter() - started
     anchors = [draw_anchors(text, recipe.blocks, rng) for _ in range(recipe.texts)]
     batch = lay([text] * recipe.texts, anchors, recipe.rows, recipe.mask)
     for _ in range(2):  # the first is slower than the rest
         started = time.perf_counter()
-        loss, _ = loss_and_hits(network, batch)
+        loss, _ = loss_and_hits(network, batch, recipe.decay)
         loss.backward()  # type: ignore[no-untyped-call]
+        network.finish()
         step = time.perf_counter() - started
     for head in network.parameters():
         head.grad = None
@@ -76,5 +81,14 @@ def forecast(
     reading = read * min(kept, wanted.count)
     seconds = texts * wanted.tokens / per_second + steps * (step + again) + reading
     rows = recipe.texts * recipe.blocks * recipe.rows
-    memory = network.n_bytes + min(keep_bytes, wanted.count * text.n_bytes)
+    kept_bytes = min(keep_bytes, wanted.count * text.n_bytes)
+    memory = _most_bytes(network) + 2 * network.head_bytes + kept_bytes
     return Forecast(per_second, step + again, rows / (step + again), seconds, memory)
+
+
+def _most_bytes(network: Network) -> int:
+    """Memory that was in use at most so far: a step, without the optimizer's two means."""
+    if network.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most

@@ -20,6 +20,9 @@ from orthrus_gguf.runtime.reference import (
     rope_frequencies,
     weight,
 )
+from orthrus_gguf.training.device import Compiler, as_it_is
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -36,21 +39,32 @@ class Memory:
 class Network:
     """The weights of a base, dequantized, and heads that begin as copies of its attention.
 
-    dtype: of the matrix products; heads are kept in float32. Norms and RoPE run in float32.
+    device: of all tensors that come in and go out. dtype: of the matrix products; heads are kept
+    in float32. Norms and RoPE run in float32. compiler: of what a layer does with blocks.
     """
 
-    def __init__(self, file: WeightFile, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        file: WeightFile,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        compiler: Compiler = as_it_is,
+    ) -> None:
         config = self.config = file.config
-        self.dtype = dtype
+        self.dtype, self.device = dtype, device
+        self._draft_layer = compiler(self._block_layer)
         views = {View.AR: "", **({View.DIFFUSION: "_diff"} if config.has_heads else {})}
         loaded = [layer_weights(file, i, views) for i in range(config.n_layers)]
         start = View.DIFFUSION if config.has_heads else View.AR
-        self.heads = [_trainable(layer.attention[start]) for layer in loaded]
-        self._layers = [_cast_layer(layer, dtype) for layer in loaded]
-        self._embedding = weight(file, TOKEN_EMBD).to(dtype)
-        self._output_norm = weight(file, OUTPUT_NORM)
-        self._output = self._embedding if config.tied else weight(file, OUTPUT).to(dtype)
-        self._inv_freq, self._rope_scale = rope_frequencies(config.rope, config.head_dim)
+        self.heads = [_trainable(layer.attention[start], device) for layer in loaded]
+        self._layers = [_cast_layer(layer, dtype, device) for layer in loaded]
+        self._embedding = weight(file, TOKEN_EMBD).to(device, dtype)
+        self._output_norm = weight(file, OUTPUT_NORM).to(device)
+        self._output = self._embedding
+        if not config.tied:
+            self._output = weight(file, OUTPUT).to(device, dtype)
+        inv_freq, self._rope_scale = rope_frequencies(config.rope, config.head_dim)
+        self._inv_freq = inv_freq.to(device)
 
     def parameters(self) -> list[Tensor]:
         """The heads, in the order of `named_heads`."""
@@ -65,23 +79,20 @@ class Network:
                 yield f"blk.{index}.attn_{part}_diff.{kind}", tensor
 
     @property
-    def n_bytes(self) -> int:
-        """Memory for the frozen weights, and for heads with gradients and the optimizer's means."""
-        frozen = [self._embedding, self._output]
-        for layer in self._layers:
-            frozen += [layer.ffn_gate, layer.ffn_up, layer.ffn_down]
-            frozen += [tensor for _, tensor in _parts(layer.attention[View.AR])]
-        owned = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in frozen}
-        return sum(owned.values()) + sum(
-            4 * t.untyped_storage().nbytes() for t in self.parameters()
-        )
+    def head_bytes(self) -> int:
+        return sum(head.untyped_storage().nbytes() for head in self.parameters())
+
+    def finish(self) -> None:
+        """Wait for what was begun, which a GPU does by itself."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> tuple[Memory, Tensor]:
         """The AR view of texts [batch, tokens]: what blocks see, and the hidden state after the
         last norm [batch, tokens, n_embd]."""
         x = self._embedding[tokens]
-        positions = torch.arange(tokens.shape[1])[None].expand_as(tokens)
+        positions = torch.arange(tokens.shape[1], device=self.device)[None].expand_as(tokens)
         cos, sin = self._angles(positions)
         keys, values = [], []
         for layer in self._layers:
@@ -100,18 +111,33 @@ class Network:
         and its own block.
         """
         batch, blocks, rows = tokens.shape
-        positions = (anchors[:, :, None] + torch.arange(rows)).view(batch, -1)
+        positions = (anchors[:, :, None] + torch.arange(rows, device=self.device)).view(batch, -1)
         cos, sin = self._angles(positions)
         mask = self._visible(anchors, rows, memory.keys.shape[3])
         x = self._embedding[tokens.view(batch, -1)]
         for index, layer in enumerate(self._layers):
-            head = _cast(self.heads[index], self.dtype)
-            q, k, v = self._qkv(x, layer, head, cos, sin)
-            k = torch.cat([memory.keys[index].to(k.dtype), k], dim=2)
-            v = torch.cat([memory.values[index].to(v.dtype), v], dim=2)
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-            x = self._rest(x, mixed, layer, head)
+            head = _cast(self.heads[index], self.device, self.dtype)
+            keys, values = memory.keys[index], memory.values[index]
+            x = self._draft_layer(x, layer, head, cos, sin, keys, values, mask)
         return self._norm(x, self._output_norm).view(batch, blocks, rows, -1)
+
+    def _block_layer(
+        self,
+        x: Tensor,
+        layer: Layer,
+        head: Attention,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """A layer's work on blocks [batch, blocks · rows, n_embd]."""
+        q, k, v = self._qkv(x, layer, head, cos, sin)
+        k = torch.cat([keys.to(k.dtype), k], dim=2)
+        v = torch.cat([values.to(v.dtype), v], dim=2)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return self._rest(x, mixed, layer, head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of hidden states [..., n_embd]."""
@@ -119,9 +145,9 @@ class Network:
 
     def _visible(self, anchors: Tensor, rows: int, n_keys: int) -> Tensor:
         """[batch, 1, blocks · rows, n_keys + blocks · rows]."""
-        before = torch.arange(n_keys) < anchors[:, :, None]
+        before = torch.arange(n_keys, device=self.device) < anchors[:, :, None]
         before = before.repeat_interleave(rows, dim=1)
-        block = torch.arange(anchors.shape[1]).repeat_interleave(rows)
+        block = torch.arange(anchors.shape[1], device=self.device).repeat_interleave(rows)
         own = block[:, None] == block
         return torch.cat([before, own[None].expand(len(anchors), -1, -1)], dim=2)[:, None]
 
@@ -170,20 +196,22 @@ def _parts(attention: Attention) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in found if tensor is not None]
 
 
-def _trainable(attention: Attention) -> Attention:
-    return Attention(**{name: part.clone().requires_grad_() for name, part in _parts(attention)})
+def _trainable(attention: Attention, device: torch.device) -> Attention:
+    parts = {name: part.clone().to(device) for name, part in _parts(attention)}
+    return Attention(**{name: part.requires_grad_() for name, part in parts.items()})
 
 
-def _cast(attention: Attention, dtype: torch.dtype) -> Attention:
-    return Attention(**{name: part.to(dtype) for name, part in _parts(attention)})
+def _cast(attention: Attention, device: torch.device, dtype: torch.dtype) -> Attention:
+    return Attention(**{name: part.to(device, dtype) for name, part in _parts(attention)})
 
 
-def _cast_layer(layer: Layer, dtype: torch.dtype) -> Layer:
+def _cast_layer(layer: Layer, dtype: torch.dtype, device: torch.device) -> Layer:
     """The frozen side of a layer."""
+    norms = ("attn_norm", "ffn_norm")
+    matrices = ("ffn_gate", "ffn_up", "ffn_down")
     return replace(
         layer,
-        attention={View.AR: _cast(layer.attention[View.AR], dtype)},
-        ffn_gate=layer.ffn_gate.to(dtype),
-        ffn_up=layer.ffn_up.to(dtype),
-        ffn_down=layer.ffn_down.to(dtype),
+        attention={View.AR: _cast(layer.attention[View.AR], device, dtype)},
+        **{name: getattr(layer, name).to(device) for name in norms},
+        **{name: getattr(layer, name).to(device, dtype) for name in matrices},
     )

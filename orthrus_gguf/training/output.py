@@ -1,18 +1,23 @@
-"""Heads as files: safetensors in the official layout, and a GGUF for exactly their base."""
+"""Heads as files: a checkpoint in the official layout, and a GGUF for exactly their base."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 from gguf.quants import quantize
 from numpy.typing import NDArray
+from orthrus_converters.checkpoint import SINGLE
+from orthrus_converters.convert import CONFIG
+from orthrus_converters.graft import TRAINED_ON
 from orthrus_converters.tensor_names import LAYER_PARTS
 
 from orthrus_gguf.errors import OrthrusError
@@ -74,9 +79,53 @@ def _once(values: NDArray[np.generic]) -> list[NDArray[np.generic]]:
     return [np.ascontiguousarray(values)]
 
 
-def write_safetensors(path: Path, config: ModelConfig, heads: Heads) -> None:
-    """The heads under the names, and with the rows, of the official checkpoints, in BF16. Raises
-    OrthrusError."""
+def write_checkpoint(
+    folder: Path, base: ModelFile, heads: Heads, block_size: int, mask: int
+) -> None:
+    """The heads as a checkpoint that `orthrus-convert` adds to their base: safetensors in the
+    official layout, and their config. Raises OrthrusError."""
+    _write_beside(folder / SINGLE, _safetensors(base.config, heads))
+    config = hf_config(base.config, block_size, mask)
+    path = base.paths[0].resolve()
+    inside = path.is_relative_to(folder.resolve())
+    config[TRAINED_ON] = {
+        "file": str(path.relative_to(folder.resolve()) if inside else path),
+        "fingerprint": fingerprint(base.tensors, base.data),
+    }
+    _write_beside(folder / CONFIG, [json.dumps(config, indent=1).encode() + b"\n"])
+
+
+def hf_config(config: ModelConfig, block_size: int, mask: int) -> dict[str, Any]:
+    """A base's config, with heads, as Hugging Face has it. RoPE's frequency factors are left to the
+    base, whose file holds them as a tensor."""
+    rope = config.rope
+    scaling: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.freq_base}
+    if rope.factor != 1:
+        scaling |= {"rope_type": "linear", "factor": rope.factor}
+    if rope.ext_factor:
+        magnitude = rope.attn_factor * (1 + 0.1 * math.log(rope.factor))
+        scaling |= {"rope_type": "yarn", "factor": rope.factor, "attention_factor": magnitude}
+        scaling["original_max_position_embeddings"] = rope.original_context
+    return {
+        "model_type": config.architecture.name,
+        "block_size": block_size,
+        "mask_token_id": mask,
+        "head_dim": config.head_dim,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.n_ff,
+        "max_position_embeddings": config.n_ctx_train,
+        "num_attention_heads": config.n_head,
+        "num_hidden_layers": config.n_layers,
+        "num_key_value_heads": config.n_head_kv,
+        "rms_norm_eps": config.rms_eps,
+        "rope_parameters": scaling,
+        "tie_word_embeddings": config.tied,
+        "vocab_size": config.n_vocab,
+    }
+
+
+def _safetensors(config: ModelConfig, heads: Heads) -> list[bytes]:
+    """A file of heads under the names, and with the rows, of the official checkpoints, in BF16."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     parts, end = [], 0
     for name, values in heads.items():
@@ -91,12 +140,15 @@ def write_safetensors(path: Path, config: ModelConfig, heads: Heads) -> None:
         end += len(data)
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)), text, *parts]
+
+
+def _write_beside(path: Path, parts: Sequence[bytes]) -> None:
+    """Write a file, which gets its name when it is whole. Raises OrthrusError."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with beside.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for data in parts:
-                file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -18,6 +18,39 @@ from orthrus_gguf.text.tokenizer import Tokenizer
 _PLACE = "ORTHRUS-USER-TURN"
 
 
+#: Kinds of prompts that a base with a chat template writes, and how such a turn may begin: left to
+#: itself, a base writes nearly the same few.
+KINDS = {
+    "open": ("",),
+    "chat": ("What", "Why", "How", "Can you", "I am", "Tell me about", "Explain", "Should I"),
+    "code": (
+        *("Write a Python function that", "Write a function", "Fix this code:\n", "Implement"),
+        *("Write a SQL query", "Write a JavaScript", "What does this code do?\n"),
+    ),
+    "lists": ("List", "Name", "Give me", "What are the", "Write a list of", "Suggest", "Compare"),
+    "maths": (
+        *("Calculate", "Solve", "If", "How many", "What is the sum of", "A train", "Prove that"),
+        *("There are", "Find the"),
+    ),
+    "repetition": (
+        *("Repeat", "Rewrite", "Correct the mistakes in this text:\n", "Translate", "Summarize"),
+        *("Sort", "Edit the following", "Replace"),
+    ),
+}
+
+#: Of texts that are no chats.
+PLAIN_TEXT = "text"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the base goes on from to write a prompt of a kind. words: the user's first."""
+
+    kind: str
+    words: str
+    tokens: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Prompt:
     """Tokens that the base is to go on from. domain: what kind of text, for the report."""
@@ -98,8 +131,8 @@ def _chats(
 
 
 class Invented:
-    """Prompts that the base writes: it goes on from an open user turn, or, where it has no chat
-    template, from a token drawn at random."""
+    """Prompts that the base writes: it goes on from a user's turn that begins like one of KINDS,
+    or, where it has no chat template, from a token drawn at random."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
         self._tokenizer = tokenizer
@@ -115,25 +148,29 @@ class Invented:
             self._open = tuple(tokenizer.encode(before, add_bos=False))
             self._close = tuple(tokenizer.encode(after, add_bos=False))
 
-    def beginning(self, rng: np.random.Generator) -> tuple[int, ...]:
+    def beginning(self, rng: np.random.Generator) -> Beginning:
         """What the base goes on from, sampled, to write a prompt."""
         if self._open:
-            return self._open
+            kind = list(KINDS)[rng.integers(len(KINDS))]
+            words = KINDS[kind][rng.integers(len(KINDS[kind]))]
+            return Beginning(kind, words, self._open + self._turn(words))
         while True:
             token = int(rng.integers(self._tokenizer.n_vocab))
             if not self._tokenizer.is_special(token):
-                return (token,)
+                return Beginning(PLAIN_TEXT, "", (token,))
 
-    def prompt(self, beginning: tuple[int, ...], said: tuple[int, ...]) -> Prompt | None:
+    def prompt(self, begun: Beginning, said: tuple[int, ...]) -> Prompt | None:
         """The prompt that came of it; None if it is none."""
         if said and said[-1] in self._tokenizer.eog:
             said = said[:-1]
         if not said:
             return None
         if not self._open:
-            return Prompt("invented", beginning + said)
-        words = self._tokenizer.decode(said).strip()
+            return Prompt(begun.kind, begun.tokens + said)
+        words = (begun.words + self._tokenizer.decode(said)).strip()
         if len(words) < 12 or "\ufffd" in words or any(map(self._tokenizer.is_special, said)):
             return None
-        turn = tuple(self._tokenizer.encode(words, special=False, add_bos=False))
-        return Prompt("invented", self._open + turn + self._close)
+        return Prompt(begun.kind, self._open + self._turn(words) + self._close)
+
+    def _turn(self, words: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(words, special=False, add_bos=False))

@@ -31,6 +31,9 @@ from orthrus_gguf.training.network import Network
 _CHECKPOINT = "checkpoint.pt"
 _LOSSES = "losses.jsonl"
 
+#: Texts held out that the progress line is about, at most.
+_MEASURED = 64
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -38,6 +41,7 @@ class Recipe:
 
     steps: in all; the learning rate rises over the first twentieth of them, and falls as a cosine
     to a twentieth of `rate`. texts, blocks: texts of a step, and blocks on each. rows: of a block.
+    decay: see `loss_and_hits`. dtype: of matrix products.
     """
 
     steps: int
@@ -47,6 +51,8 @@ class Recipe:
     rows: int
     mask: int
     seed: int
+    decay: float = 0.85
+    dtype: str = "float32"
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -100,7 +106,7 @@ class Trainer:
         """Take a step; its loss. Raises OrthrusError when it is no number."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
-        loss, _ = loss_and_hits(self.network, self.batch(self.step))
+        loss, _ = loss_and_hits(self.network, self.batch(self.step), self.recipe.decay)
         value = loss.item()
         if not math.isfinite(value):
             raise OrthrusError(
@@ -116,9 +122,9 @@ class Trainer:
         return value
 
     def measure(self) -> Acceptance:
-        """Acceptance on the texts held out."""
-        recipe = self.recipe
-        return acceptance(self.network, self._library, self.held, recipe.rows, recipe.mask)
+        """Acceptance on the first of the texts held out."""
+        recipe, held = self.recipe, self.held[:_MEASURED]
+        return acceptance(self.network, self._library, held, recipe.rows, recipe.mask)
 
     def run(self, minutes: float, say: Callable[[str], None]) -> None:
         """All steps that are left, with a checkpoint every `minutes`; one is written too where it
@@ -140,7 +146,10 @@ class Trainer:
                     last = time.monotonic()
         except KeyboardInterrupt:
             self.save()
-            say(f"saved at step {self.step}; the same command goes on from there")
+            say(
+                f"saved at step {self.step}; the same command goes on from there, and with "
+                "--finish writes heads as they are"
+            )
             raise
 
     @property
@@ -174,7 +183,7 @@ class Trainer:
         path = self._folder / _CHECKPOINT
         if path.exists():
             try:
-                state = torch.load(path, weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True)
                 recipe, step, heads = state["recipe"], int(state["step"]), state["heads"]
             except Exception as error:
                 raise OrthrusError(
@@ -203,7 +212,12 @@ class Trainer:
             path.write_text("".join(lines), encoding="ascii")
 
 
-def steps_noted(folder: Path) -> int:
-    """Steps whose losses are in the folder; those behind its checkpoint are taken again."""
+def losses_noted(folder: Path) -> list[float]:
+    """The losses in the folder, step by step; those behind its checkpoint are taken again. Raises
+    OrthrusError."""
     path = folder / _LOSSES
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    try:
+        return [float(json.loads(line)[1]) for line in lines]
+    except (ValueError, TypeError, LookupError) as error:
+        raise OrthrusError(f"{path}: is damaged; remove it: only its curve is lost") from error

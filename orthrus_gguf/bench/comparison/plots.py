@@ -1,9 +1,9 @@
-"""The pictures of a comparison, as PNG. Needs matplotlib, which the `bench` extra brings."""
+"""Pictures of comparisons and trainings. Needs matplotlib, which the `bench` extra brings."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,41 @@ def widths(title: str, turns: Sequence[Turn]) -> Any:
         fontsize=8,
     )
     return figure
+
+
+def draw_training(path: Path, title: str, report: Mapping[str, Any]) -> Path:
+    """Write what a training came to (`orthrus-train`'s report): its losses, the acceptance of each
+    draft position, and what `auto` gains by kind of text and hardware. Returns the path."""
+    figure, (top, middle, bottom) = _figure(title, 8, 9, rows=3)
+    losses = report["losses"]
+    steps = range(1, len(losses) + 1)
+    recent = [losses[max(0, step - 20) : step] for step in steps]
+    top.plot(steps, losses, color=GREY, lw=0.5, label="loss")
+    top.plot(
+        steps, [sum(part) / len(part) for part in recent], color=COLOURS[0], label="mean of 20"
+    )
+    top.set(xlabel="step", ylabel="loss")
+    shares = report["decoded"]["by_position"]
+    middle.plot(range(1, len(shares) + 1), [100 * s for s in shares], color=COLOURS[0], marker="o")
+    middle.set(xlabel="position in the draft", ylabel="accepted, % of those offered")
+    middle.set_ylim(0, 102)
+    middle.xaxis.get_major_locator().set_params(integer=True)
+    _gains(bottom, report["gains"])
+    figure.legend(frameon=False, ncols=2, loc="outside lower center")
+    return _save(path, figure)
+
+
+def _gains(axes: Any, gains: Mapping[str, Mapping[str, float]]) -> None:
+    """`auto` beside plain decoding: kinds of text across, a bar for each piece of hardware."""
+    kinds = list(dict.fromkeys(kind for found in gains.values() for kind in found))
+    width = 0.8 / max(len(gains), 1)
+    for number, (name, found) in enumerate(gains.items()):
+        at = [i + (number - (len(gains) - 1) / 2) * width for i in range(len(kinds))]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.bar(at, [found[kind] for kind in kinds], width, color=colour, label=name)
+    axes.axhline(1, color="black", lw=0.8, linestyle=":")
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.set(ylabel="auto × ar, simulated")
 
 
 def _timeline(axes: Any, turns: Sequence[Turn], sources: Sequence[Source]) -> None:
