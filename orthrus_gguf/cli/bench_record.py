@@ -1,18 +1,19 @@
-"""`orthrus-bench record`: what the diffusion view drafts at every position of a model's texts."""
+"""`orthrus-bench record`: what is drafted at every position of a model's texts."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from tqdm import tqdm
 
 from orthrus_gguf.bench.comparison.prompts import BUILTIN, Prompt, encode, read_texts
 from orthrus_gguf.bench.simulation.record import default_sizes, record_text
-from orthrus_gguf.bench.simulation.recording import Origin, Recording, Text
+from orthrus_gguf.bench.simulation.recording import Origin, Recording, Text, blocks_in_words
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.drafter import add_drafter_option, open_drafter
 from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
@@ -27,11 +28,13 @@ from orthrus_gguf.text.tokenizer import load_tokenizer
 
 EXAMPLES = (
     "orthrus-bench record model.gguf -o model.npz",
+    "orthrus-bench record base.gguf --drafter drafter.gguf -o drafter.npz",
     "orthrus-bench simulate model.npz --costs rtx-3090",
 )
 DESCRIPTION = """\
-Continue prompts greedily, and record what blocks at every position of the texts draft. With a
-recording, orthrus-bench simulate replays strategies on other hardware."""
+Continue prompts greedily, and record what blocks of the model's diffusion heads, and of --drafter,
+draft at every position of the texts. With a recording, orthrus-bench simulate replays strategies on
+other hardware."""
 
 GREEDY = SamplingSettings(temperature=0)
 
@@ -44,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = base_parser("orthrus-bench record", EXAMPLES, DESCRIPTION)
     options.add_model_options(parser)
+    add_drafter_option(parser)
     group = parser.add_argument_group("what to record")
     group.add_argument(
         "-o", "--output", type=Path, required=True, metavar="REC.npz", help="the recording"
@@ -73,8 +77,8 @@ def _parser() -> Parser:
         "--rows",
         type=options.listed(options.positive, "8,16"),
         metavar="N,…",
-        help="rows of the blocks, beside the full size (default: a half and a quarter of it);"
-        " others are replayed as parts of larger ones",
+        help="rows of the heads' blocks, beside the full size (default: a half and a quarter of"
+        " it); others are replayed as parts of larger ones",
     )
     group.add_argument("--overwrite", action="store_true", help="replace REC.npz if it exists")
     return parser
@@ -84,36 +88,47 @@ def _run(args: argparse.Namespace) -> int:
     path = options.model_path(args)
     texts = read_texts(args.prompts, args.domains)
     check_target(args.output, overwrite=args.overwrite)
-    with open_model(path, args, say) as file:
-        block_size = file.config.block_size
-        if not file.config.has_heads or block_size is None:
+    with ExitStack() as resources:
+        file = resources.enter_context(open_model(path, args, say))
+        drafter, config = open_drafter(args.drafter, file, resources)
+        if not config.has_heads and drafter is None:
             raise OrthrusError(
-                f"{path}: no diffusion heads, so nothing drafts; name a heads file with --heads"
+                f"{path}: no diffusion heads, so nothing drafts; name a heads file with --heads, or"
+                " a drafter with --drafter"
             )
-        sizes = _sizes(args.rows, block_size)
+        sizes = _sizes(args.rows, config.block_size if config.has_heads else None)
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
         prompts = encode(texts, tokenizer, template)
-        n_ctx = min(
-            max(len(prompt.tokens) for prompt in prompts) + args.n_gen, file.config.n_ctx_train
-        )
-        with closing(load_model(file, options.runtime_settings(args))) as model:
-            session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
-            recorded = [
-                text
-                for prompt in tqdm(prompts, "recording", unit=" texts", leave=False, disable=None)
-                if (text := _record(session, prompt, args.n_gen, sizes)) is not None
-            ]
-            settings = f"{args.prompts} prompts, up to {args.n_gen} tokens, {model.description}"
+        n_ctx = min(max(len(prompt.tokens) for prompt in prompts) + args.n_gen, config.n_ctx_train)
+        loaded = load_model(file, options.runtime_settings(args), drafter=drafter)
+        model = resources.enter_context(closing(loaded))
+        session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
+        recorded = [
+            text
+            for prompt in tqdm(prompts, "recording", unit=" texts", leave=False, disable=None)
+            if (text := _record(session, prompt, args.n_gen, sizes)) is not None
+        ]
+        settings = f"{args.prompts} prompts, up to {args.n_gen} tokens, {model.description}"
     if not recorded:
         raise OrthrusError("every text ended with its first token: nothing to record")
-    origin = Origin(file.config.name, True, settings)
-    Recording(origin, block_size, tuple(recorded)).save(args.output)
-    say(f"{args.output}: {len(recorded)} texts, blocks of {', '.join(map(str, sizes))} rows")
+    recording = Recording(
+        Origin(config.name, True, settings),
+        sizes[-1] if sizes else None,
+        tuple(recorded),
+        config.drafter_block,
+    )
+    recording.save(args.output)
+    say(f"{args.output}: {len(recorded)} texts, {blocks_in_words(recording)}")
     return 0
 
 
-def _sizes(rows: Sequence[int] | None, block_size: int) -> tuple[int, ...]:
+def _sizes(rows: Sequence[int] | None, block_size: int | None) -> tuple[int, ...]:
+    """Of the blocks of heads; empty without heads."""
+    if block_size is None:
+        if rows:
+            raise OrthrusError("--rows: of blocks of diffusion heads, and there are none; leave it")
+        return ()
     sizes = tuple(sorted({*rows, block_size})) if rows else default_sizes(block_size)
     if not 2 <= sizes[0] <= sizes[-1] <= block_size:
         raise OrthrusError(f"--rows: a block has 2 to {block_size} rows here")

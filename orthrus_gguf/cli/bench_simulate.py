@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +19,11 @@ from orthrus_gguf.bench.prediction.table import Selection, assumptions
 from orthrus_gguf.bench.simulation import synthetic
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import DRAFTER_SHARE, CardCosts, CurveCosts, FlatCosts
-from orthrus_gguf.bench.simulation.recording import Recording, load
+from orthrus_gguf.bench.simulation.recording import Recording, blocks_in_words, load
 from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies, runs
 from orthrus_gguf.bench.simulation.tables import Simulation, as_json, markdown
 from orthrus_gguf.cli import options
+from orthrus_gguf.cli.drafter import open_drafter
 from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.drafting.plan import SPELLING, parse_all
@@ -107,6 +108,9 @@ def _parser() -> Parser:
         help="tokens in the cache before each prompt (default: 512)",
     )
     group.add_argument("-t", "--threads", type=options.positive, metavar="N", help="to time passes")
+    group.add_argument(
+        "--drafter", metavar="DRAFTER.gguf", help="beside FILE.gguf: its blocks are timed too"
+    )
     parser.add_argument("--strategies", metavar="NAME,…", help="spelt as above (default: many)")
     parser.add_argument(
         "-o", "--output", choices=["md", "json"], default="md", help="format (default: md)"
@@ -116,10 +120,18 @@ def _parser() -> Parser:
 
 def _run(args: argparse.Namespace) -> int:
     recording, sentences = _recording(args)
+    if args.drafter is not None and ".gguf" not in args.costs:
+        raise OrthrusError("--drafter goes with --costs FILE.gguf: its blocks are timed there")
     hardware = [_hardware(name.strip(), args) for name in args.costs.split(",")]
+    if recording.drafter_block is not None:
+        sentences.append(
+            "A block of the drafter's network takes what was measured of it, and where it was not,"
+            f" {DRAFTER_SHARE} of the time of a pass of one row (published), whatever the card;"
+            " following the text takes none."
+        )
     if args.strategies is None:
         strategies = default_strategies(
-            recording.block_size, lookup=recording.origin.real, network=recording.network
+            recording.block_size, recording.drafter_block, lookup=recording.origin.real
         )
     else:
         strategies = parse_all(args.strategies)
@@ -147,20 +159,13 @@ def _recording(args: argparse.Namespace) -> tuple[Recording, list[str]]:
     if args.acceptance is not None:
         table = TABLES[args.acceptance]
         made = synthetic.synthesize(args.acceptance, table, args.seed or 0)
-        said = synthetic.assumptions(args.acceptance, table)
-        if table.network:
-            said.append(
-                f"A block of the drafter's network takes {DRAFTER_SHARE} of the time of a pass of"
-                " one row (published), whatever the card; following the text takes none."
-            )
-        return made, said
+        return made, synthetic.assumptions(args.acceptance, table)
     if args.seed is not None:
         raise OrthrusError("--seed goes with --acceptance: a recording has nothing to draw")
     recording = load(args.recording)
-    sizes = sorted(set.intersection(*(set(text.blocks) for text in recording.texts)))
     return recording, [
-        f"Drafts were recorded ({recording.origin.model}, {recording.origin.settings}), in blocks"
-        f" of {', '.join(map(str, sizes))} rows; others are parts of the next larger ones."
+        f"Drafts were recorded ({recording.origin.model}, {recording.origin.settings}), in"
+        f" {blocks_in_words(recording)}; others are parts of the next larger ones."
     ]
 
 
@@ -177,10 +182,11 @@ def _hardware(name: str, args: argparse.Namespace) -> Hardware:
     path = Path(name)
     before = f"{args.context} tokens of context come before each prompt."
     if path.suffix == ".gguf":
-        with (
-            ModelFile.open(path) as file,
-            closing(load_model(file, RuntimeSettings(threads=args.threads))) as model,
-        ):
+        with ExitStack() as resources:
+            file = resources.enter_context(ModelFile.open(path))
+            drafter, _ = open_drafter(args.drafter, file, resources)
+            loaded = load_model(file, RuntimeSettings(threads=args.threads), drafter=drafter)
+            model = resources.enter_context(closing(loaded))
             curve = MachineCosts(model, identity(file), say).curve
             title = f"{file.config.name} on {model.description}, {machine()['cpu']}"
         told = [f"Costs of passes were measured here: {title}; lines between them.", before]

@@ -117,7 +117,9 @@ def _run(args: argparse.Namespace) -> int:
 def _gpu(report: Report, context: int | None, *, as_json: bool) -> int:
     found = gpu_fit(report, context)
     if as_json:
-        print_json({"cards_gib": list(found.cards), "caches": [vars(fit) for fit in found.fits]})
+        caches = [vars(fit) for fit in found.fits]
+        drafter = {} if found.drafter is None else {"drafter": found.drafter}
+        print_json({"cards_gib": list(found.cards), **drafter, "caches": caches})
     else:
         print(text.gpu_text(found), end="")
     return 0

@@ -19,10 +19,12 @@ TARGET = 131_072
 
 @dataclass(frozen=True)
 class GpuFit:
-    """cards: GiB. fits: one per type of cache, contexts in the order of the cards."""
+    """cards: GiB. fits: one per type of cache, contexts in the order of the cards. drafter: name of
+    the one that is counted, too."""
 
     cards: Sequence[int]
     fits: Sequence[ContextFit]
+    drafter: str | None = None
 
 
 def gpu_fit(report: Report, target: int | None) -> GpuFit:
@@ -40,4 +42,7 @@ def gpu_fit(report: Report, target: int | None) -> GpuFit:
     from orthrus_gguf.runtime.cuda.fit import CARDS, context_table
 
     tensors = {info.name: info for _, info in report.tensors}
-    return GpuFit(CARDS, context_table(report.config, tensors, target or TARGET))
+    one = report.drafter
+    beside = None if one is None else (one.config, one.tensors)
+    fits = context_table(report.config, tensors, target or TARGET, beside=beside)
+    return GpuFit(CARDS, fits, None if one is None else one.config.name)

@@ -78,7 +78,7 @@ def report_text(report: Report, width: int, *, all_tensors: bool = False) -> str
         parts.append(table("sizes", _size_rows(report)))
     parts.append(_memory(report, width))
     if report.drafter is not None:
-        title = f"drafter {visible(report.drafter.name)}, besides"
+        title = f"drafter {visible(report.drafter.config.name)}, besides"
         parts.append(table(title, [("part", "what"), *report.drafter.rows]))
     return "\n".join(parts)
 
@@ -187,7 +187,8 @@ def gpu_text(found: GpuFit) -> str:
         shown = [f"{tokens:,}" if tokens else "–" for tokens in fit.contexts]
         types = "/".join(fit.cache_types)
         rows.append((types, size(1000 * fit.row), *shown, size(fit.needs)))
-    title = "context that fits on a GPU, in tokens"
+    beside = "" if found.drafter is None else f" with drafter {visible(found.drafter)} beside"
+    title = f"context that fits on a GPU{beside}, in tokens"
     needs = f"{found.fits[0].target:,}"
     return table(title, rows) + (
         f"  (needs: of the card, for {needs} tokens. Beside weights and buffers, 0.5 GiB for torch"

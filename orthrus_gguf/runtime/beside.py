@@ -95,15 +95,19 @@ class DraftCache:
         """
         if start > self.length:
             return
-        if start < self.length:
-            self._flush()
-            self._cache.restore(self._cache.checkpoint(start))
-            del self._tokens[start:]
+        self.go_back(start)
         rows = taps.shape[1]
         self._tokens += tokens[start : start + rows]
         self._waiting.append(taps)
         if self.length - self._cache.length >= BATCH_ROWS:
             self._flush()
+
+    def go_back(self, length: int) -> None:
+        """Forget what lies behind the first `length` rows."""
+        if length < self.length:
+            self._flush()
+            self._cache.restore(self._cache.checkpoint(length))
+            del self._tokens[length:]
 
     def assume(self, rows: int) -> None:
         """See `Cache.assume`."""

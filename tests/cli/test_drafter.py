@@ -123,6 +123,38 @@ def test_compare(base: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert "with drafter" in found["runtime"]
 
 
+def test_record_and_simulate(
+    demo_file: DemoFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a stock model, and beside heads; `auto` replays what it drafts with either."""
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text(json.dumps({"code": ["def parse(", "class A:"]}))
+    for split, words in ((True, ()), (False, ("blocks of 4, 8, 16 rows",))):
+        path = tmp_path / f"{split}.npz"
+        argv = ["record", str(demo_file("f32", split=split)), *(["--no-heads"] if split else [])]
+        argv += ["--drafter", str(drafter_file()), "-o", str(path), "-n", "32", "-t", "1"]
+        assert bench.main([*argv, "--prompts", str(prompts)]) == 0
+        err = capsys.readouterr().err
+        for word in (*words, "blocks of a drafter's network, 8 rows each"):
+            assert word in err
+        plan = "two-pass@7+dflash"
+        argv = ["simulate", str(path), "--costs", "flat,rtx-3090", "-o", "json"]
+        assert bench.main([*argv, "--strategies", f"{plan},auto+no-lookup"]) == 0
+        (flat, card) = json.loads(capsys.readouterr().out)["simulations"]
+        assert any("0.15 of the time" in sentence for sentence in card["assumptions"])
+        by = {outcome["strategy"]: outcome for outcome in flat["outcomes"]}
+        assert {*by} == {"ar", plan, "auto+no-lookup", "bandit"}
+        assert [*by[plan]["sources"]] == ["dflash"]
+        assert by["auto+no-lookup"]["tokens_per_second"] > by["ar"]["tokens_per_second"]
+    stock, new = str(demo_file("f32", split=True)), str(tmp_path / "new.npz")
+    more = ["--no-heads", "--drafter", str(drafter_file()), "-o", new, "--rows", "4"]
+    assert bench.main(["record", stock, *more]) == 1
+    assert "--rows: of blocks of diffusion heads" in capsys.readouterr().err
+    argv = ["simulate", str(path), "--costs", "flat", "--drafter", "d.gguf"]
+    assert bench.main(argv) == 1
+    assert "--drafter goes with --costs FILE.gguf" in capsys.readouterr().err
+
+
 def test_bench_times_its_blocks(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [str(base), "--no-heads", "--drafter", str(drafter_file()), "-p", "0", "-n", "0"]
     assert bench.main([*argv, "--rows", "1", "-r", "1", "-t", "1", "-d", "9", "-o", "json"]) == 0

@@ -16,10 +16,12 @@ pytest.importorskip("triton")
 import torch
 from cuda_models import FakeGraphs
 from drafters import drafter_file, stand_in_pair
+from timeless import Timeless
 
 from orthrus_gguf.decode import drive, prefill, run_cycle, run_together
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
+from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.drafter import DrafterFile
@@ -41,6 +43,7 @@ DemoFile = Callable[..., Path]
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "dflash.json"
 CASES: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["cases"]
 GREEDY = SamplingSettings(temperature=0)
+DFLASH = parse("ar+dflash")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +61,14 @@ def sequence_of(model: ModelWithDrafter, prompt: list[int], capacity: int = 160)
 def cycles_of(
     model: ModelWithDrafter, case: dict[str, Any], plan: str = "ar+dflash", batch: int = 512
 ) -> list[Cycle]:
+    return cycles_under(model, case, FixedPolicy(parse(plan), model.config), batch)
+
+
+def cycles_under(
+    model: ModelWithDrafter, case: dict[str, Any], policy: Policy, batch: int = 512
+) -> list[Cycle]:
     """Until the text is as long as the golden one."""
     sequence = sequence_of(model, case["prompt_ids"])
-    policy = FixedPolicy(parse(plan), model.config)
     drafters = policy.drafters(sequence)
     drive(model, prefill(sequence, drafters, batch=batch))
     cycles, end = [], len(case["prompt_ids"]) + case["n_new"]
@@ -92,6 +100,20 @@ def test_trees_of_its_marginals_accept_more(model: ModelWithDrafter) -> None:
         cycles = [cycle for case in CASES[3:5] for cycle in cycles_of(model, case, plan)]
         per_cycle.append(sum(cycle.accepted for cycle in cycles) / len(cycles))
     assert per_cycle[1] > per_cycle[0] + 0.1
+
+
+def test_auto_verifies_trees_of_its_marginals(model: ModelWithDrafter) -> None:
+    """Where rows are cheap, whatever the runtime; the text takes fewer passes than in chains."""
+    policies = (Timeless(0.01, None, without=["lookup"]), FixedPolicy(DFLASH, model.config))
+    auto, chains = (
+        [cycle for case in CASES[3:5] for cycle in cycles_under(model, case, policy)]
+        for policy in policies
+    )
+    drafted = [c for c in auto if c.draft.source.name == "dflash"]
+    trees = [c for c in drafted if c.passes[-1].ar_rows > len(c.drafts) + 1]
+    assert len(trees) > 0.8 * len(drafted) > 4
+    passes = [sum(len(c.passes) for c in cycles) for cycles in (auto, chains)]
+    assert passes[0] < passes[1]
 
 
 def _sent(step: Any, choices: Any) -> tuple[Any, Cycle | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
+from drafters import drafter_file, stand_in_pair
 from synthetic_model import planned_tensors
 
 from orthrus_gguf.cli.inspect import main as inspect_main
@@ -84,15 +86,41 @@ def test_the_default_is_shortened_and_said(
 
 
 def test_the_table_of_a_file(demo_file: DemoFile, capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect_main([str(demo_file("q8_0")), "--gpu", "-c", "5000"]) == 0
+    path = str(demo_file("q8_0"))
+    capsys.readouterr()  # of its conversion
+    assert inspect_main([path, "--gpu", "-c", "5000"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-9:] == ["8", "GB", "12", "GB", "16", "GB", "24", "GB", "needs"]
     assert [line.split()[0] for line in lines[2:6]] == [
         "f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0",
     ]  # fmt: skip
     assert "for 5,000 tokens" in lines[6]
-    assert inspect_main([str(demo_file("q8_0")), "--gpu", "--json"]) == 0
+    assert inspect_main([path, "--gpu", "--json"]) == 0
     assert '"cards_gib": [8, 12, 16, 24]' in capsys.readouterr().out
+
+
+def test_the_table_counts_a_drafter(
+    demo_file: DemoFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, buffers and cache: what the pair takes that is loaded."""
+    target, drafter = demo_file("q8_0"), drafter_file("q8_0")
+    argv = [str(target), "--gpu", "-c", "5000", "--json"]
+    found = []
+    capsys.readouterr()  # of conversions
+    for more in ((), ("--drafter", str(drafter))):
+        assert inspect_main([*argv, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    alone, both = (table["caches"][0] for table in found)
+    assert "drafter" not in found[0]
+    assert found[1]["drafter"]
+    with stand_in_pair(target, drafter, capability=89) as model:
+        memory = model._model.memory  # type: ignore[attr-defined]
+    assert both["row"] == memory.cache_row > alone["row"]
+    assert both["needs"] - both["row"] * 5000 == memory.fixed + TAKEN_BYTES
+    assert both["needs"] - alone["needs"] > memory.drafter > 1.4e6
+    assert all(b < a for a, b in zip(alone["contexts"], both["contexts"], strict=True))
+    assert inspect_main([*argv[:-1], "--drafter", str(drafter)]) == 0
+    assert f"with drafter {found[1]['drafter']} beside, in tokens" in capsys.readouterr().out
 
 
 def test_heads_without_kernels_are_one_line() -> None:

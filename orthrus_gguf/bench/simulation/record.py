@@ -1,4 +1,4 @@
-"""Recording: one block at every position of a text that the model itself wrote."""
+"""Recording: what drafts at every position of a text that the model itself wrote."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import numpy as np
 
 from orthrus_gguf.bench.simulation.recording import COLUMNS, RecordedRows, Text
 from orthrus_gguf.decode import drive, prefill
+from orthrus_gguf.drafting.dflash import DFLASH
+from orthrus_gguf.drafting.registry import make_drafters
 from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import Choices, Model
 from orthrus_gguf.sampling import Sampler
 
@@ -30,23 +33,35 @@ def record_text(
     output: Sequence[int],
     sizes: Sequence[int],
 ) -> Text:
-    """Draft from every token of `output` but the last, in blocks of each of `sizes` rows.
+    """Draft from every token of `output` but the last, in blocks of each of `sizes` rows, and with
+    the network of a drafter beside the model.
 
     The text must be what `sampler` decodes; penalties are not provided for.
     """
-    tokens = [*prompt, *output]
+    tokens, anchors = [*prompt, *output], len(output) - 1
     cache = model.new_cache(len(tokens))
-    drive(model, prefill(TokenSequence(model.config, cache, sampler, tokens[:-1])))
-    anchors = len(output) - 1
-    blocks = {rows: np.full((anchors, rows, COLUMNS), np.nan, np.float32) for rows in sizes}
+    beside = model.new_draft_cache(len(tokens)) if isinstance(model, ModelWithDrafter) else None
+    sequence = TokenSequence(model.config, cache, sampler, tokens[:-1], draft_cache=beside)
+    drafters = make_drafters(sequence, {DFLASH.name})
+    drive(model, prefill(sequence, drafters))
+    blocks = {rows: _nothing(anchors, rows) for rows in sizes}
+    drafted = None if beside is None else _nothing(anchors, beside.block_size - 1)
     for anchor in reversed(range(anchors)):
         start = len(prompt) + anchor
         cache.restore(cache.checkpoint(start))
-        sequence = TokenSequence(model.config, cache, sampler, tokens[: start + 1])
+        sequence.tokens = tokens[: start + 1]
         for rows, recorded in blocks.items():
             (choices,) = model.forward([sequence.block_segment(rows)])
             _fill(recorded[anchor], choices)
-    return Text(domain, tuple(prompt), tuple(output), blocks)
+        if beside is not None and drafted is not None:
+            beside.go_back(start)
+            (choices,) = model.forward([sequence.drafter_segment(beside.block_size - 1)])
+            _fill(drafted[anchor], choices)
+    return Text(domain, tuple(prompt), tuple(output), blocks, drafted)
+
+
+def _nothing(anchors: int, rows: int) -> RecordedRows:
+    return np.full((anchors, rows, COLUMNS), np.nan, np.float32)
 
 
 def _fill(recorded: RecordedRows, choices: Choices) -> None:

@@ -1,16 +1,17 @@
-"""Recordings: texts, and what the diffusion view drafted at every position of them.
+"""Recordings: texts, and what diffusion heads, or a drafter's network, drafted at every position.
 
 A block sees the committed tokens and its anchor, so on a given text there is one block per anchor
 position and number of rows, whatever strategy asks for it. With all of them, any strategy can be
-replayed, without the model.
+replayed, without the model. (A drafter's network always drafts whole blocks.)
 
 On disk a recording is an .npz file: an entry `header` (JSON), and arrays `N/prompt`, `N/output`,
-`N/ROWS` for text number N.
+`N/ROWS`, `N/drafter` for text number N.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -22,7 +23,8 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
 
-VERSION = 1
+#: Version 1 knew nothing of drafters, and is otherwise the same.
+VERSION, READ = 2, (1, 2)
 FORMAT = "orthrus-recording"
 
 #: Columns of a recorded row: first choice and its probability, second choice and its probability.
@@ -39,12 +41,14 @@ class Text:
 
     blocks: rows of a block → what it drafted, [anchors, rows, COLUMNS]: entry i is the block
         anchored at output token i (all but the last of them).
+    drafter: what a drafter's network drafted, likewise: [anchors, rows of its block - 1, COLUMNS].
     """
 
     domain: str
     prompt: tuple[int, ...]
     output: tuple[int, ...]
     blocks: Mapping[int, RecordedRows]
+    drafter: RecordedRows | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -65,13 +69,16 @@ class Origin:
 
 @dataclass(frozen=True)
 class Recording:
-    """Texts of one model. block_size: rows of the largest block, which every text holds. network:
-    whether a drafter's own network drafted (made up only: these are not saved)."""
+    """Texts of one model.
+
+    block_size: rows of the largest block of its diffusion heads, which every text holds; None
+        without heads. drafter_block: rows of the blocks of a drafter's network beside it, likewise.
+    """
 
     origin: Origin
-    block_size: int
+    block_size: int | None
     texts: tuple[Text, ...]
-    network: bool = False
+    drafter_block: int | None = None
 
     def domains(self) -> dict[str, list[Text]]:
         """Texts by domain, in order of first appearance."""
@@ -81,12 +88,13 @@ class Recording:
         return found
 
     def save(self, path: Path) -> None:
-        """Raises OSError."""
+        """Written beside and renamed. Raises OSError."""
         header = {
             "format": FORMAT,
             "version": VERSION,
             "origin": asdict(self.origin),
             "block_size": self.block_size,
+            "drafter_block": self.drafter_block,
             "texts": [{"domain": t.domain, "rows": sorted(t.blocks)} for t in self.texts],
         }
         arrays: dict[str, Any] = {"header": np.array(json.dumps(header))}
@@ -95,8 +103,24 @@ class Recording:
             arrays[f"{number}/output"] = np.array(text.output, np.int32)
             for rows, choices in text.blocks.items():
                 arrays[f"{number}/{rows}"] = choices
-        with path.open("wb") as file:
-            np.savez_compressed(file, **arrays)
+            if text.drafter is not None:
+                arrays[f"{number}/drafter"] = text.drafter
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            with beside.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def blocks_in_words(recording: Recording) -> str:
+    """Which blocks a recording holds for every position."""
+    sizes = sorted(set.intersection(*(set(text.blocks) for text in recording.texts)))
+    parts = [f"blocks of {', '.join(map(str, sizes))} rows"] if sizes else []
+    if recording.drafter_block is not None:
+        parts.append(f"blocks of a drafter's network, {recording.drafter_block} rows each")
+    return " and ".join(parts)
 
 
 class _OtherVersionError(Exception):
@@ -120,31 +144,48 @@ def load(path: Path) -> Recording:
 
 def _parse(arrays: Mapping[str, NDArray[Any]]) -> Recording:
     header = json.loads(str(arrays["header"]))
-    if header["format"] != FORMAT or header["version"] != VERSION:
+    if header["format"] != FORMAT or header["version"] not in READ:
         raise _OtherVersionError(
             f"{header['format']} version {header['version']}, expected {VERSION}"
         )
-    block_size = int(header["block_size"])
+    block_size, drafter_block = (
+        None if header.get(key) is None else int(header[key])
+        for key in ("block_size", "drafter_block")
+    )
     texts = tuple(
-        _text(arrays, number, str(entry["domain"]), [int(rows) for rows in entry["rows"]])
+        _text(
+            *(arrays, number, str(entry["domain"]), [int(rows) for rows in entry["rows"]]),
+            drafter_block,
+        )
         for number, entry in enumerate(header["texts"])
     )
-    if not texts or any(block_size not in text.blocks for text in texts):
+    if block_size is None and drafter_block is None:
+        raise ValueError("nothing drafted")
+    if not texts or any(block_size not in {None, *text.blocks} for text in texts):
         raise ValueError(f"no texts, or one without blocks of {block_size} rows")
-    return Recording(Origin(**header["origin"]), block_size, texts)
+    return Recording(Origin(**header["origin"]), block_size, texts, drafter_block)
 
 
-def _text(arrays: Mapping[str, NDArray[Any]], number: int, domain: str, sizes: list[int]) -> Text:
+def _text(
+    arrays: Mapping[str, NDArray[Any]],
+    number: int,
+    domain: str,
+    sizes: list[int],
+    drafter_block: int | None,
+) -> Text:
     prompt, output = (
         tuple(int(token) for token in arrays[f"{number}/{part}"]) for part in ("prompt", "output")
     )
-    blocks = {}
-    for rows in sizes:
-        choices = arrays[f"{number}/{rows}"]
+
+    def drafted(name: str, rows: int) -> RecordedRows:
+        choices = arrays[f"{number}/{name}"]
         expected = (len(output) - 1, rows, COLUMNS)
         if choices.shape != expected or choices.dtype != np.float32:
             raise ValueError(f"text {number}, blocks of {rows} rows: {choices.shape}, {expected}")
-        blocks[rows] = choices
+        return choices
+
+    blocks = {rows: drafted(str(rows), rows) for rows in sizes}
+    drafter = None if drafter_block is None else drafted("drafter", drafter_block - 1)
     if not prompt or not output:
         raise ValueError(f"text {number}: empty")
-    return Text(domain, prompt, output, blocks)
+    return Text(domain, prompt, output, blocks, drafter)

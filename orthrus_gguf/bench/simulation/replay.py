@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.auto.costs import Costs
-from orthrus_gguf.bench.simulation.recording import Text
+from orthrus_gguf.bench.simulation.recording import RecordedRows, Text
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.beside import ModelWithDrafter
@@ -118,11 +118,13 @@ class ReplayModel:
             ahead = range(len(segment)) if parents is None else depths(parents)
             rest = self.text.tokens[segment.start + 1 :]
             return tuple(Choice(rest[i]) if i < len(rest) else ANY for i in ahead)
-        return drafted(self.text, segment)
+        rows = len(segment)
+        recorded = min(size for size in self.text.blocks if size >= rows)
+        return _drafted(self.text, self.text.blocks[recorded], segment, rows)
 
 
 class ReplayNetwork:
-    """The `Network` protocol, from texts that a drafter's network drafted for a `ReplayModel`."""
+    """The `Network` protocol, from what a drafter's network drafted beside a `ReplayModel`."""
 
     taps = (0,)
 
@@ -139,13 +141,12 @@ class ReplayNetwork:
         cache.assume(taps.shape[1])
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
-        """Row i says what row i - 1 of a block of diffusion heads says."""
+        """Row 0 is the anchor's own, and says nothing."""
         self._clock.now += self._costs.drafter
         text = self._model.text
-        found = [(ANY,) * len(s) if text is None else drafted(text, s) for s in segments]
         return [
-            Choices(rows[s.wanted.start - 1 : s.wanted.stop - 1])
-            for rows, s in zip(found, segments, strict=True)
+            Choices(_drafted(text, None if text is None else text.drafter, s, s.wanted.stop - 1))
+            for s in segments
         ]
 
     def close(self) -> None:
@@ -172,13 +173,14 @@ class ReplayWithDrafter(ModelWithDrafter):
 Replayed = ReplayModel | ReplayWithDrafter
 
 
-def drafted(text: Text, segment: Segment) -> tuple[Choice | None, ...]:
-    """What was recorded of a block at that anchor, one choice per row."""
-    anchor, rows = segment.start - len(text.prompt), len(segment)
-    if not 0 <= anchor < len(text.output) - 1:
+def _drafted(
+    text: Text | None, recorded: RecordedRows | None, segment: Segment, rows: int
+) -> tuple[Choice | None, ...]:
+    """The first `rows` choices that were recorded of a block at that anchor."""
+    anchor = segment.start - len(text.prompt) if text is not None else -1
+    if recorded is None or not 0 <= anchor < len(recorded):
         return (ANY,) * rows
-    recorded = min(size for size in text.blocks if size >= rows)
-    return tuple(map(_choice, text.blocks[recorded][anchor, :rows].tolist()))
+    return tuple(map(_choice, recorded[anchor, :rows].tolist()))
 
 
 def _nothing_to_see(segment: Segment) -> NDArray[np.float32] | None:

@@ -57,22 +57,30 @@ class Outcome:
         return (self.statistics.output_tokens - 1) / self.seconds
 
 
-def default_strategies(block_size: int, *, lookup: bool, network: bool = False) -> list[Plan]:
-    """What is compared unless the caller says otherwise. lookup: whether to look up, too. network:
-    of a drafter beside a stock model, which carries no blocks."""
-    full = block_size - 1
-    widths = sorted({max(block_size // n, 2) - 1 for n in (4, 2, 1)})
-    names = [f"two-pass@{width}" for width in widths]
-    names.append(f"two-pass@{full}+tree={TREE}")
-    if network:
-        return [parse(name) for name in (*names, "auto")]
-    names += [f"fused@{width}x{blocks}" for width in widths for blocks in BLOCKS]
-    drafting = (f"two-pass@{full}", f"fused@{full}x2", f"fused@{full}x4")
-    names += [f"{name}+tail" for name in drafting]
+def default_strategies(
+    block_size: int | None, drafter_block: int | None = None, *, lookup: bool
+) -> list[Plan]:
+    """What is compared unless the caller says otherwise. block_size, drafter_block: see
+    `Recording`. lookup: whether to look up, too."""
+    names, drafting = [], ["ar"]
+    for size, also in ((block_size, ""), (drafter_block, "" if block_size is None else "+dflash")):
+        if size is None:
+            continue
+        names += [f"two-pass@{width}{also}" for width in _widths(size)]
+        names.append(f"two-pass@{size - 1}{also}+tree={TREE}")
+        drafting.append(f"two-pass@{size - 1}{also}")
+    if block_size is not None:
+        names += [f"fused@{width}x{blocks}" for width in _widths(block_size) for blocks in BLOCKS]
+        drafting += [f"fused@{block_size - 1}x{blocks}" for blocks in (2, 4)]
+        names += [f"{name}+tail" for name in drafting[1:]]
+        names += ["auto+no-dflash"] if drafter_block is not None else []
     if lookup:
-        names += [f"{name}+lookup" for name in ("ar", *drafting)]
-        names.append("auto+no-lookup")
+        names += [*(f"{name}+lookup" for name in drafting), "auto+no-lookup"]
     return [parse(name) for name in (*names, "auto")]
+
+
+def _widths(block_size: int) -> list[int]:
+    return sorted({max(block_size // n, 2) - 1 for n in (4, 2, 1)})
 
 
 def runs(strategies: Sequence[Plan]) -> int:
@@ -106,11 +114,10 @@ class Simulator:
                 yield run(model, clock, domain, texts, CONTROL, bandit, True)
 
     def _model(self, clock: VirtualClock) -> Replayed:
-        size = self.recording.block_size
-        if not self.recording.network:
-            return ReplayModel(self._costs, clock, size)
-        stock = ReplayModel(self._costs, clock, None)
-        return ReplayWithDrafter(stock, ReplayNetwork(stock, self._costs, clock, size))
+        model = ReplayModel(self._costs, clock, self.recording.block_size)
+        if (rows := self.recording.drafter_block) is None:
+            return model
+        return ReplayWithDrafter(model, ReplayNetwork(model, self._costs, clock, rows))
 
     def _policy(self, plan: Plan, model: Replayed, clock: VirtualClock) -> Policy:
         return policy_for(plan, model.config, lambda: RunningCosts(measure(model, clock=clock)))

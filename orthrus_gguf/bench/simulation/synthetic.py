@@ -15,7 +15,7 @@ that matter here, with constants seen on a recording of the demo model:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,11 @@ def synthesize(name: str, table: AcceptanceTable, seed: int) -> Recording:
             turns = np.where(process.position // TURN % 2 == 0, easiest, hardest)
             texts.append(_text(rng, MIXED, process, turns))
     settings = f"synthetic, seed {seed}, {TEXTS} texts of {LENGTH} tokens per domain"
-    return Recording(Origin(name, False, settings), rows, tuple(texts), table.network)
+    origin = Origin(name, False, settings)
+    if not table.network:
+        return Recording(origin, rows, tuple(texts))
+    beside = tuple(replace(t, blocks={}, drafter=t.blocks[rows][:, : rows - 1]) for t in texts)
+    return Recording(origin, None, beside, rows)
 
 
 def assumptions(name: str, table: AcceptanceTable) -> list[str]:

@@ -13,7 +13,7 @@ from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.cache import check_cache_types, check_head_size
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
-from orthrus_gguf.runtime.cuda.drafter_weights import plan_beside
+from orthrus_gguf.runtime.cuda.drafter_weights import plan_beside, plan_drafter
 from orthrus_gguf.runtime.cuda.memory_plan import GIB, cache_sizes, plan_memory
 from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
@@ -52,16 +52,20 @@ def context_table(
     tensors: Mapping[str, TensorInfo],
     target: int,
     cards: Sequence[int] = CARDS,
+    beside: tuple[ModelConfig, Mapping[str, TensorInfo]] | None = None,
 ) -> list[ContextFit]:
-    """For each of CACHES that the model can have: what fits on cards of so many GiB. Raises
-    OrthrusError for heads without kernels."""
-    check_head_size(config)
+    """For each of CACHES that the model can have: what fits on cards of so many GiB. beside: a
+    drafter's network. Raises OrthrusError for heads without kernels."""
+    configs = [config] if beside is None else [config, beside[0]]
+    for each in configs:
+        check_head_size(each)
     plan = plan_weights(config, tensors, _CAPABILITY)
+    drafter = None if beside is None else plan_drafter(*beside, plan, _CAPABILITY)
     table = []
     for types in CACHES:
-        if types != ("f16", "f16") and config.head_dim % QBLOCK:
+        if types != ("f16", "f16") and any(each.head_dim % QBLOCK for each in configs):
             continue
-        memory = plan_memory(config, tensors, plan, target, *types, PROMPT_ROWS)
+        memory = plan_memory(config, tensors, plan, target, *types, PROMPT_ROWS, drafter)
         contexts = [memory.largest_context(gib * GIB - TAKEN_BYTES) for gib in cards]
         needs = memory.total + TAKEN_BYTES
         table.append(ContextFit(types, memory.cache_row, tuple(contexts), target, needs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +11,10 @@ import pytest
 
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import FlatCosts
-from orthrus_gguf.bench.simulation.recording import Recording, load
-from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
-from orthrus_gguf.bench.simulation.strategies import run
+from orthrus_gguf.bench.simulation.recording import COLUMNS, Recording, load
+from orthrus_gguf.bench.simulation.strategies import Simulator
 from orthrus_gguf.bench.simulation.synthetic import MIXED, synthesize
-from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy, prior_acceptance
+from orthrus_gguf.drafting.plan import Plan, Strategy, prior_acceptance
 from orthrus_gguf.errors import OrthrusError
 
 
@@ -34,6 +35,41 @@ def test_they_survive_the_disk(made: Recording, tmp_path: Path) -> None:
         assert (a.domain, a.prompt, a.output) == (b.domain, b.prompt, b.output)
         assert a.blocks.keys() == b.blocks.keys()
         assert all(np.array_equal(a.blocks[rows], b.blocks[rows]) for rows in a.blocks)
+
+
+def test_what_a_drafter_drafted_survives_too(tmp_path: Path) -> None:
+    made = synthesize("x", TABLES["dflash-qwen3-4b"], 0)
+    made.save(tmp_path / "made.npz")
+    again = load(tmp_path / "made.npz")
+    assert (again.block_size, again.drafter_block) == (None, 16)
+    assert list(tmp_path.iterdir()) == [tmp_path / "made.npz"]
+    for a, b in zip(again.texts, made.texts, strict=True):
+        assert not a.blocks
+        assert a.drafter is not None
+        assert b.drafter is not None
+        assert a.drafter.shape == (len(a.output) - 1, 15, COLUMNS)
+        assert np.array_equal(a.drafter, b.drafter)
+    for lacks in ({"drafter_block": None}, {"drafter_block": 17}):
+        damage(tmp_path / "made.npz", tmp_path / "bad.npz", **lacks)
+        with pytest.raises(OrthrusError, match=r"bad\.npz: not a recording"):
+            load(tmp_path / "bad.npz")
+
+
+def test_version_1_is_read(made: Recording, tmp_path: Path) -> None:
+    """It knew nothing of drafters."""
+    made.save(tmp_path / "made.npz")
+    damage(tmp_path / "made.npz", tmp_path / "old.npz", version=1, drafter_block=...)
+    again = load(tmp_path / "old.npz")
+    assert (again.block_size, again.drafter_block) == (32, None)
+
+
+def damage(source: Path, target: Path, **changes: object) -> None:
+    """A recording with another header: `...` leaves a key out."""
+    with np.load(source) as arrays:
+        header = {**json.loads(str(arrays["header"])), **changes}
+        header = {key: value for key, value in header.items() if value is not ...}
+        rest = {name: arrays[name] for name in arrays if name != "header"}
+        np.savez(target, header=np.array(json.dumps(header)), **rest)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +93,7 @@ def test_damaged_files_are_one_line(made: Recording, tmp_path: Path, damage: obj
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.npz"
     np.savez(path, header=np.array('{"format": "orthrus-recording", "version": 99}'))
-    with pytest.raises(OrthrusError, match="version 99, expected 1"):
+    with pytest.raises(OrthrusError, match="version 99, expected 2"):
         load(path)
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "text.npz").write_text("no archive at all")
@@ -79,10 +115,9 @@ def test_acceptance_is_as_published(seed: int) -> None:
         domains = recording.domains()
         assert {*domains} - {MIXED} == {*table.tokens_per_cycle}
         for domain, published in table.tokens_per_cycle.items():
-            clock = VirtualClock()
-            model = ReplayModel(FlatCosts(), clock, table.block_size)
-            policy = FixedPolicy(Plan(Strategy.TWO_PASS, table.block_size - 1), model.config)
-            outcome = run(model, clock, domain, domains[domain], "two-pass", policy)
+            one = replace(recording, texts=tuple(domains[domain]))
+            plan = Plan(Strategy.TWO_PASS, table.block_size - 1)
+            _, outcome = Simulator(one, FlatCosts()).outcomes([plan])
             assert outcome.statistics.tokens_per_cycle == pytest.approx(published, rel=0.06)
 
 

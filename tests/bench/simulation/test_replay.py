@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drafters import drafter_file, loaded_pair
 
 from orthrus_gguf.auto.calibration import measure
 from orthrus_gguf.auto.controller import Controller
@@ -14,14 +15,21 @@ from orthrus_gguf.auto.costs import CostCurve, Costs, RunningCosts
 from orthrus_gguf.bench.simulation.hardware import FLAT, CurveCosts, FlatCosts
 from orthrus_gguf.bench.simulation.record import record_text
 from orthrus_gguf.bench.simulation.recording import Text
-from orthrus_gguf.bench.simulation.replay import ReplayModel, VirtualClock
+from orthrus_gguf.bench.simulation.replay import (
+    ReplayModel,
+    ReplayNetwork,
+    ReplayWithDrafter,
+    VirtualClock,
+)
 from orthrus_gguf.bench.simulation.strategies import replay
-from orthrus_gguf.decode import decode, drive, prefill
+from orthrus_gguf.decode import decode, drive, prefill, run_cycle
 from orthrus_gguf.drafting.cycle import Cycle
-from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
+from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy, parse
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.ggml.model import GgmlModel
+from orthrus_gguf.runtime.load import RuntimeName
 from orthrus_gguf.runtime.protocol import OWN_VIEWS, Choices, Model, Segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
@@ -163,6 +171,56 @@ def test_cycles_are_those_of_the_official_implementation(
         full = [start for start in starts if start + BLOCK < len(text.tokens)]
         assert len(full) > 5
         assert full == expected[: len(full)]
+
+
+# --- a drafter's network beside it ---
+
+
+@pytest.fixture(scope="module")
+def pair(demo_file: Callable[..., Path]) -> Iterator[ModelWithDrafter]:
+    with loaded_pair(demo_file("f32"), drafter_file(), RuntimeName.CPU) as found:
+        yield found
+
+
+def test_what_its_network_drafts_is_replayed_exactly(
+    pair: ModelWithDrafter, golden: dict[str, Any]
+) -> None:
+    """Recorded backwards, after the whole text was told; drafted forwards, as the text grows. With
+    heads and lookups beside it, in chains and trees."""
+    prompt = golden["cases"][CASES[1]]["prompt_ids"]
+    plain, _ = run_beside(pair, prompt, "ar")
+    output = plain[len(prompt) :]
+    text = record_text(pair, Sampler(GREEDY), "golden", prompt, output, range(2, 9))
+    assert text.drafter is not None
+    assert text.drafter.shape == (len(output) - 1, 7, 4)
+    drafted = 0
+    for spelt in ("ar+dflash", "two-pass@3+dflash+lookup", "two-pass@7+dflash+tree=12", "fused@7"):
+        tokens, real = run_beside(pair, prompt, spelt)
+        assert tuple(tokens) == text.tokens
+        clock = VirtualClock()
+        stock = ReplayModel(FlatCosts(), clock, BLOCK)
+        model = ReplayWithDrafter(stock, ReplayNetwork(stock, FlatCosts(), clock, 8))
+        policy = FixedPolicy(parse(spelt), model.config)
+        again = list(replay(model, clock, text, policy))
+        assert [(c.drafts, c.draft.source, c.tokens) for c in again] == [
+            (c.drafts, c.draft.source, c.tokens) for c in real
+        ]
+        assert passes(again) == passes(real)
+        drafted += sum(c.accepted for c in real if c.draft.source.name == "dflash")
+    assert drafted > 20
+
+
+def run_beside(pair: ModelWithDrafter, prompt: list[int], spelt: str) -> tuple[list[int], Any]:
+    cache, beside = pair.new_cache(1024), pair.new_draft_cache(1024)
+    sampler = Sampler(GREEDY)
+    sequence = TokenSequence(pair.config, cache, sampler, list(prompt), draft_cache=beside)
+    policy = FixedPolicy(parse(spelt), pair.config)
+    drafters = policy.drafters(sequence)
+    drive(pair, prefill(sequence, drafters))
+    found = []
+    while (most := len(prompt) + N_NEW - len(sequence.tokens)) > 0:
+        found.append(drive(pair, run_cycle(sequence, policy, drafters, most))[0])
+    return sequence.tokens, found
 
 
 def test_narrow_blocks_are_parts_of_wider_ones(texts: list[Text]) -> None:

@@ -130,6 +130,12 @@ def test_the_default_compares_everything() -> None:
     assert len(names) == len(set(names))
     assert {"two-pass@7", "two-pass@31", "fused@31x4", "fused@7x1", "auto", "ar+lookup"} <= {*names}
     assert "two-pass@31+tree=16" in names
+    of_drafter = [plan.text for plan in default_strategies(None, 8, lookup=True)]
+    assert {"two-pass@7+tree=16", "two-pass@7+lookup", "auto+no-lookup", "auto"} <= {*of_drafter}
+    both = [plan.text for plan in default_strategies(32, 8, lookup=True)]
+    more = {"two-pass@7+dflash", "two-pass@7+dflash+tree=16", "auto+no-dflash"}
+    assert {*names} | more < {*both}
+    assert len(both) == len(set(both))
 
 
 def test_the_control_stands_beside_controllers() -> None:
