@@ -61,6 +61,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     )
     door = serve.deployment(serve.ingress()(Door)).options(
         name="Door",
+        num_replicas=layout.doors,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=layout.ongoing * layout.most + 100,
         graceful_shutdown_timeout_s=layout.drain,

@@ -33,12 +33,14 @@ FILES = frozenset({"model", "m", "heads", "drafter", "chat_template_file", "slot
 @dataclass(frozen=True)
 class Layout:
     """replicas: a number, or a range as `1..4`, within which they follow the load. cpus, gpus: of
-    each replica. drain: seconds that answers under way may go on when their replica is to end.
-    parallel: conversations that a replica has in one pass. queue: requests that may wait."""
+    each replica. doors: processes that HTTP comes to. drain: seconds that answers under way may go
+    on when their replica is to end. parallel: conversations that a replica has in one pass. queue:
+    requests that may wait."""
 
     replicas: str = "1"
     cpus: float = 1
     gpus: float = 0
+    doors: int = 1
     drain: float = 300
     parallel: int = 4
     queue: int = 64
@@ -60,7 +62,14 @@ class Layout:
 
 
 #: Fields of `Layout` that are no flags of orthrus-server.
-OURS = {"replicas": str, "cpus": float, "gpus": float, "drain": float}
+OURS = {"replicas": str, "cpus": float, "gpus": float, "doors": int, "drain": float}
+
+#: How their values look.
+FORMS = {
+    str: (r"\d+(\.\.\d+)?", "2, or 1..4"),
+    float: (r"\d+(\.\d+)?", "a number"),
+    int: (r"[1-9]\d*", "a whole number"),
+}
 
 
 def read(args: Mapping[str, Any]) -> tuple[Layout, list[str], Settings]:
@@ -75,16 +84,15 @@ def read(args: Mapping[str, Any]) -> tuple[Layout, list[str], Settings]:
     parsed = _parsed(_flags(given))
     layout = Layout(**ours, parallel=parsed.parallel, queue=parsed.queue)
     if not 1 <= layout.least <= layout.most:
-        raise OrthrusError(f"replicas={layout.replicas}: expected a number from 1 on, or 1..4")
+        raise OrthrusError(f"replicas={layout.replicas}: expected 2, or 1..4")
     flags = _flags({name: value for name, value in given.items() if name not in DOOR})
     return layout, flags, server.make_settings(parsed)
 
 
 def _number(name: str, value: Any) -> Any:
     kind, text = OURS[name], str(value)
-    form = r"\d+(\.\.\d+)?" if kind is str else r"\d+(\.\d+)?"
+    form, example = FORMS[kind]
     if not re.fullmatch(form, text):
-        example = "2, or 1..4" if kind is str else "a number"
         raise OrthrusError(f"{name}={text}: expected {example}")
     return kind(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_next_turn_has_all_places_of_the_turn_before() -> None:
 def test_long_texts_have_places_inside(body: Any) -> None:
     (name,) = {"prompt", "input", "messages"} & body.keys()
     found = prefix(body)
-    assert max(b.end - a.end for a, b in zip(found, found[1:], strict=False)) <= PIECE
+    assert max(b.end - a.end for a, b in pairwise(found)) <= PIECE
     assert len(found) >= 4
     longer = json.loads(json.dumps(body).replace("x" * 1000, "x" * 1300).replace("7]", "7, 8]"))
     assert 3 <= len({*found} & {*prefix({**body, name: longer[name]})}) < len(found)
@@ -78,7 +79,9 @@ def test_claude_codes_billing_block_is_no_part_of_a_prompt() -> None:
     assert prefix(body(1)) == prefix(body(2))
 
 
-@pytest.mark.parametrize("body", [None, 3, [], {}, {"messages": []}, {"prompt": ""}, {"prompt": None}])
+@pytest.mark.parametrize(
+    "body", [None, 3, [], {}, {"messages": []}, {"prompt": ""}, {"prompt": None}]
+)
 def test_bodies_without_a_prompt(body: Any) -> None:
     assert prefix(body) == ()
     assert {*affinity().ranked(())} == {"a", "b", "c"}

@@ -81,7 +81,9 @@ def call(
     cluster: Replicas, method: str, path: str, settings: Settings | None = None, **given: Any
 ) -> httpx.Response:
     app: Any = Gateway(cluster, settings or Settings(metrics=True))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False, root_path=given.pop("root", ""))
+    transport = httpx.ASGITransport(
+        app, raise_app_exceptions=False, root_path=given.pop("root", "")
+    )
 
     async def run() -> httpx.Response:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -56,6 +56,7 @@ def test_one_gpu_a_replica() -> None:
         ({"replicas": "two"}, "replicas=two: expected 2, or 1..4"),
         ({"replicas": "4..1"}, "replicas=4..1: expected"),
         ({"replicas": "0"}, "replicas=0: expected"),
+        ({"doors": "0"}, "doors=0: expected a whole number"),
         ({"cpus": "-1"}, "cpus=-1: expected a number"),
         ({"parallel": "many"}, "parallel: expected a whole number, found 'many'"),
         ({"port": 80}, "port: Ray Serve listens, not the replicas; see serve start --http-port"),
