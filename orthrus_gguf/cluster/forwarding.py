@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message
@@ -29,9 +29,12 @@ class Forwarded:
     replica: str | None = None
 
 
-async def answered(app: ASGIApp, request: Forwarded, name: str) -> AsyncIterator[list[Message]]:
+async def answered(
+    app: ASGIApp, request: Forwarded, name: str
+) -> AsyncGenerator[list[Message], None]:
     """What an ASGI application sends, as it comes, several messages at once where they wait.
-    name: of this replica, which the answer's headers tell. Closing the iterator ends the work."""
+    name: of this replica, which the answer's headers tell. Closing the iterator ends the work, and
+    so does the end of the task that iterates."""
     queue: asyncio.Queue[Message | None] = asyncio.Queue()
     given: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
 
@@ -50,6 +53,11 @@ async def answered(app: ASGIApp, request: Forwarded, name: str) -> AsyncIterator
 
     work = asyncio.ensure_future(_run(app, _scope(request), receive, send))
     work.add_done_callback(lambda _: queue.put_nowait(None))
+    # Ray cancels the task that iterates. Where that waits for something else at the moment, nobody
+    # closes the iterator.
+    iterating = asyncio.current_task()
+    assert iterating is not None
+    iterating.add_done_callback(lambda _: work.cancel())
     try:
         over = False
         while not over:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 from ray import serve
@@ -37,8 +37,9 @@ class Replica:
     async def answer(self, request: Forwarded) -> AsyncIterator[list[Message]]:
         """What the application sends, as it comes."""
         self._held.add(marks(request.prefix))
-        async for messages in answered(self._app.asgi, request, self._name):
-            yield messages
+        async with aclosing(answered(self._app.asgi, request, self._name)) as batches:
+            async for messages in batches:
+                yield messages
 
     async def tell(self, what: str) -> tuple[str, Any]:
         """Its name, and its counters or slots."""

@@ -62,7 +62,7 @@ class Replicas:
                 dead.append(error)
 
         try:
-            async with aclosing(answered(app, request, name)) as batches:  # type: ignore[type-var]
+            async with aclosing(answered(app, request, name)) as batches:
                 async for batch in batches:
                     yield batch
             if dead:
@@ -237,6 +237,34 @@ def test_a_client_that_goes_away_ends_the_work() -> None:
     assert asyncio.run(run()) >= 5
     assert ended == [True]
     assert cluster.closed == 1
+
+
+def test_an_iterator_that_is_left_ends_the_work() -> None:
+    """Ray cancels who iterates, and keeps the iterator."""
+    ended = []
+
+    async def endless(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def run() -> None:
+        batches = answered(endless, Forwarded("GET", "/"), "a")
+
+        async def iterate() -> None:
+            async for _ in batches:
+                await asyncio.sleep(60)
+
+        task = asyncio.ensure_future(iterate())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        assert ended == [True]
+        await batches.aclose()
+
+    asyncio.run(run())
 
 
 def test_a_replica_may_be_named() -> None:

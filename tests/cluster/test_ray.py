@@ -109,6 +109,13 @@ def cluster(model: Path) -> Iterator[Cluster]:
             ray.shutdown()
 
 
+def kill(name: str) -> None:
+    """A replica by its name, or the door."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    (actor,) = [found for found in actors if f"#{name}" in found["name"]]
+    ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+
+
 def requests(count: int) -> list[dict[str, Any]]:
     return [
         {
@@ -140,19 +147,46 @@ def test_the_text_is_orthrus_runs_whoever_answers(cluster: Cluster, model: Path)
             assert said(answer) == told["text"]
 
 
+@dataclass
+class Conversation:
+    """One of two turns."""
+
+    cluster: Cluster
+    first: str
+
+    def __post_init__(self) -> None:
+        self.messages = [{"role": "user", "content": f"class {self.first}:\n" * 5}]
+        answer = self.ask()
+        self.home, self.known = answer.replica, answer.json["usage"]["prompt_tokens"]
+        self.messages.append(answer.json["choices"][0]["message"])
+
+    def ask(self) -> Answer:
+        body = {"messages": self.messages, "max_tokens": 30, "temperature": 0}
+        return self.cluster.post("/v1/chat/completions", body)
+
+    def goes_on_at_home(self) -> None:
+        self.messages.append({"role": "user", "content": "def f("})
+        answer = self.ask()
+        assert answer.replica == self.home
+        cached = answer.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached >= self.known - 1
+
+
 def test_a_conversation_meets_its_cache(cluster: Cluster) -> None:
-    homes = set()
-    for number in range(4):
-        messages = [{"role": "user", "content": f"class Number{number}:\n" * 5}]
-        body = {"messages": messages, "max_tokens": 30, "temperature": 0}
-        first = cluster.post("/v1/chat/completions", body)
-        known = first.json["usage"]["prompt_tokens"]
-        messages += [first.json["choices"][0]["message"], {"role": "user", "content": "def f("}]
-        second = cluster.post("/v1/chat/completions", body)
-        assert second.replica == first.replica
-        assert second.json["usage"]["prompt_tokens_details"]["cached_tokens"] >= known - 1
-        homes.add(first.replica)
-    assert len(homes) == 2
+    begun = [Conversation(cluster, f"Number{number}") for number in range(4)]
+    assert len({conversation.home for conversation in begun}) == 2
+    for conversation in begun:
+        conversation.goes_on_at_home()
+
+
+def test_a_new_door_learns_what_the_replicas_hold(cluster: Cluster) -> None:
+    begun = [Conversation(cluster, f"Letter{letter}") for letter in "abcd"]
+    time.sleep(6)  # two reports, and their way
+    kill("Door")
+    until(lambda: cluster.get("/health").status == 200)
+    until(lambda: len(cluster.replicas()) == 2)
+    for conversation in begun:
+        conversation.goes_on_at_home()
 
 
 def test_a_client_that_goes_away_ends_its_answer(cluster: Cluster) -> None:
@@ -216,13 +250,6 @@ def streamed_text(events: str) -> str:
     return "".join(json.loads(line)["choices"][0]["text"] for line in lines)
 
 
-def kill(name: str) -> None:
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    (actor,) = [found for found in actors if found["name"].endswith(f"#{name}")]
-    handle = ray.get_actor(actor["name"], namespace=actor["namespace"])
-    ray.kill(handle)
-
-
 def test_a_killed_replicas_answers(cluster: Cluster) -> None:
     """One that was being streamed ends with an error, one of which nothing was said is given by the
     other replica."""
@@ -284,3 +311,20 @@ def test_replicas_are_exchanged_one_after_another(cluster: Cluster) -> None:
     assert (load.wrong, load.failed) == (0, [])
     assert load.done > 20
     assert cluster.get("/v1/models").json["data"][0]["id"] == "newer"
+
+
+def test_replicas_follow_the_load(cluster: Cluster) -> None:
+    cluster.deploy(replicas=1, parallel=2)  # they go in their own time where fewer would do
+    cluster.deploy(replicas="1..2", parallel=2)
+    until(lambda: len(cluster.replicas()) == 1)
+    texts = [said(cluster.post("/v1/completions", body)) for body in requests(8)]
+    load = Load(cluster, texts)
+    with ThreadPoolExecutor(12) as pool:
+        clients = [pool.submit(load.ask, number) for number in range(12)]
+        try:
+            until(lambda: len(cluster.replicas()) == 2, 120)
+        finally:
+            load.over.set()
+        for client in clients:
+            client.result()
+    assert (load.wrong, load.failed) == (0, [])
