@@ -65,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         *("inspection", "model", "runtime", "sampling", "text"),
         *("this_machine", "training"),
     },
+    "cluster": {"cli", "errors", "server"},
     "orthrus_kernels": set(),
     "orthrus_cpu_kernels": set(),
     "orthrus_converters": {
@@ -86,7 +87,8 @@ FEW: dict[str, tuple[str, ...]] = {
         *("orthrus_gguf.training", *GPU_CHECKS, "orthrus_kernels"),
     ),
     "triton": (*GPU_CHECKS, "orthrus_kernels"),
-    "starlette": ("orthrus_gguf.server",),
+    "ray": ("orthrus_gguf.cluster",),
+    "starlette": ("orthrus_gguf.cluster", "orthrus_gguf.server"),
     "uvicorn": ("orthrus_gguf.server",),
     "llguidance": ("orthrus_gguf.server",),
     "prometheus_client": ("orthrus_gguf.server",),

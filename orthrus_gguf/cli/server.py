@@ -31,6 +31,7 @@ from orthrus_gguf.runtime.cache_layout import cache_layout
 from orthrus_gguf.runtime.load import RuntimeName
 
 if TYPE_CHECKING:
+    from orthrus_gguf.server.app import Settings
     from orthrus_gguf.server.service import Service
 
 EXAMPLES = ("orthrus-server model.gguf [--port 8080] [-np 4]",)
@@ -47,10 +48,11 @@ MOST_KEPT = 64
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `orthrus-server` command; returns the exit code."""
-    return run_command(_parser(), _run, argv)
+    return run_command(parser(), _run, argv)
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Reads the command line."""
     parser = base_parser("orthrus-server", EXAMPLES, DESCRIPTION)
     add_answering_options(parser, _add_server_options)
     parser.set_defaults(raw=False, system_prompt=None, special_in_prompt=False, stop=[])
@@ -127,7 +129,7 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        from orthrus_gguf.server.app import App, Settings
+        from orthrus_gguf.server.app import App
         from orthrus_gguf.server.serve import Address, serve
         from orthrus_gguf.server.slot_files import SlotFiles
     except ModuleNotFoundError as error:
@@ -136,9 +138,33 @@ def _run(args: argparse.Namespace) -> int:
         ) from error
     if (args.ssl_cert_file is None) != (args.ssl_key_file is None):
         raise OrthrusError("--ssl-cert-file and --ssl-key-file belong together; give both")
-    path = options.model_path(args)
     address = Address(args.host, args.port, args.ssl_cert_file, args.ssl_key_file)
-    settings = Settings(
+    settings = make_settings(args)
+    path = options.model_path(args)
+    if args.slot_save_path is not None:
+        SlotFiles(
+            Path(args.slot_save_path), ""
+        )  # complains now, not when the model has been loaded
+    drained = False
+    with ExitStack() as resources:
+
+        def ready() -> Service:
+            service = start_service(path, args, settings, resources)
+            url = f"{address.url}{settings.prefix}"
+            say(f"{service.description}: {url}, {args.parallel} at once")
+            return service
+
+        drained = serve(App(settings), address, ready, say)
+    if not drained:
+        raise KeyboardInterrupt
+    return 0
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    """Of the application, as the flags say."""
+    from orthrus_gguf.server.app import Settings
+
+    return Settings(
         keys=_keys(args),
         cors=_listed(args.cors),
         prefix=_prefix(args.api_prefix),
@@ -146,25 +172,21 @@ def _run(args: argparse.Namespace) -> int:
         props=args.props,
         slots=args.slots,
     )
-    saved = None if args.slot_save_path is None else Path(args.slot_save_path)
-    if saved is not None:
-        SlotFiles(saved, "")  # complains now, not when the model has been loaded
-    drained = False
-    with ExitStack() as resources:
 
-        def ready() -> Service:
-            loaded = load(path, args, resources, conversations=args.parallel)
-            if saved is not None:
-                settings.slot_files = SlotFiles(saved, _cache_identity(loaded, args))
-            service = make_service(loaded, args)
-            service.scheduler.start()
-            say(f"{loaded.banner}: {address.url}{settings.prefix}, {args.parallel} at once")
-            return service
 
-        drained = serve(App(settings), address, ready, say)
-    if not drained:
-        raise KeyboardInterrupt
-    return 0
+def start_service(
+    path: str, args: argparse.Namespace, settings: Settings, resources: ExitStack
+) -> Service:
+    """Load the model; what answers requests, and does so from now on."""
+    from orthrus_gguf.server.slot_files import SlotFiles
+
+    loaded = load(path, args, resources, conversations=args.parallel)
+    if args.slot_save_path is not None:
+        folder = Path(args.slot_save_path)
+        settings.slot_files = SlotFiles(folder, _cache_identity(loaded, args))
+    service = make_service(loaded, args)
+    service.scheduler.start()
+    return service
 
 
 def make_service(loaded: Loaded, args: argparse.Namespace) -> Service:

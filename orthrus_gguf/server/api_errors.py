@@ -25,6 +25,9 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 
+#: What paths of Anthropic's API begin with.
+ANTHROPIC_PATHS = "/v1/messages"
+
 
 class ApiError(Exception):
     """An answer that is an error. param: the field that is wrong. more: further fields."""
@@ -53,6 +56,10 @@ class ApiError(Exception):
         """The body in Anthropic's shape."""
         kind = ANTHROPIC_TYPES.get(self.status, "api_error")
         return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def body(self, path: str) -> dict[str, Any]:
+        """The body in the shape of the API that a path belongs to."""
+        return self.anthropic() if path.startswith(ANTHROPIC_PATHS) else self.openai()
 
 
 def wrong(param: str, problem: str) -> ApiError:

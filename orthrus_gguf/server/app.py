@@ -50,7 +50,6 @@ class Endpoint:
     body: type
     handler: Handler
     summary: str
-    anthropic: bool = False
 
 
 ENDPOINTS = (
@@ -77,14 +76,12 @@ ENDPOINTS = (
         anthropic.MessagesRequest,
         anthropic.messages,
         "An answer to a conversation (Anthropic)",
-        anthropic=True,
     ),
     Endpoint(
         ("/v1/messages/count_tokens",),
         anthropic.CountRequest,
         anthropic.count_tokens,
         "Tokens of a conversation (Anthropic)",
-        anthropic=True,
     ),
     Endpoint(
         ("/completion", "/completions"),
@@ -128,26 +125,7 @@ class App:
         }.items():
             routes.append(Route(path, handler, methods=["GET"]))
         routes.append(Route("/slots/{id:int}", self._slot, methods=["POST"]))
-        prefix = self.settings.prefix.rstrip("/")
-        middleware = [Middleware(_Doors, keys=Keys(self.settings.keys), prefix=prefix)]
-        if self.settings.cors:
-            cors = Middleware(
-                CORSMiddleware,
-                allow_origins=list(self.settings.cors),
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-            )
-            middleware.insert(0, cors)
-        self.asgi = Starlette(
-            routes=routes,
-            middleware=middleware,
-            exception_handlers={
-                ApiError: _api_error,
-                HTTPException: _http_error,
-                ClientDisconnect: _nobody_there,
-                Exception: _bug,
-            },
-        )
+        self.asgi = behind_doors(routes, self.settings)
 
     def _service(self) -> Service:
         """Raises ApiError (503) while there is none."""
@@ -157,16 +135,11 @@ class App:
 
     def _post(self, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
-            try:
-                service = self._service()
-                body = await http.body(request, http.most_bytes(service.n_ctx))
-                given: Any = read(endpoint.body, body)
-                work = asyncio.ensure_future(endpoint.handler(service, given))
-                found = await http.unless_gone(request.receive, _awaited(work))
-            except ApiError as error:
-                if endpoint.anthropic:
-                    return _error(error, error.anthropic())
-                raise
+            service = self._service()
+            body = await http.body(request, http.most_bytes(service.n_ctx))
+            given: Any = read(endpoint.body, body)
+            work = asyncio.ensure_future(endpoint.handler(service, given))
+            found = await http.unless_gone(request.receive, _awaited(work))
             if isinstance(found, Stream):
                 answers = found.answers
                 return http.EventStream(found.events, lambda: cancel(answers))
@@ -182,17 +155,16 @@ class App:
         return http.Json(openai.models(self._service()))
 
     async def _props(self, request: Request) -> Response:
-        self._enabled(self.settings.props, "--props")
+        enabled(self.settings.props, "--props")
         return http.Json(native.props(self._service()))
 
     async def _slots(self, request: Request) -> Response:
-        self._enabled(self.settings.slots, "--slots")
-        service = self._service()
-        return http.Json([native.slot_json(service, s) for s in service.scheduler.pool.slots])
+        enabled(self.settings.slots, "--slots")
+        return http.Json(native.slots(self._service()))
 
     async def _metrics(self, request: Request) -> Response:
-        self._enabled(self.settings.metrics, "--metrics")
-        page = metrics.exposition(self._service().scheduler)
+        enabled(self.settings.metrics, "--metrics")
+        page = metrics.exposition(metrics.families(self._service().scheduler))
         return Response(page, media_type=metrics.CONTENT_TYPE)
 
     async def _openapi(self, request: Request) -> Response:
@@ -223,10 +195,37 @@ class App:
         told = {"id_slot": id, "filename": name, f"n_{action}d": count}
         return http.Json(told)
 
-    @staticmethod
-    def _enabled(enabled: bool, flag: str) -> None:
-        if not enabled:
-            raise ApiError(f"not enabled: start the server with {flag}", status=501)
+
+def enabled(given: bool, flag: str) -> None:
+    """Raises ApiError where an endpoint is not."""
+    if not given:
+        raise ApiError(f"not enabled: start the server with {flag}", status=501)
+
+
+def behind_doors(routes: Sequence[Route], settings: Settings) -> ASGIApp:
+    """An application that only those with a key come into, from where they may; its errors are told
+    in the shape of the API that they happen in."""
+    middleware = [
+        Middleware(_Doors, keys=Keys(settings.keys), prefix=settings.prefix.rstrip("/")),
+    ]
+    if settings.cors:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+        middleware.insert(0, cors)
+    return Starlette(
+        routes=routes,
+        middleware=middleware,
+        exception_handlers={
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _nobody_there,
+            Exception: _bug,
+        },
+    )
 
 
 async def _awaited(work: Awaitable[Any]) -> Any:
@@ -246,36 +245,38 @@ class _Doors:
         path = scope["path"]
         if self._prefix:
             if not f"{path}/".startswith(f"{self._prefix}/"):
-                await _error(ApiError("there is no such path", status=404))(scope, receive, send)
+                error = ApiError("there is no such path", status=404)
+                await _error(error, path)(scope, receive, send)
                 return
             path = path.removeprefix(self._prefix) or "/"
             scope = {**scope, "path": path, "raw_path": None}
         if not self._keys.fit(path, Request(scope).headers):
             error = ApiError("the API key is missing or wrong", status=401)
-            body = error.anthropic() if path.startswith("/v1/messages") else None
-            await _error(error, body)(scope, receive, send)
+            await _error(error, path)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
 
-def _error(error: ApiError, body: dict[str, Any] | None = None) -> Response:
+def _error(error: ApiError, path: str) -> Response:
     wait = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return http.Json(body or error.openai(), status_code=error.status, headers=wait)
+    return http.Json(error.body(path), status_code=error.status, headers=wait)
 
 
 async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return _error(error)
+    return _error(error, request.scope["path"])
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(ApiError(str(error.detail), status=error.status_code))
+    told = ApiError(str(error.detail), status=error.status_code)
+    return _error(told, request.scope["path"])
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     """The log has its traceback."""
-    return _error(ApiError("internal error: the server's log tells more", status=500))
+    told = ApiError("internal error: the server's log tells more", status=500)
+    return _error(told, request.scope["path"])
 
 
 async def _nobody_there(request: Request, error: Exception) -> Response:

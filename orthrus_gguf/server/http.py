@@ -44,6 +44,11 @@ class Json(JSONResponse):
 
 async def body(request: Request, most: int = LEAST_BYTES) -> Any:
     """The JSON of a request of `most` bytes. Raises ApiError."""
+    return await parsed(await raw_body(request, most))
+
+
+async def raw_body(request: Request, most: int) -> bytearray:
+    """A request's body of `most` bytes. Raises ApiError."""
     data, over = bytearray(), 0
     stream = request.stream()
     while True:
@@ -63,6 +68,11 @@ async def body(request: Request, most: int = LEAST_BYTES) -> Any:
             break
     if over:
         raise ApiError(f"the body is larger than {most >> 10} KiB", status=413)
+    return data
+
+
+async def parsed(data: bytearray) -> Any:
+    """The JSON of a body. Raises ApiError."""
     return _parsed(data) if len(data) < LONG_BYTES else await in_thread(_parsed, data)
 
 

@@ -211,8 +211,12 @@ def props(service: Service) -> dict[str, Any]:
     }
 
 
-def slot_json(service: Service, slot: Slot) -> dict[str, Any]:
-    """What a slot does, without anybody's text."""
+def slots(service: Service) -> list[dict[str, Any]]:
+    """What the slots do, without anybody's text."""
+    return [_slot(service, slot) for slot in service.scheduler.pool.slots]
+
+
+def _slot(service: Service, slot: Slot) -> dict[str, Any]:
     job = slot.job
     return {
         "id": slot.id,

@@ -133,6 +133,11 @@ class Scheduler:
             self._thread.join()
 
     @property
+    def alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def running(self) -> int:
         """Conversations under way."""
         return len(self._running)

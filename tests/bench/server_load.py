@@ -1,6 +1,6 @@
 """orthrus-server under load: what it does to memory, to others, and what is answered.
 
-    python tests/bench/server_load.py MODEL.gguf [--seconds 60] [--scale 1.0]
+    python tests/bench/server_load.py MODEL.gguf [--seconds 60] [--scale 1.0] [--stages aborts]
 
 Starts a server with a key, a queue of 64 and a folder for slots, and runs one stage of trouble
 after another, first small ones for warmth. All the while a client of its own streams answers, and
@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -277,8 +277,8 @@ async def idle(load: Load) -> None:
     raise AssertionError("somebody is still served")
 
 
-async def run(load: Load, scale: float) -> list[str]:
-    """All stages, small ones first; returns what is wrong."""
+async def run(load: Load, scale: float, stages: Sequence[Stage]) -> list[str]:
+    """These stages, after small ones of all; returns what is wrong."""
     problems = []
     for stage in STAGES:
         await stage(load, 0.1 * scale)
@@ -293,7 +293,7 @@ async def run(load: Load, scale: float) -> list[str]:
     print(f"memory before: {first:.1f} MiB\n")
     print("| stage | seconds | statuses | longest wait of another, ms | memory, MiB |")
     print("|---|--:|---|--:|--:|")
-    for stage in STAGES:
+    for stage in stages:
         load.statuses.clear()
         load.longest = 0.0
         over, began = asyncio.Event(), time.monotonic()
@@ -324,8 +324,11 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--seconds", type=float, default=load_seconds, help="of aborts")
     parser.add_argument("--scale", type=float, default=1.0, help="of everything")
+    names = [stage.__name__ for stage in STAGES]
+    parser.add_argument("--stages", nargs="*", default=names, choices=names)
     args = parser.parse_args()
     load_seconds = args.seconds
+    stages = [stage for stage in STAGES if stage.__name__ in args.stages]
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536), most))
     with socket.create_server(("127.0.0.1", 0)) as found:
@@ -368,7 +371,7 @@ def main() -> int:
                 assert process.poll() is None, (home / "log").read_text()
                 time.sleep(0.2)
             before = sorted(map(str, home.rglob("*")))
-            problems = asyncio.run(run(load, args.scale))
+            problems = asyncio.run(run(load, args.scale, stages))
         finally:
             process.kill()
             process.wait()
