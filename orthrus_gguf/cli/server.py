@@ -122,6 +122,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
             default=True,
             help=f"/{name} tells about the server (default: on)",
         )
+    group.add_argument(
+        "--webui",
+        "--ui",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a page to chat with the model at / (default: on)",
+    )
     add_thinking_options(group, unless=" and the request does not say")
 
 
@@ -145,6 +152,7 @@ def _run(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         props=args.props,
         slots=args.slots,
+        page=args.webui,
     )
     saved = None if args.slot_save_path is None else Path(args.slot_save_path)
     if saved is not None:
