@@ -89,11 +89,13 @@ class Result:
 
 
 class Piece(NamedTuple):
-    """Text, how the token came about that released it, and how many tokens there were by then."""
+    """Text, how the token came about that released it, and how many tokens and cycles there were by
+    then."""
 
     text: str
     origin: Origin
     tokens: int
+    cycles: int
 
 
 class Rows(NamedTuple):
@@ -308,7 +310,7 @@ class Generation:
         try:
             item = self._work.send(done)
             while isinstance(item, str):
-                pieces.append(Piece(item, self.origin, len(self._output)))
+                pieces.append(Piece(item, self.origin, len(self._output), len(self._cycles)))
                 item = next(self._work)
         except StopIteration:
             return pieces, []

@@ -124,6 +124,13 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
             default=True,
             help=f"/{name} tells about the server (default: on)",
         )
+    group.add_argument(
+        "--webui",
+        "--ui",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="a page to chat with the model at / (default: on)",
+    )
     add_thinking_options(group, unless=" and the request does not say")
 
 
@@ -171,6 +178,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         metrics=args.metrics,
         props=args.props,
         slots=args.slots,
+        page=args.webui,
     )
 
 

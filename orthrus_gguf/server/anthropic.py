@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from orthrus_gguf.server import http
+from orthrus_gguf.server.answers import Answer, Stream, timings
 from orthrus_gguf.server.api_errors import ApiError, wrong
 from orthrus_gguf.server.blocks import Block, Blocks, Change
 from orthrus_gguf.server.chat_requests import (
@@ -26,7 +27,7 @@ from orthrus_gguf.server.chat_requests import (
 from orthrus_gguf.server.events import End, Progress
 from orthrus_gguf.server.fields import Within
 from orthrus_gguf.server.openai import whole
-from orthrus_gguf.server.service import Answer, Service, Speculative, Stream, timings
+from orthrus_gguf.server.service import Service, Speculative
 from orthrus_gguf.server.splitter import Part
 
 #: Claude Code puts a block into the system prompt that changes with every request; it would spoil

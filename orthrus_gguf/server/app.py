@@ -16,12 +16,22 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from orthrus_gguf.server import anthropic, http, metrics, native, openai, openapi, responses
+from orthrus_gguf.server import (
+    anthropic,
+    http,
+    metrics,
+    native,
+    openai,
+    openapi,
+    page_files,
+    responses,
+)
+from orthrus_gguf.server.answers import Stream, cancel
 from orthrus_gguf.server.api_errors import ApiError, wrong
 from orthrus_gguf.server.chat_requests import ChatRequest
 from orthrus_gguf.server.fields import read
 from orthrus_gguf.server.keys import PUBLIC, Keys
-from orthrus_gguf.server.service import Service, Stream, cancel
+from orthrus_gguf.server.service import Service
 from orthrus_gguf.server.slot_files import SlotFiles, erase
 
 Handler = Callable[[Service, Any], Awaitable[dict[str, Any] | Stream]]
@@ -38,6 +48,7 @@ class Settings:
     metrics: bool = False
     props: bool = True
     slots: bool = True
+    page: bool = True
     service: Service | None = None
     slot_files: SlotFiles | None = None
 
@@ -125,6 +136,8 @@ class App:
         }.items():
             routes.append(Route(path, handler, methods=["GET"]))
         routes.append(Route("/slots/{id:int}", self._slot, methods=["POST"]))
+        if self.settings.page:
+            routes += page_files.routes()
         self.asgi = behind_doors(routes, self.settings)
 
     def _service(self) -> Service:
@@ -248,8 +261,9 @@ class _Doors:
                 error = ApiError("there is no such path", status=404)
                 await _error(error, path)(scope, receive, send)
                 return
+            bare = self._prefix if path == self._prefix else None
             path = path.removeprefix(self._prefix) or "/"
-            scope = {**scope, "path": path, "raw_path": None}
+            scope = {**scope, "path": path, "raw_path": None, "bare_prefix": bare}
         if not self._keys.fit(path, Request(scope).headers):
             error = ApiError("the API key is missing or wrong", status=401)
             await _error(error, path)(scope, receive, send)

@@ -112,7 +112,8 @@ class StreamOptions:
 
 @dataclass(kw_only=True)
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. return_origins: what streams comes with how its tokens came about
+    (`answers.drafting`)."""
 
     messages: Annotated[list[ChatMessage], Within(1)]
     model: str | None = None
@@ -130,6 +131,7 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool = True
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    return_origins: bool = False
 
 
 @dataclass

@@ -24,12 +24,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Text:
-    """Text that came, with the tokens since the last event; logprobs: of each, if asked for."""
+    """Text that came, with the tokens since the last event; logprobs: of each, if asked for.
+    cycles: of the answer so far."""
 
     text: str
     origin: Origin
     tokens: tuple[int, ...]
     logprobs: tuple[LogProbs, ...]
+    cycles: int
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 
-#: Paths that need no key: whether the server is there, and what it serves.
-PUBLIC = frozenset({"/health", "/v1/health", "/models", "/v1/models"})
+from orthrus_gguf.server import page_files
+
+#: Paths that need no key: whether the server is there, what it serves, and the page, which asks for
+#: the key.
+PUBLIC = frozenset({"/health", "/v1/health", "/models", "/v1/models", *page_files.FILES})
 
 
 class Keys:

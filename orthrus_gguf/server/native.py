@@ -9,20 +9,13 @@ from typing import Annotated, Any
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.server import http
+from orthrus_gguf.server.answers import Stream, progress, timings, tokens_json
 from orthrus_gguf.server.api_errors import ApiError, wrong
 from orthrus_gguf.server.chat_requests import ChatMessage, Tool, template_messages, tool_json
 from orthrus_gguf.server.events import End, Job, Progress, Text
 from orthrus_gguf.server.fields import Within
 from orthrus_gguf.server.openai import whole
-from orthrus_gguf.server.service import (
-    Prompt,
-    Sampling,
-    Service,
-    Stream,
-    progress,
-    timings,
-    tokens_json,
-)
+from orthrus_gguf.server.service import Prompt, Sampling, Service
 from orthrus_gguf.server.slots import Slot
 
 
@@ -85,7 +78,9 @@ async def completion(service: Service, request: NativeRequest) -> dict[str, Any]
     found = _final(service, job, end, end.result.text)
     if request.n_probs:
         found["completion_probabilities"] = [
-            one for event in events for one in tokens_json(service, event, request.n_probs)
+            one
+            for event in events
+            for one in tokens_json(service.tokenizer, [event], request.n_probs)
         ]
     return found
 
@@ -111,7 +106,7 @@ async def _stream(
                         "stop": False,
                     }
                     if request.n_probs:
-                        told = tokens_json(service, event, request.n_probs)
+                        told = tokens_json(service.tokenizer, [event], request.n_probs)
                         piece["completion_probabilities"] = told
                     yield http.event(piece)
                 else:

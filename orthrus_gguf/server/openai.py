@@ -11,22 +11,21 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from orthrus_gguf.server import http
-from orthrus_gguf.server.api_errors import ApiError, wrong
-from orthrus_gguf.server.chat_requests import Chat, ChatRequest, StreamOptions, prepare, stops
-from orthrus_gguf.server.events import End, Progress, Text
-from orthrus_gguf.server.fields import Within
-from orthrus_gguf.server.service import (
+from orthrus_gguf.server.answers import (
     Answer,
-    Prompt,
-    Sampling,
-    Service,
     Stream,
     cancel,
+    drafting,
     progress,
     timings,
     tokens_json,
     usage,
 )
+from orthrus_gguf.server.api_errors import ApiError, wrong
+from orthrus_gguf.server.chat_requests import Chat, ChatRequest, StreamOptions, prepare, stops
+from orthrus_gguf.server.events import End, Progress, Text
+from orthrus_gguf.server.fields import Within
+from orthrus_gguf.server.service import Prompt, Sampling, Service
 from orthrus_gguf.server.splitter import Delta, Part, Splitter
 
 DONE = http.event(b"[DONE]")
@@ -158,7 +157,7 @@ async def chat(service: Service, request: ChatRequest) -> dict[str, Any] | Strea
 def _logprobs(service: Service, events: list[Text | End], top: int | None) -> Any:
     if top is None:
         return None
-    return {"content": [one for event in events for one in tokens_json(service, event, top)]}
+    return {"content": tokens_json(service.tokenizer, events, top)}
 
 
 async def whole(answers: list[Answer]) -> list[tuple[list[Text | End], End]]:
@@ -210,6 +209,7 @@ async def _chat_stream(
 ) -> AsyncIterator[bytes]:
     head = {**head, "object": "chat.completion.chunk"}
     messages = [_Message(chat) for _ in answers]
+    told = [0] * len(answers)
     ends: list[End] = []
 
     def chunk(index: int, delta: dict[str, Any], **more: Any) -> bytes:
@@ -225,16 +225,20 @@ async def _chat_stream(
                     yield http.PING_LINE
                 elif isinstance(event, Progress):
                     if request.return_progress:
-                        told = {"prompt_progress": progress(event)}
-                        yield http.event({**head, "choices": [], **told})
+                        read = {"prompt_progress": progress(event)}
+                        yield http.event({**head, "choices": [], **read})
                 else:
                     deltas = messages[index].push(event)
+                    told[index] += len(event.tokens)
+                    origin = {}
+                    if request.return_origins and isinstance(event, Text):
+                        origin["drafting"] = drafting(event, told[index])
                     more = {}
                     if chat.top is not None:
                         more["logprobs"] = _logprobs(service, [event], chat.top)
                         deltas = deltas or ([{}] if more["logprobs"]["content"] else [])
                     for place, delta in enumerate(deltas):
-                        yield chunk(index, delta, **(more if place == 0 else {}))
+                        yield chunk(index, delta, **origin, **(more if place == 0 else {}))
                     if isinstance(event, End):
                         ends.append(event)
                         reason = messages[index].finish_reason(event)

@@ -232,7 +232,8 @@ class Scheduler:
         for generation, piece in pieces:
             if (owner := self._running.get(generation)) is not None:
                 tokens, logprobs = self._news(generation, owner, piece.tokens)
-                self._tell(owner.job, Text(piece.text, piece.origin, tokens, logprobs))
+                text = Text(piece.text, piece.origin, tokens, logprobs, piece.cycles)
+                self._tell(owner.job, text)
         for generation in [*self._running]:
             if generation not in self._together:
                 self._finish(generation)
