@@ -15,10 +15,11 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout, cache_layout
+from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.rows import Angles, Place, place_block, place_chain, place_tree
 from orthrus_gguf.runtime.cpu.state import HybridCpuCache, StateLayout
-from orthrus_gguf.runtime.cpu.steps import Buffers, Builder, Shape
+from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Weights
 from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.passes import Piece

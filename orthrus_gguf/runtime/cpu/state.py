@@ -246,7 +246,8 @@ class HybridCpuCache(CpuCache):
         """See `HostCache.close`."""
         super().close()
         self._kept.clear()
-        self.memory, self.saved, self.records = (np.zeros((0, 0, 0), np.float32) for _ in range(3))
+        self.memory, self.saved = self.memory[:0].copy(), self.saved[:0].copy()
+        self.records = self.records[:0].copy()
         for name in ("memory", "saved", "records"):
             self.states[name] = 0
 
@@ -326,5 +327,3 @@ def _branches(
         if parent != row - 1:
             keep += _replay(rows, row, [records[i] for i in path])
     return keep
-
-

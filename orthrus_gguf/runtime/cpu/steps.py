@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from orthrus_cpu_kernels import library as k
 from orthrus_cpu_kernels.library import LANES, Kernels, Matrix, Step
 
-from orthrus_gguf.model.architectures import LayerKind, Pairing
+from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.state import tile_columns
 from orthrus_gguf.runtime.cpu.weights import Attention, DeltaNet, Floats, Layer, Weights
 from orthrus_gguf.runtime.protocol import View
@@ -45,80 +46,6 @@ class Shape:
         ar, diffusion = self.ar_rows, self.diffusion_rows
         views = [(View.AR, 0, ar), (View.DIFFUSION, ar, diffusion)]
         return [view for view in views if view[2]]
-
-
-def _columns(config: ModelConfig) -> dict[str, int]:
-    """Columns of the rows of floats that passes write, in whole panels."""
-    c = config
-    heads, mixed = (c.n_head + 2 * c.n_head_kv) * c.head_dim, c.n_head * c.head_dim
-    convolved = 0
-    if c.hybrid is not None:
-        gates = 2 * -(-c.hybrid.n_value_heads // LANES) * LANES
-        convolved = c.hybrid.channels + gates
-        heads = max(heads + mixed, convolved + c.hybrid.inner)
-        mixed = max(mixed, c.hybrid.inner)
-    columns = {
-        **dict.fromkeys(("x", "picked", "normed"), c.n_embd),
-        "qkv": heads,
-        "mixed": mixed,
-        "convolved": convolved,
-        **dict.fromkeys(("gated", "other"), c.n_ff),
-        "logits": c.n_vocab,
-    }
-    return {name: -(-count // LANES) * LANES for name, count in columns.items()}
-
-
-def _quantized_bytes(kernels: Kernels, config: ModelConfig) -> list[int]:
-    """Bytes of the longest row of activations, by form."""
-    inner = 0 if config.hybrid is None else config.hybrid.inner
-    widths = (config.n_embd, config.n_head * config.head_dim, config.n_ff, inner)
-    return [
-        max(kernels.row_bytes(form, width) for width in widths)
-        for form in (k.FORM_FLOAT, k.FORM_BLOCK, k.FORM_K)
-    ]
-
-
-def buffer_bytes(kernels: Kernels, config: ModelConfig, rows: int) -> int:
-    """Bytes of `Buffers` without taps."""
-    row = 4 * sum(_columns(config).values()) + sum(_quantized_bytes(kernels, config))
-    row += k.ROW.itemsize + k.GROUP.itemsize + 4 + config.n_layers * k.LAYER_CACHE.itemsize
-    if config.hybrid is not None:
-        row += k.STATE_ROW.itemsize + k.RUN.itemsize
-    return rows * row
-
-
-class Buffers:
-    """What passes write, for up to `rows` rows; and the tables that describe them to the kernels.
-
-    x: the residual stream. picked: of the wanted rows. normed, qkv, convolved, mixed, gated, other:
-    floats between steps. logits: [rows, n_vocab, to whole panels]. q: quantized activations, by form.
-    """
-
-    def __init__(self, kernels: Kernels, config: ModelConfig, rows: int) -> None:
-        floats = {
-            name: np.zeros((rows, count), np.float32) for name, count in _columns(config).items()
-        }
-        self.rows = rows
-        self.x, self.picked, self.normed = (floats[name] for name in ("x", "picked", "normed"))
-        self.qkv, self.mixed, self.logits = (floats[name] for name in ("qkv", "mixed", "logits"))
-        self.gated, self.other = floats["gated"], floats["other"]
-        self.convolved = floats["convolved"]
-        self.row = np.zeros(rows, k.ROW)
-        self.group = np.zeros(rows, k.GROUP)
-        self.index = np.zeros(rows, np.int32)
-        attention = config.layer_kinds.count(LayerKind.ATTENTION)
-        self.caches = np.zeros((attention, rows), k.LAYER_CACHE)
-        self.states = np.zeros((config.n_layers - attention, rows), k.LAYER_STATE)
-        self.state_row = np.zeros(rows, k.STATE_ROW)
-        self.run = np.zeros(rows, k.RUN)
-        self.q = [np.zeros((rows, size), np.uint8) for size in _quantized_bytes(kernels, config)]
-        self.taps: dict[int, Floats] = {}
-
-    def tap(self, layer: int) -> Floats:
-        """Where the input of a layer is kept."""
-        if layer not in self.taps:
-            self.taps[layer] = np.zeros_like(self.x)
-        return self.taps[layer]
 
 
 @dataclass
@@ -179,7 +106,10 @@ class Builder:
         b, shape, c = self.buffers, self.shape, self.config
         used = [layer.attention[view] for view, _, _ in shape.views()]
         forms = self.norm(
-            b.x, shape.rows, layer.attn_norm, [m for a in used for m in (a.q, a.k, a.v, a.gate) if m]
+            b.x,
+            shape.rows,
+            layer.attn_norm,
+            [m for a in used for m in (a.q, a.k, a.v, a.gate) if m],
         )
         for view, first, rows in shape.views():
             a = layer.attention[view]

@@ -87,20 +87,20 @@ def why_not(config: ModelConfig, tensors: Mapping[str, TensorInfo], kernels: Ker
     for size, what in sizes:
         if size % LANES:
             return f"{what} of {size} elements are no multiple of {LANES}"
-    for info in matrices(config, tensors):
-        if kernels.form(int(info.type)) is None:
+    for info in tensors.values():
+        if is_packed(config, info) and kernels.form(int(info.type)) is None:
             return f"{info.name} is {info.type.name}, which they have no product for"
     return None
 
 
-def matrices(config: ModelConfig, tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
-    """What is repacked: not vectors, nor the taps of convolutions, nor an MTP block."""
-    mtp = f"blk.{config.n_layers}."
-    return [
-        info
-        for info in tensors.values()
-        if len(info.shape) > 1 and not info.name.endswith(_CONV) and not info.name.startswith(mtp)
-    ]
+def is_packed(config: ModelConfig, info: TensorInfo) -> bool:
+    """Whether a tensor is repacked: not vectors, nor the taps of convolutions."""
+    return is_used(config, info) and len(info.shape) > 1 and not info.name.endswith(_CONV)
+
+
+def is_used(config: ModelConfig, info: TensorInfo) -> bool:
+    """Whether a tensor is loaded: an MTP block is not."""
+    return not info.name.startswith(f"blk.{config.n_layers}.")
 
 
 def packed_bytes(kernels: Kernels, info: TensorInfo) -> int:
@@ -118,7 +118,7 @@ class Weights:
     def __init__(self, file: WeightFile, kernels: Kernels, threads: int) -> None:
         """Raises OrthrusError when memory does not suffice."""
         self._kernels = kernels
-        packed = matrices(file.config, file.tensors)
+        packed = [info for info in file.tensors.values() if is_packed(file.config, info)]
         self.types = frozenset(info.type for info in packed)
         sizes = {info.name: packed_bytes(kernels, info) for info in packed}
         total = sum(sizes.values())
@@ -156,9 +156,7 @@ class Weights:
     def _arrange_layers(self, file: WeightFile, views: Mapping[View, str]) -> None:
         """views: each with the suffix of its tensors."""
         self.output_norm = vector(file, OUTPUT_NORM)
-        self.layers = [
-            self._layer(file, index, views) for index in range(file.config.n_layers)
-        ]
+        self.layers = [self._layer(file, index, views) for index in range(file.config.n_layers)]
 
     def _place(
         self, file: WeightFile, info: TensorInfo, at: int, pool: ThreadPoolExecutor
@@ -199,13 +197,20 @@ class Weights:
         )
 
     def _delta_net(self, file: WeightFile, prefix: str) -> DeltaNet:
-        names = ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out")
+        def matrix(name: str) -> Matrix:
+            return self._matrices[f"{prefix}{name}.weight"]
+
         conv = vector(file, f"{prefix}{_CONV}").reshape(-1, LANES, CONV_KERNEL)
         return DeltaNet(
-            *(self._matrices[f"{prefix}{name}.weight"] for name in names),
-            np.ascontiguousarray(conv.transpose(0, 2, 1)),
-            *(_whole_panels(vector(file, f"{prefix}{name}")) for name in ("ssm_a", "ssm_dt.bias")),
-            vector(file, f"{prefix}ssm_norm.weight"),
+            qkv=matrix("attn_qkv"),
+            gate=matrix("attn_gate"),
+            alpha=matrix("ssm_alpha"),
+            beta=matrix("ssm_beta"),
+            out=matrix("ssm_out"),
+            conv=np.ascontiguousarray(conv.transpose(0, 2, 1)),
+            a=_whole_panels(vector(file, f"{prefix}ssm_a")),
+            dt=_whole_panels(vector(file, f"{prefix}ssm_dt.bias")),
+            norm=vector(file, f"{prefix}ssm_norm.weight"),
         )
 
     def _attention(self, file: WeightFile, prefix: str, suffix: str) -> Attention:
@@ -229,9 +234,9 @@ class Weights:
 
     def _halves(self, both: Matrix) -> tuple[Matrix, Matrix]:
         """Queries and gates, which lie one behind the other."""
-        panels, columns = both.panels // 2, both.columns // 2
-        second = both.data + panels * self._kernels.panel_bytes(both.type, both.k)
-        return tuple(Matrix(both.type, both.k, columns, panels, at) for at in (both.data, second))
+        halves = both.type, both.k, both.columns // 2, both.panels // 2
+        bytes_ = both.panels // 2 * self._kernels.panel_bytes(both.type, both.k)
+        return Matrix(*halves, both.data), Matrix(*halves, both.data + bytes_)
 
 
 def _gated(config: ModelConfig, info: TensorInfo) -> bool:
