@@ -216,16 +216,17 @@ SPOILT = Source("spoilt", "spoilt in places", "#000000", 0.5)
 
 
 class SpoiltDrafter:
-    """Knows what comes, and spoils one of a few tokens."""
+    """Knows what comes, and spoils some token in two of three drafts."""
 
     taps = ()
 
-    def __init__(self, prompt: int, answer: Sequence[int], seed: int) -> None:
-        self._prompt, self._answer, self._rng = prompt, answer, random.Random(seed)
+    def __init__(self, prompt: int, answer: Sequence[int], seed: int, width: int = 4) -> None:
+        self._prompt, self._answer, self._width = prompt, answer, width
+        self._rng, self._right = random.Random(seed), 0.3 ** (1 / width)
 
     def propose(self, tokens: Sequence[int], room: int) -> Sequence[Draft]:
-        known = self._answer[len(tokens) - self._prompt :][: min(room, 4)]
-        drafted = [t if self._rng.random() < 0.7 else (t + 1) % 256 for t in known]
+        known = self._answer[len(tokens) - self._prompt :][: min(room, self._width)]
+        drafted = [t if self._rng.random() < self._right else (t + 1) % 256 for t in known]
         return (Draft(SPOILT, tuple(drafted), (0.5,) * len(drafted)),) if drafted else ()
 
     def committed(self, tokens: Sequence[int], cycle: Cycle | None, results: Results) -> None:
@@ -283,6 +284,17 @@ def test_text_under_drafts(session: Session, model: AnyModel, seed: int | None) 
             accepted += sum(cycle.accepted for cycle in result.cycles)
             refused += sum(len(cycle.drafts) - cycle.accepted for cycle in result.cycles)
     assert min(accepted, refused) > 20
+
+
+def test_text_under_drafts_of_any_width(session: Session, model: AnyModel) -> None:
+    """More than a cache keeps apart are cut."""
+    settings = SamplingSettings(temperature=0)
+    text = answer(session, TEXT, settings, n=64).output
+    drafter = SpoiltDrafter(len(TEXT), text, 0, width=60)
+    result = answer(session, TEXT, settings, SpoiltPolicy(model, drafter), n=64)
+    assert result.output == text
+    assert max(cycle.accepted for cycle in result.cycles) >= 31
+    assert any(cycle.accepted < len(cycle.drafts) for cycle in result.cycles)
 
 
 def few(tokens: Sequence[int], tree: Tree) -> NDArray[np.uint32]:
