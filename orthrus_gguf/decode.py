@@ -169,9 +169,9 @@ def offered(
 
 def fitted(tree: Tree, sequence: TokenSequence) -> Tree:
     """As much of a tree as the cache has room for."""
-    if tree.parents is None:
-        return tree
-    return tree.first(sequence.cache.fit((-1, *tree.parents)) - 1)
+    count = len(tree.tokens)
+    parents = range(count) if tree.parents is None else tree.parents
+    return tree.first(sequence.cache.fit((-1, *parents)) - 1) if count else tree
 
 
 def follow(

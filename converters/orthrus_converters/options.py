@@ -16,7 +16,7 @@ from orthrus_converters.type_plan import TypeChoice, parse_override
 from orthrus_gguf.command import Parser, base_parser
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import PlannedFile
-from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.shapes import HYBRID_SHAPES, SHAPES
 
 PROGRAM = "orthrus-convert"
 AUTO = "auto"
@@ -146,7 +146,8 @@ def _add_synthetic_flags(parser: Parser) -> None:
         "--synthetic",
         metavar="NAME",
         help="make a model of random weights in the shape of a real one, with heads; only its "
-        f"times mean anything (default --type: {SYNTHETIC_TYPE}): {', '.join(SHAPES)}",
+        f"times mean anything (default --type: {SYNTHETIC_TYPE}): {', '.join(SHAPES)}; without "
+        f"heads: {', '.join(HYBRID_SHAPES)}",
     )
     group.add_argument(
         "--seed", metavar="N", type=_natural, help="of the random weights (default: 0)"

@@ -27,7 +27,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.shapes import HYBRID_SHAPES, MASK_TOKEN, SHAPES
 from orthrus_gguf.model.tensors import ROPE_FREQS, base_tensors, diffusion_tensors
 
 MAX_SEED = 2**32 - 1
@@ -37,16 +37,16 @@ LABEL = "synthetic: random weights, so only times mean anything"
 
 
 def plan_synthetic(path: Path, config: ModelConfig, type_name: str, seed: int = 0) -> PlannedFile:
-    """A file of this shape and file type, with heads and vocabulary, for write_files().
+    """A file of this shape and file type, with its heads and a vocabulary, for write_files().
 
     type_name: as `--type` takes it; tensors get the types that conversion would give them (without
-    an imatrix). config: must have heads; its name is used in the label. The same arguments give the
-    same file. Raises OrthrusError if the type cannot be made.
+    an imatrix). config: its name is used in the label; without heads, the file is a stock one. The
+    same arguments give the same file. Raises OrthrusError if the type cannot be made.
     """
     file_type = _file_type(type_name)
     if not 0 <= seed <= MAX_SEED:
         raise OrthrusError(f"--seed {seed}: expected 0 to {MAX_SEED}")
-    shapes = base_tensors(config) | diffusion_tensors(config)
+    shapes = base_tensors(config) | (diffusion_tensors(config) if config.has_heads else {})
     sources = {
         name: SourceTensor(name, "F32", shape, path, 0, 4 * math.prod(shape))
         for name, shape in shapes.items()
@@ -67,10 +67,11 @@ def plan_synthetic(path: Path, config: ModelConfig, type_name: str, seed: int = 
 
 
 def find_shape(name: str) -> ModelConfig:
-    """One of SHAPES. Raises OrthrusError for other names."""
-    if name not in SHAPES:
-        raise OrthrusError(f"--synthetic {name}: expected one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+    """One of SHAPES and HYBRID_SHAPES. Raises OrthrusError for other names."""
+    known = SHAPES | HYBRID_SHAPES
+    if name not in known:
+        raise OrthrusError(f"--synthetic {name}: expected one of {', '.join(known)}")
+    return known[name]
 
 
 def _file_type(name: str) -> FileType:
@@ -93,13 +94,13 @@ def _data(
         return weights.matrix(name, kind, (rows, columns))
     if name == ROPE_FREQS:
         return iter([np.array(config.rope.freq_factors, np.float32)])
-    return weights.vector(name, math.prod(shape), mean=0.0 if name.endswith(".bias") else 1.0)
+    part = name.rpartition(".")[2]  # decays are below zero, norms about one
+    return weights.vector(name, math.prod(shape), mean={"bias": 0.0, "ssm_a": -1.0}.get(part, 1.0))
 
 
 def _metadata(
     config: ModelConfig, file_type: FileType, tensors: list[PlannedTensor], seed: int
 ) -> gguf.GGUFWriter:
-    assert config.mask_token is not None
     n_parameters = sum(tensor.n_elements for tensor in tensors)
     card = gguf.Metadata(
         name=f"synthetic {config.name} {file_type.name.upper()} (random weights)",
@@ -107,11 +108,14 @@ def _metadata(
         description="Random weights in the shape of a real model: only its times mean anything.",
         tags=["synthetic"],
     )
-    writer = gguf.GGUFWriter(None, keys.ARCH_ORTHRUS)
+    arch = keys.ARCH_ORTHRUS if config.has_heads else config.architecture.name
+    writer = gguf.GGUFWriter(None, arch)
     metadata.add_general(writer, card, gguf.GGUFType.MODEL)
     writer.add_bool(keys.SYNTHETIC, True)
     writer.add_uint32(keys.SYNTHETIC_SEED, seed)
     metadata.add_model(writer, config, file_type)
-    metadata.add_tokenizer(writer, synthetic_vocabulary(config.n_vocab, config.mask_token, seed))
-    metadata.add_heads(writer, config)
+    last = min(MASK_TOKEN, config.n_vocab - 1) if config.mask_token is None else config.mask_token
+    metadata.add_tokenizer(writer, synthetic_vocabulary(config.n_vocab, last, seed))
+    if config.has_heads:
+        metadata.add_heads(writer, config)
     return writer

@@ -23,6 +23,7 @@ FOLDER = Path(__file__).with_name("objects")
 FORM_FLOAT, FORM_BLOCK, FORM_K = range(3)
 
 EMBED, NORM, QUANTIZE, PRODUCT, GATED, HEADS, ATTENTION, PICK, SILU = range(9)
+SIGMOID, CONVOLVE, RECUR, GATED_NORM = range(9, 13)
 """Operations of a step."""
 
 PANELS_PER_TASK = 4
@@ -30,6 +31,15 @@ PANELS_PER_TASK = 4
 
 CHUNK_COLUMNS = 256
 """Columns whose scores attention keeps (`src/attention.c`)."""
+
+MATRICES = 4
+"""Matrices of one step (`src/steps.h`)."""
+
+HEADS_PER_TASK = 8
+"""Heads that a task of a convolution covers (`src/delta.c`)."""
+
+WIDE = 2
+"""Vectors of a tile of state, where the heads divide by them (`src/delta.c`)."""
 
 LANES = 16
 """Columns of a panel; equally keys of a panel of the cache."""
@@ -59,12 +69,15 @@ class Step(ctypes.Structure):
         ("q", _P),
         ("weight", _P),
         ("weight_k", _P),
-        ("bias", _P * 3),
-        ("matrix", Matrix * 3),
+        ("bias", _P * MATRICES),
+        ("matrix", Matrix * MATRICES),
         ("row", _P),
         ("cache", _P),
         ("group", _P),
         ("index", _P),
+        ("state_row", _P),
+        ("state", _P),
+        ("run", _P),
     )
 
 
@@ -88,12 +101,33 @@ LAYER_CACHE = np.dtype(
 )
 """Keys and values of one layer of one cache."""
 
+STATE_ROW = np.dtype(
+    [
+        ("back", np.int32, 3),
+        *((name, np.int32) for name in ("state", "record", "follows", "replays", "_")),
+        ("replay", np.uintp),
+    ]
+)
+"""One row of a pass, for DeltaNet layers."""
+
+LAYER_STATE = np.dtype([(name, np.uintp) for name in ("memory", "saved", "records")])
+"""State of one DeltaNet layer of one sequence."""
+
+RUN = np.dtype(
+    [
+        *((name, np.int32) for name in ("first", "count", "state", "applied", "advance", "save")),
+        ("apply", np.uintp),
+    ]
+)
+"""Rows of one sequence, for DeltaNet layers."""
+
 GROUP = np.dtype([("first", np.int32), ("count", np.int32)])
 
 
 SIZES = (
     *(ctypes.sizeof(Step), ROW.itemsize, ctypes.sizeof(Matrix)),
-    *(LAYER_CACHE.itemsize, GROUP.itemsize, PANELS_PER_TASK),
+    *(LAYER_CACHE.itemsize, GROUP.itemsize, STATE_ROW.itemsize, LAYER_STATE.itemsize),
+    *(RUN.itemsize, PANELS_PER_TASK),
 )
 """What `orthrus_sizes` says of an object that was built with this module."""
 
@@ -170,6 +204,7 @@ def open_object(path: Path) -> Kernels | str:
     library.orthrus_pool_new.restype = _P
     library.orthrus_pool_free.argtypes = (_P,)
     library.orthrus_run.argtypes = (_P, _P, ctypes.c_int)
+    library.orthrus_run_here.argtypes = (_P,)
     library.orthrus_repack.argtypes = (_I, _P, _I, _I, _I, _I, _P)
     library.orthrus_quantize.argtypes = (_I, _P, _I, _P)
     library.orthrus_product.argtypes = (

@@ -1,5 +1,5 @@
 """Shapes of released models, with the diffusion heads of their Orthrus versions, or such as they
-would have.
+would have; hybrids without.
 
 For what needs a shape and no weights: synthetic files and predictions. Models that are run get
 their shape from their file.
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from orthrus_gguf.model.architectures import LLAMA, QWEN2
+from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN35
 from orthrus_gguf.model.config import ModelConfig, Rope
+from orthrus_gguf.model.hybrid import Hybrid
 from orthrus_gguf.model.rope_factors import llama3_factors
 
 N_VOCAB = 151_936
@@ -42,6 +43,30 @@ def _qwen3(
         tied=tied,
         block_size=BLOCK_SIZE,
         mask_token=MASK_TOKEN,
+    )
+
+
+def _qwen35(
+    name: str, *, layers: int, width: int, mlp: int, heads: tuple[int, int], values: int
+) -> ModelConfig:
+    """A hybrid, without heads and without its MTP block. values: value heads of a DeltaNet."""
+    return ModelConfig(
+        name=name,
+        n_layers=layers,
+        n_ctx_train=262_144,
+        n_embd=width,
+        n_ff=mlp,
+        n_head=heads[0],
+        n_head_kv=heads[1],
+        head_dim=256,
+        n_vocab=248_320,
+        rms_eps=_eps(1e-6),
+        rope=Rope(1e7),
+        tied=layers < 32 or width < 4096,
+        block_size=None,
+        mask_token=None,
+        architecture=QWEN35,
+        hybrid=Hybrid(16, values, 128, rotary_dim=64, sections=(11, 11, 10, 0)),
     )
 
 
@@ -97,7 +122,7 @@ _SMOLLM2_135M = ModelConfig(
     architecture=LLAMA,
 )
 
-#: By the name that `orthrus-convert --synthetic` takes.
+#: By the name that `orthrus-convert --synthetic` takes: with heads,
 SHAPES = {
     "qwen3-0.6b": _qwen3("Qwen3-0.6B", layers=28, width=1024, mlp=3072, heads=16),
     "qwen3-1.7b": _qwen3("Qwen3-1.7B", layers=28, width=2048, mlp=6144, heads=16),
@@ -106,4 +131,16 @@ SHAPES = {
     "qwen2.5-0.5b": _QWEN2_5_0_5B,
     "llama-3.2-1b": _LLAMA_3_2_1B,
     "smollm2-135m": _SMOLLM2_135M,
+}
+
+#: and without.
+HYBRID_SHAPES = {
+    "qwen3.5-0.8b": _qwen35(
+        "Qwen3.5-0.8B", layers=24, width=1024, mlp=3584, heads=(8, 2), values=16
+    ),
+    "qwen3.5-2b": _qwen35("Qwen3.5-2B", layers=24, width=2048, mlp=6144, heads=(8, 2), values=16),
+    "qwen3.5-4b": _qwen35("Qwen3.5-4B", layers=32, width=2560, mlp=9216, heads=(16, 4), values=32),
+    "qwen3.5-9b": _qwen35(
+        "Qwen3.5-9B", layers=32, width=4096, mlp=12_288, heads=(16, 4), values=32
+    ),
 }

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cache_layout import CacheLayout
 from orthrus_gguf.runtime.passes import check_path
-from orthrus_gguf.runtime.protocol import Checkpoint
+from orthrus_gguf.runtime.protocol import Checkpoint, is_chain
 from orthrus_gguf.runtime.trees import TreeLayout, tree_layout
 
 
@@ -105,6 +105,8 @@ class HostCache(ABC):
     def fit(self, parents: Sequence[int]) -> int:
         """See `Cache.fit`. Branches take groups of rows beyond those in use."""
         count = len(parents)
+        if is_chain(parents):
+            return count
         while count > 1 and tree_layout(parents[:count], self._length).columns > self.rows:
             count -= 1
         return count

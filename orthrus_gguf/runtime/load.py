@@ -142,10 +142,10 @@ def fitting_context(
 
 def _check_kinds(file: ModelFile, name: RuntimeName) -> None:
     """Raise OrthrusError for layers that a runtime does not know."""
-    if file.config.hybrid is not None and name is not RuntimeName.REFERENCE:
+    if file.config.hybrid is not None and name not in (RuntimeName.REFERENCE, RuntimeName.CPU):
         raise OrthrusError(
             f"{file.paths[0]}: models of architecture {file.config.architecture.name} do not run on"
-            f" --runtime {name.value} yet; use --runtime reference"
+            f" --runtime {name.value} yet; use --runtime cpu"
         )
 
 
@@ -173,6 +173,11 @@ def _load_cpu(
     if drafter is not None and not isinstance(kernels, str):
         kernels = kernels_for(drafter.config, drafter.tensors)
     if isinstance(kernels, str):
+        if file.config.hybrid is not None:
+            raise OrthrusError(
+                f"{file.paths[0]}: models of architecture {file.config.architecture.name} need the"
+                f" native kernels, which cannot run it: {kernels}; or use --runtime reference"
+            )
         if drafter is not None:
             raise OrthrusError(
                 f"--drafter {drafter.paths[0]}: needs the native kernels, which cannot run it:"

@@ -1,6 +1,6 @@
 """The memory that a model needs on the CPU, on the runtime that `--runtime cpu` takes for it.
 
-Hybrids run on the reference runtime only: their memory is what they need there.
+Hybrids, which ggml does not run here, have the reference runtime in its place.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def cpu_memory(
 
     kernels: to assume; words stand for ggml. None: as this machine would run it.
     """
-    if config.hybrid is not None:
-        return _on_reference(config, config.hybrid)
     layout = cache_layout(config, type_k, type_v)
     kernels = kernels_for(config, tensors) if kernels is None else kernels
+    if isinstance(kernels, str) and config.hybrid is not None:
+        return _on_reference(config, config.hybrid)
     if isinstance(kernels, str):  # weights are used where the file's mapping holds them
         return CpuMemory(
             "ggml",
@@ -66,7 +66,7 @@ def cpu_memory(
         "cpu",
         (type_k, type_v),
         layout.row_bytes(),
-        lambda info: native.weight_bytes(kernels, info),
+        lambda info: native.weight_bytes(kernels, config, info),
         lambda context: native.cache_bytes(config, layout, context),
         lambda _: buffers,
     )

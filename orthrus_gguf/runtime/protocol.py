@@ -155,6 +155,11 @@ def depths(parents: Sequence[int]) -> list[int]:
     return found
 
 
+def is_chain(parents: Sequence[int]) -> bool:
+    """Whether every row of a tree follows the one before it."""
+    return all(parent == row for row, parent in enumerate(parents, -1))
+
+
 def path_to(row: int, parents: Sequence[int]) -> list[int]:
     """The row of a tree and its ancestors, the root first."""
     path = [row]
@@ -227,7 +232,8 @@ class Cache(Rows, Protocol):
         """Keep `rows` of the AR segment that the last pass on this cache ran, and drop its others.
 
         They must be a path of it from its row 0 on (`range(n)` of a chain), or nothing. Raises
-        ValueError if they are not, or if nothing is pending.
+        ValueError if they are not, or if nothing is pending; and where a cache with the state of
+        recurrent layers would have to keep some rows of more than `fit` says.
         """
         ...
 
@@ -248,7 +254,8 @@ class Cache(Rows, Protocol):
         ...
 
     def fit(self, parents: Sequence[int]) -> int:
-        """How many rows of a tree, from the first on, the next pass has room for: at least 1."""
+        """How many rows of a tree or chain, from the first on, the next pass has room for, if any
+        path of them may be committed: at least 1."""
         ...
 
     def assume(self, rows: int) -> None:

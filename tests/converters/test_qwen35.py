@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from cpu_models import kernels
 from hf_hybrid import (
     N_GREEDY,
     NESTED,
@@ -20,6 +21,7 @@ from hf_hybrid import (
     write_hybrid,
 )
 from orthrus_converters.cli import main
+from orthrus_cpu_kernels import library
 from stock import Stock
 
 from orthrus_gguf.errors import OrthrusError
@@ -27,7 +29,6 @@ from orthrus_gguf.gguf.reader import GGUFFile
 from orthrus_gguf.inspection.report import inspect, report_json
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import ar_segment
 from orthrus_gguf.runtime.reference import ReferenceModel
 
@@ -191,25 +192,27 @@ def test_quantized_in_one_step_or_two(plain: Path, tmp_path: Path) -> None:
         ReferenceModel(file)
 
 
-def test_inspected(plain: Path) -> None:
+def test_inspected(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the native kernels run it; where there are none, the reference runtime is what is left."""
+    kernels()
     report = report_json(inspect(plain))
     assert report["problem"] is None
     assert report["model"]["hybrid"]["mtp"]
     state = 6 * 4 * (4 * 16 * 16 + 3 * 128)
     assert report["model"]["hybrid"]["state_bytes"] == state
-    row = 2 * 4 * 2 * 2 * 32  # keys and values of two layers, two heads of 32
-    assert report["cache_bytes_per_token"] == row
+    elements = 2 * 2 * 2 * 32  # keys and values of two layers, two heads of 32
+    assert report["cache_bytes_per_token"] == 2 * elements
+    assert report["memory_runtime"] == "cpu"
+    records = 67 * 6 * 4 * (128 + 6 * 16 + 16)  # inputs, keys and values, decay
+    rows = 256 + 128  # of the context, and for blocks
+    taken = [2 * elements * rows + 2 * 6 * 4 * 4 * 16 * 16 + records]
+    assert [need["cache"] for need in report["memory"]] == taken
+
+    monkeypatch.setenv(library.ISA, "mmx")
+    report = report_json(inspect(plain))
     assert report["memory_runtime"] == "reference"
-    assert [need["cache"] for need in report["memory"]] == [256 * row + state]
-
-
-@pytest.mark.parametrize("name", [RuntimeName.CPU, RuntimeName.GGML, RuntimeName.CUDA])
-def test_other_runtimes_say_so(plain: Path, name: RuntimeName) -> None:
-    with (
-        ModelFile.open(plain) as file,
-        pytest.raises(OrthrusError, match=r"qwen35 do not run on --runtime .*; use --runtime ref"),
-    ):
-        load_model(file, RuntimeSettings(name))
+    taken = [256 * 4 * elements + state]
+    assert [need["cache"] for need in report["memory"]] == taken
 
 
 def _with(**more: Any) -> dict[str, Any]:

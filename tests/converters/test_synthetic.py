@@ -25,7 +25,7 @@ from orthrus_gguf.gguf.fields import Fields
 from orthrus_gguf.gguf.writer import write_files
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.shapes import HYBRID_SHAPES, SHAPES
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 from orthrus_gguf.text.tokenizer import load_tokenizer
@@ -207,6 +207,34 @@ def test_shapes_of_other_bases(tmp_path: Path, name: str, base: str, tensors: in
         if tensor.name.endswith(".bias"):
             assert tensor.data.mean() == pytest.approx(0, abs=0.05)
             assert tensor.data.std() == pytest.approx(0.1, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("name", "mib", "tensors", "billions"),
+    [
+        ("qwen3.5-0.8b", 19.3, 320, 0.75),
+        ("qwen3.5-2b", 19.3, 320, 1.88),
+        ("qwen3.5-4b", 50.3, 426, 4.21),
+        ("qwen3.5-9b", 50.3, 427, 8.95),
+    ],
+)
+def test_hybrids_are_stock_files(
+    tmp_path: Path, name: str, mib: float, tensors: int, billions: float
+) -> None:
+    """Without heads; made with four of their layers, they come back."""
+    shape = HYBRID_SHAPES[name]
+    plan = plan_synthetic(tmp_path / "x.gguf", shape, "q4_k_m").tensors
+    assert len(plan) == tensors
+    assert sum(t.n_elements for t in plan) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert shape.hybrid is not None
+    assert shape.hybrid.state_bytes(shape.n_layers) / 2**20 == pytest.approx(mib, abs=0.05)
+    config, path = replace(shape, n_layers=4, n_embd=64, n_vocab=400), tmp_path / "m.gguf"
+    make(path, config, "q8_0")
+    with ModelFile.open(path) as file:
+        assert file.config == replace(config, name=file.config.name)
+        assert not file.config.has_heads
+    values = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
+    assert max(values["blk.0.ssm_a"]) < 0
 
 
 class TestCommand:

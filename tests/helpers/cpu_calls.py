@@ -11,7 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from orthrus_cpu_kernels.library import LAYER_CACHE, ROW, Kernels, Matrix, Step
+from orthrus_cpu_kernels.library import (
+    LAYER_CACHE,
+    LAYER_STATE,
+    MATRICES,
+    ROW,
+    RUN,
+    STATE_ROW,
+    Kernels,
+    Matrix,
+    Step,
+)
 
 Bytes = NDArray[np.uint8]
 
@@ -22,6 +32,18 @@ class Ref(NamedTuple):
     buffer: int
     offset: int = 0
 
+
+STEP_POINTERS = (
+    *("x", "y", "q", "weight", "weight_k", "row", "cache", "group", "index"),
+    *("state_row", "state", "run"),
+)
+
+#: Lists of int32 that records point to: the field with their length, and the pointer.
+LISTS: dict[Any, dict[str, str]] = {
+    ROW: {"copies": "more_keys"},
+    STATE_ROW: {"replays": "replay"},
+    RUN: {"applied": "apply"},
+}
 
 FUNCTIONS = ("repack", "quantize", "product", "unpack_row", "run")
 ARGUMENTS = 10
@@ -153,8 +175,7 @@ def recorded(memory: Sequence[tuple[NDArray[Any], bool]], count: int) -> Case:
     case = Case("pass")
     memory = [(array, compared) for array, compared in memory if array.nbytes]
     for array, _ in tuple(memory):
-        if array.dtype == ROW:
-            memory += [(columns, False) for columns in _copies(array)]
+        memory += [(numbers, False) for numbers in _lists(array)]
     arrays = [array for array, _ in memory]
     bases = [array.ctypes.data for array in arrays]
     for array, compared in memory:
@@ -163,8 +184,8 @@ def recorded(memory: Sequence[tuple[NDArray[Any], bool]], count: int) -> Case:
             case.outputs[number] = array.dtype if array.dtype.kind == "f" else np.uint8
     for number, array in enumerate(arrays):
         raw = case.buffers[number]
-        if array.dtype == ROW:
-            raw.view(ROW)["more_keys"][array["copies"] == 0] = 0
+        for length, pointer in LISTS.get(array.dtype, {}).items():
+            raw.view(array.dtype)[pointer][array[length] == 0] = 0
         for offset in _pointers(array, first=number == 0):
             value = int(raw[offset : offset + 8].view(np.uint64)[0])
             if value:
@@ -173,11 +194,12 @@ def recorded(memory: Sequence[tuple[NDArray[Any], bool]], count: int) -> Case:
     return case
 
 
-def _copies(rows: NDArray[np.void]) -> Iterator[NDArray[np.int32]]:
-    """Further columns of rows, where they lie."""
-    for row in rows[rows["copies"] > 0]:
-        raw: Any = (ctypes.c_int32 * int(row["copies"])).from_address(int(row["more_keys"]))
-        yield np.frombuffer(raw, np.int32)
+def _lists(array: NDArray[Any]) -> Iterator[NDArray[np.int32]]:
+    """Lists of numbers that records point to, where they lie."""
+    for length, pointer in LISTS.get(array.dtype, {}).items():
+        for row in array[array[length] > 0]:
+            raw: Any = (ctypes.c_int32 * int(row[length])).from_address(int(row[pointer]))
+            yield np.frombuffer(raw, np.int32)
 
 
 def _place(address: int, arrays: Sequence[NDArray[Any]], bases: Sequence[int]) -> Ref:
@@ -191,14 +213,11 @@ def _pointers(array: NDArray[Any], *, first: bool) -> Iterator[int]:
     """Offsets of the addresses in an array of steps (the first one), rows or caches."""
     if first:
         size = ctypes.sizeof(Step)
-        offsets = [
-            getattr(Step, name).offset
-            for name in ("x", "y", "q", "weight", "weight_k", "row", "cache", "group", "index")
-        ]
-        offsets += [Step.bias.offset + 8 * i for i in range(3)]
+        offsets = [getattr(Step, name).offset for name in STEP_POINTERS]
+        offsets += [Step.bias.offset + 8 * i for i in range(MATRICES)]
         matrix = ctypes.sizeof(Matrix)
-        offsets += [Step.matrix.offset + matrix * i + Matrix.data.offset for i in range(3)]
-    elif array.dtype in (ROW, LAYER_CACHE):
+        offsets += [Step.matrix.offset + matrix * i + Matrix.data.offset for i in range(MATRICES)]
+    elif array.dtype in (ROW, LAYER_CACHE, STATE_ROW, LAYER_STATE, RUN):
         size, fields = array.dtype.itemsize, array.dtype.fields
         assert fields is not None
         offsets = [fields[name][1] for name in fields if fields[name][0] == np.dtype(np.uintp)]

@@ -17,6 +17,7 @@ from orthrus_cpu_kernels.library import LANES, Kernels
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cpu import steps
 from orthrus_gguf.runtime.cpu.model import CpuModel
+from orthrus_gguf.runtime.cpu.state import HybridCpuCache
 from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 
 TYPES = gguf.GGMLQuantizationType
@@ -178,12 +179,42 @@ def passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]:
     return recorder.cases
 
 
+def hybrid_passes(path: Path, kernels: Kernels) -> list[Case]:
+    """Passes of a hybrid: a prompt that changes the state at once, drafts of which some stay, a
+    tree, two sequences. Logits, caches, states and records are compared."""
+    recorder = Recorder(kernels.library)
+    library: Any = recorder
+    recording = replace(kernels, library=library)
+    with (
+        ModelFile.open(path) as file,
+        CpuModel.load(file, recording, threads=2) as model,
+    ):
+        cache, other = model.new_cache(100), model.new_cache(40)
+
+        def run(*segments: Any) -> None:
+            recorder.memory = memory(model, cache, other)
+            model.logits(segments)
+
+        model._angles.point(model._buffers.row[:1], np.array([0]))
+        run(ar_segment(cache, range(2, 42), 0, wanted=range(39, 40)))
+        cache.commit(range(40))
+        run(ar_segment(cache, [4, 5, 6, 7], 40), ar_segment(other, range(2), 0))
+        cache.commit(range(3))
+        run(ar_segment(cache, range(6), 43, parents=(-1, 0, 1, 0, 3, 3)))
+        cache.commit([0, 3, 5])
+        run(ar_segment(cache, range(35), 46, wanted=range(0)))
+    return recorder.cases
+
+
 def memory(model: CpuModel, *caches: Any) -> list[tuple[NDArray[Any], bool]]:
     """All arrays that steps of a model point into, and whether they are worth comparing."""
     b = model._buffers
     found: list[tuple[NDArray[Any], bool]] = [(model._weights._block, False)]
     for layer in model._weights.layers:
         found += [(layer.attn_norm, False), (layer.ffn_norm, False)]
+        if layer.delta_net is not None:
+            net = layer.delta_net
+            found += [(vector, False) for vector in (net.conv, net.a, net.dt, net.norm)]
         for attention in layer.attention.values():
             vectors = (*attention.biases, attention.q_norm, attention.k_norm)
             found += [(vector, False) for vector in vectors if vector is not None]
@@ -191,8 +222,12 @@ def memory(model: CpuModel, *caches: Any) -> list[tuple[NDArray[Any], bool]]:
     found += [
         (a, True) for a in (b.x, b.picked, b.normed, b.qkv, b.mixed, b.gated, b.other, b.logits)
     ]
+    found.append((b.convolved, True))
+    found += [(a, False) for a in (b.state_row, b.run, b.states)]
     found += [(a, False) for a in (b.row, b.group, b.index, b.caches, *b.q)]
     found += [(tap, True) for tap in b.taps.values()]
     found += [(part, True) for cache in caches for part in (cache.keys, cache.values)]
+    states = [cache for cache in caches if isinstance(cache, HybridCpuCache)]
+    found += [(part, True) for one in states for part in (one.memory, one.saved, one.records)]
     tables = (*model._angles._tables.values(), *steps._EVERY.values())
     return found + [(table, False) for table in tables]

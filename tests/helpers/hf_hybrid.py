@@ -50,6 +50,9 @@ TEXT: dict[str, Any] = {
     "tie_word_embeddings": True,
     "vocab_size": VOCAB,
 }
+#: What one with larger DeltaNet heads says instead, and three value heads to a key head.
+WIDE = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_value_heads": 6}
+
 NESTED: dict[str, Any] = {
     "architectures": ["Qwen3_5ForConditionalGeneration"],
     "model_type": "qwen3_5",
@@ -79,22 +82,26 @@ def _attention(prefix: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _delta_net(prefix: str) -> dict[str, tuple[int, ...]]:
+def _delta_net(prefix: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    size = config["linear_key_head_dim"]
+    channels, inner = (2 * keys + values) * size, values * size
     return {
-        f"{prefix}.in_proj_qkv.weight": (128, WIDTH),
-        f"{prefix}.in_proj_z.weight": (64, WIDTH),
-        f"{prefix}.in_proj_a.weight": (4, WIDTH),
-        f"{prefix}.in_proj_b.weight": (4, WIDTH),
-        f"{prefix}.A_log": (4,),
-        f"{prefix}.dt_bias": (4,),
-        f"{prefix}.conv1d.weight": (128, 1, 4),
-        f"{prefix}.norm.weight": (16,),
-        f"{prefix}.out_proj.weight": (WIDTH, 64),
+        f"{prefix}.in_proj_qkv.weight": (channels, WIDTH),
+        f"{prefix}.in_proj_z.weight": (inner, WIDTH),
+        f"{prefix}.in_proj_a.weight": (values, WIDTH),
+        f"{prefix}.in_proj_b.weight": (values, WIDTH),
+        f"{prefix}.A_log": (values,),
+        f"{prefix}.dt_bias": (values,),
+        f"{prefix}.conv1d.weight": (channels, 1, 4),
+        f"{prefix}.norm.weight": (size,),
+        f"{prefix}.out_proj.weight": (WIDTH, inner),
     }
 
 
-def _layer(prefix: str, *, attention: bool) -> dict[str, tuple[int, ...]]:
-    own = _attention(f"{prefix}.self_attn") if attention else _delta_net(f"{prefix}.linear_attn")
+def _layer(prefix: str, config: dict[str, Any], *, attention: bool) -> dict[str, tuple[int, ...]]:
+    delta_net = _delta_net(f"{prefix}.linear_attn", config)
+    own = _attention(f"{prefix}.self_attn") if attention else delta_net
     return {
         f"{prefix}.input_layernorm.weight": (WIDTH,),
         **own,
@@ -105,7 +112,7 @@ def _layer(prefix: str, *, attention: bool) -> dict[str, tuple[int, ...]]:
     }
 
 
-def shapes(*, tied: bool = True) -> dict[str, tuple[int, ...]]:
+def shapes(config: dict[str, Any] = TEXT, *, tied: bool = True) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights, by the names that a text model alone has."""
     found: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (VOCAB, WIDTH),
@@ -114,18 +121,21 @@ def shapes(*, tied: bool = True) -> dict[str, tuple[int, ...]]:
     if not tied:
         found["lm_head.weight"] = (VOCAB, WIDTH)
     for i in range(8):
-        found |= _layer(f"model.layers.{i}", attention=i % 4 == 3)
+        found |= _layer(f"model.layers.{i}", config, attention=i % 4 == 3)
     found |= {"mtp.fc.weight": (WIDTH, 2 * WIDTH)}
     norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
     found |= {f"mtp.{name}.weight": (WIDTH,) for name in norms}
-    return found | _layer("mtp.layers.0", attention=True)
+    return found | _layer("mtp.layers.0", config, attention=True)
 
 
-def weights(*, tied: bool = True) -> Weights:
-    """Random values that bfloat16 holds exactly; activations keep their size."""
+def weights(overrides: dict[str, Any] | None = None, *, tied: bool = True) -> Weights:
+    """Random values that bfloat16 holds exactly; activations keep their size.
+
+    overrides: of TEXT, whose shapes they are.
+    """
     rng = np.random.default_rng(1)
     found: Weights = {}
-    for name, shape in shapes(tied=tied).items():
+    for name, shape in shapes(TEXT | (overrides or {}), tied=tied).items():
         values = rng.standard_normal(shape)
         if name.endswith("A_log"):
             values = np.log(rng.uniform(0.5, 4, shape))

@@ -15,9 +15,9 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CACHE_TYPES, cache_layout, spare_rows
 from orthrus_gguf.runtime.cpu import memory
+from orthrus_gguf.runtime.cpu.buffers import Buffers
+from orthrus_gguf.runtime.cpu.buffers import buffer_bytes as bytes_of_rows
 from orthrus_gguf.runtime.cpu.cache import CpuCache
-from orthrus_gguf.runtime.cpu.steps import Buffers
-from orthrus_gguf.runtime.cpu.steps import buffer_bytes as bytes_of_rows
 
 SHAPES = [
     model_shape(n_layers=3, n_head=4, n_head_kv=2, head_dim=64),
@@ -57,11 +57,13 @@ def test_weights_take_what_is_said(tmp_path: Path, qtype: str) -> None:
     path = small_file(tmp_path, gguf.GGMLQuantizationType[qtype])
     with ModelFile.open(path) as file, loaded(path) as model:
         matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
-        said = sum(memory.weight_bytes(kernels(), info) for info in matrices)
+        said = sum(memory.weight_bytes(kernels(), file.config, info) for info in matrices)
         assert model._weights._block.nbytes == said
         assert said <= 1.084 * sum(info.n_bytes for info in matrices)
         norms = [info for info in file.tensors.values() if len(info.shape) == 1]
-        assert all(memory.weight_bytes(kernels(), info) == info.n_bytes for info in norms)
+        assert all(
+            memory.weight_bytes(kernels(), file.config, info) == info.n_bytes for info in norms
+        )
 
 
 def test_a_cache_larger_than_memory_shows_the_arithmetic() -> None:

@@ -122,6 +122,15 @@ int orthrus_run(Pool *pool, const Step *steps, int count) {
     return 0;
 }
 
+void orthrus_run_here(const Step *step) {
+    Scratch scratch = {0, 0};
+    Control before = control();
+    set_control(CONTROL);
+    for (int task = 0; task < step->tasks; task++) run_task(step, task, &scratch);
+    set_control(before);
+    free(scratch.data);
+}
+
 Pool *orthrus_pool_new(int threads) {
     Pool *pool = calloc(1, sizeof *pool);
     Thread *all = calloc((size_t)threads, sizeof *all);

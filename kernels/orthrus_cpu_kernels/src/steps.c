@@ -7,13 +7,16 @@
 // Panels of one task of a product: small enough to share out, large enough to be worth taking.
 #define PANELS_PER_TASK 4
 
-void orthrus_sizes(int32_t sizes[6]) {
+void orthrus_sizes(int32_t sizes[9]) {
     sizes[0] = (int32_t)sizeof(Step);
     sizes[1] = (int32_t)sizeof(Row);
     sizes[2] = (int32_t)sizeof(Matrix);
     sizes[3] = (int32_t)sizeof(LayerCache);
     sizes[4] = (int32_t)sizeof(Group);
-    sizes[5] = PANELS_PER_TASK;
+    sizes[5] = (int32_t)sizeof(StateRow);
+    sizes[6] = (int32_t)sizeof(LayerState);
+    sizes[7] = (int32_t)sizeof(Run);
+    sizes[8] = PANELS_PER_TASK;
 }
 
 static void embed(const Step *s, int task) {
@@ -22,7 +25,7 @@ static void embed(const Step *s, int task) {
                        s->y + (size_t)task * s->y_stride);
 }
 
-static float inverse_rms(const float *x, int width, float epsilon) {
+float inverse_rms(const float *x, int width, float epsilon) {
     vf squares = f_set(0.0f);
     for (int i = 0; i < width; i += LANES) squares = f_fma(f_load(x + i), f_load(x + i), squares);
     return 1.0f / sqrtf(f_sum(squares) / (float)width + epsilon);
@@ -112,12 +115,12 @@ static void heads(const Step *s, int task) {
     float *k = q + s->n_head * d, *v = k + s->n_head_kv * d;
     for (int h = 0; h < s->n_head; h++) {
         head_norm(q + h * d, s->weight, d, s->epsilon);
-        rotate(q + h * d, row, d, s->adjacent);
+        rotate(q + h * d, row, s->width, s->adjacent);
     }
     const LayerCache *cache = &s->cache[row->cache];
     for (int h = 0; h < s->n_head_kv; h++) {
         head_norm(k + h * d, s->weight_k, d, s->epsilon);
-        rotate(k + h * d, row, d, s->adjacent);
+        rotate(k + h * d, row, s->width, s->adjacent);
         store_head(cache, h, d, row->key, k + h * d, v + h * d);
         for (int i = 0; i < row->copies; i++)
             store_head(cache, h, d, row->more_keys[i], k + h * d, v + h * d);
@@ -136,6 +139,13 @@ static void silu(const Step *s, int task) {
         f_store(y + i, f_mul(f_silu(f_load(y + i)), f_load(x + i)));
 }
 
+static void sigmoid(const Step *s, int task) {
+    const float *x = s->x + (size_t)task * s->x_stride;
+    float *y = s->y + (size_t)task * s->y_stride;
+    for (int i = 0; i < s->width; i += LANES)
+        f_store(y + i, f_mul(f_load(y + i), f_sigmoid(f_load(x + i))));
+}
+
 void run_task(const Step *step, int task, Scratch *scratch) {
     switch (step->op) {
     case STEP_EMBED: embed(step, task); break;
@@ -147,5 +157,9 @@ void run_task(const Step *step, int task, Scratch *scratch) {
     case STEP_ATTENTION: attention_task(step, task, scratch); break;
     case STEP_PICK: pick(step, task); break;
     case STEP_SILU: silu(step, task); break;
+    case STEP_SIGMOID: sigmoid(step, task); break;
+    case STEP_CONVOLVE: convolve_task(step, task); break;
+    case STEP_RECUR: recur_task(step, task, scratch); break;
+    case STEP_GATED_NORM: gated_norm_task(step, task); break;
     }
 }

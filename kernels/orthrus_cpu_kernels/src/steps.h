@@ -20,6 +20,10 @@ enum {
     STEP_ATTENTION,
     STEP_PICK,
     STEP_SILU,
+    STEP_SIGMOID,
+    STEP_CONVOLVE,
+    STEP_RECUR,
+    STEP_GATED_NORM,
 };
 
 // One row of a pass.
@@ -45,6 +49,31 @@ typedef struct {
     int32_t first, count;
 } Group;
 
+// A row of a pass as gated DeltaNet layers see it.
+//
+// back: the three rows before it on its way, the nearest first: row `back` of the pass, or record
+// -1 - back of its sequence. state: which of the pass's states is its sequence's. record: where what
+// it does to that is kept; -1 if nowhere. follows: whether the state before it is the one behind
+// the row before; else it is the committed one, changed by records replay[0 .. replays-1].
+typedef struct {
+    int32_t back[3], state, record, follows, replays, unused;
+    const int32_t *replay;
+} StateRow;
+
+// State of one DeltaNet layer of one sequence (delta.c says how it lies).
+typedef struct {
+    float *memory, *saved, *records;
+} LayerState;
+
+// Rows first .. first+count-1, of one sequence. Before them, records apply[0 .. applied-1] become
+// part of its state for good. advance: so do its rows. save: the state before them goes to `saved`.
+typedef struct {
+    int32_t first, count, state, applied, advance, save;
+    const int32_t *apply;
+} Run;
+
+#define MATRICES 4 // of one step
+
 // x, y: rows of floats, `stride` floats apart. rows, first: of the pass that the step is about.
 //
 //   EMBED      y = row `token` of matrix 0
@@ -52,10 +81,18 @@ typedef struct {
 //   QUANTIZE   q = x, quantized
 //   PRODUCT    y = q times matrices 0 .. count-1, side by side, + bias; added to y if `add`
 //   GATED      y = silu(q times matrix 0) * (q times matrix 1)
-//   HEADS      x = q | k | v of a row: norms, RoPE, scaling; q stays, k and v go to the cache
+//   HEADS      x = q | k | v of a row: norms, RoPE of the first `width` elements of each head; q
+//              stays, k and v go to the cache
 //   ATTENTION  x = queries, y = their weighted values
 //   PICK       y row i = x row index[i]
 //   SILU       y = silu(y) * x
+//   SIGMOID    y = y * sigmoid(x)
+//
+// Of a DeltaNet layer, of n_head value heads and n_head_kv key heads:
+//
+//   CONVOLVE   x = inputs | gates of outputs | alpha | beta of a row -> y = q | k | v | decay | beta
+//   RECUR      x = y of CONVOLVE, y = what the state tells of each row; one task a tile of it
+//   GATED_NORM q = RMSNorm(y; weight) of heads * silu(x), quantized
 typedef struct {
     int32_t op, tasks, first, rows, width, form, count, add;
     int32_t n_head, n_head_kv, head_dim, adjacent, groups, unused;
@@ -65,12 +102,15 @@ typedef struct {
     size_t x_stride, y_stride;
     uint8_t *q;
     const float *weight, *weight_k;
-    const float *bias[3];
-    Matrix matrix[3];
+    const float *bias[MATRICES];
+    Matrix matrix[MATRICES];
     const Row *row;
     const LayerCache *cache;
     const Group *group;
     const int32_t *index;
+    const StateRow *state_row;
+    const LayerState *state;
+    const Run *run;
 } Step;
 
 // Threads that run steps; the caller is one of them. Null if they cannot be started.
@@ -80,9 +120,11 @@ void orthrus_pool_free(Pool *pool);
 // Runs steps one after the other; a second run of a pool waits for the first. -1 in a process that
 // was forked off from the pool's.
 int orthrus_run(Pool *pool, const Step *steps, int count);
-// Bytes of a Step, a Row, a Matrix, a LayerCache and a Group, and panels per task of a product, so
-// that a caller can check its own idea of them.
-void orthrus_sizes(int32_t sizes[6]);
+// Runs one step on the caller's thread.
+void orthrus_run_here(const Step *step);
+// Bytes of a Step, a Row, a Matrix, a LayerCache, a Group, a StateRow, a LayerState and a Run, and
+// panels per task of a product, so that a caller can check its own idea of them.
+void orthrus_sizes(int32_t sizes[9]);
 
 // What the pool runs (steps.c): task number `task` of a step. scratch: of the thread, grows as
 // needed.
@@ -93,6 +135,10 @@ typedef struct {
 void run_task(const Step *step, int task, Scratch *scratch);
 float *reserve(Scratch *scratch, size_t floats);
 void attention_task(const Step *step, int task, Scratch *scratch);
+float inverse_rms(const float *x, int width, float epsilon);
+void convolve_task(const Step *step, int task);
+void recur_task(const Step *step, int task, Scratch *scratch);
+void gated_norm_task(const Step *step, int task);
 void store_head(const LayerCache *cache, int head, int d, int column, const float *k,
                 const float *v);
 

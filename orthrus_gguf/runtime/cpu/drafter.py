@@ -16,10 +16,11 @@ from orthrus_gguf.model.file import WeightFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.model.tensors import FEATURES, FEATURES_NORM
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout
+from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.model import CpuModel
 from orthrus_gguf.runtime.cpu.rows import Angles, place_chain
-from orthrus_gguf.runtime.cpu.steps import Buffers, Builder, Shape
+from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Weights, vector
 from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.protocol import View

@@ -15,9 +15,11 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout, cache_layout
+from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.rows import Angles, Place, place_block, place_chain, place_tree
-from orthrus_gguf.runtime.cpu.steps import Buffers, Builder, Shape
+from orthrus_gguf.runtime.cpu.state import HybridCpuCache, StateLayout
+from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Weights
 from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.passes import Piece
@@ -54,7 +56,7 @@ class CpuModel(HostModel[CpuCache]):
             self._own(stack.pop_all())
         self._buffers = Buffers(kernels, file.config, batch_rows + self._block_rows)
         self._shapes: OrderedDict[Shape, ctypes.Array[Step]] = OrderedDict()
-        self._angles = Angles(*frequencies(file.config.rope, file.config.head_dim))
+        self._angles = Angles(*frequencies(file.config.rope, file.config.rotary_dim))
 
     @classmethod
     def load(
@@ -99,7 +101,10 @@ class CpuModel(HostModel[CpuCache]):
     def new_cache(self, capacity: int) -> CpuCache:
         """See `HostModel.new_cache`."""
         self._check_open()
-        return CpuCache(self._layout, capacity, self._block_rows)
+        if self.config.hybrid is None:
+            return CpuCache(self._layout, capacity, self._block_rows)
+        state = StateLayout.of(self.config)
+        return HybridCpuCache(self._layout, capacity, self._block_rows, state, self._kernels)
 
     def _run_pass(
         self,
@@ -116,6 +121,7 @@ class CpuModel(HostModel[CpuCache]):
         slots: dict[int, int] = {}
         groups: list[tuple[int, int]] = []
         keep: list[NDArray[np.int32]] = []  # alive until the pass has run
+        hybrids: list[HybridCpuCache] = []
         wanted: list[int] = []
         row = ar = 0
         for piece in pieces:
@@ -127,6 +133,11 @@ class CpuModel(HostModel[CpuCache]):
             place = _place(piece, own)
             place.fill(rows, keep)
             self._angles.point(rows, place.positions)
+            if isinstance(own.cache, HybridCpuCache):
+                b.states[:, slot], run = own.cache.states, b.run[len(hybrids) :][:1]
+                state_rows = b.state_row[row : row + piece.count]
+                keep += own.cache.plan(piece, row, slot, state_rows, run)
+                hybrids.append(own.cache)
             groups += [(row + first, count) for first, count in place.groups]
             wanted += [row + i for i in piece.wanted]
             row += piece.count
@@ -135,7 +146,10 @@ class CpuModel(HostModel[CpuCache]):
         b.group[: len(groups)] = groups
         b.index[: len(wanted)] = wanted
         taps = {tap for piece in pieces for tap in piece.segment.taps} if with_taps else ()
-        self._compute(Shape(ar, row - ar, len(wanted), len(groups), tuple(sorted(taps))))
+        sizes = ar, row - ar, len(wanted), len(groups)
+        self._compute(Shape(*sizes, tuple(sorted(taps)), len(hybrids)))
+        for cache in hybrids:
+            cache.ran()
         return Outputs(
             b.logits[: len(wanted), : self.config.n_vocab],
             {tap: b.tap(tap)[:row, : self.config.n_embd] for tap in taps},

@@ -15,7 +15,9 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Matrix, Step
 
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.runtime.cpu.weights import Attention, Floats, Layer, Weights
+from orthrus_gguf.runtime.cpu.buffers import Buffers
+from orthrus_gguf.runtime.cpu.state import tile_columns
+from orthrus_gguf.runtime.cpu.weights import Attention, DeltaNet, Floats, Layer, Weights
 from orthrus_gguf.runtime.protocol import View
 
 
@@ -24,7 +26,8 @@ class Shape:
     """What passes have in common that can use the same steps.
 
     ar_rows, diffusion_rows: rows by view. wanted: rows that the head is for. groups: of rows that
-    attend together. taps: layers whose input is kept.
+    attend together. taps: layers whose input is kept. runs: rows of one sequence that go through
+    DeltaNet layers.
     """
 
     ar_rows: int
@@ -32,6 +35,7 @@ class Shape:
     wanted: int
     groups: int
     taps: tuple[int, ...] = ()
+    runs: int = 0
 
     @property
     def rows(self) -> int:
@@ -42,65 +46,6 @@ class Shape:
         ar, diffusion = self.ar_rows, self.diffusion_rows
         views = [(View.AR, 0, ar), (View.DIFFUSION, ar, diffusion)]
         return [view for view in views if view[2]]
-
-
-def _columns(config: ModelConfig) -> dict[str, int]:
-    """Columns of the rows of floats that passes write, in whole panels."""
-    c = config
-    heads = (c.n_head + 2 * c.n_head_kv) * c.head_dim
-    columns = {
-        **dict.fromkeys(("x", "picked", "normed"), c.n_embd),
-        "qkv": heads,
-        "mixed": c.n_head * c.head_dim,
-        **dict.fromkeys(("gated", "other"), c.n_ff),
-        "logits": c.n_vocab,
-    }
-    return {name: -(-count // LANES) * LANES for name, count in columns.items()}
-
-
-def _quantized_bytes(kernels: Kernels, config: ModelConfig) -> list[int]:
-    """Bytes of the longest row of activations, by form."""
-    widths = (config.n_embd, config.n_head * config.head_dim, config.n_ff)
-    return [
-        max(kernels.row_bytes(form, width) for width in widths)
-        for form in (k.FORM_FLOAT, k.FORM_BLOCK, k.FORM_K)
-    ]
-
-
-def buffer_bytes(kernels: Kernels, config: ModelConfig, rows: int) -> int:
-    """Bytes of `Buffers` without taps."""
-    row = 4 * sum(_columns(config).values()) + sum(_quantized_bytes(kernels, config))
-    row += k.ROW.itemsize + k.GROUP.itemsize + 4 + config.n_layers * k.LAYER_CACHE.itemsize
-    return rows * row
-
-
-class Buffers:
-    """What passes write, for up to `rows` rows; and the tables that describe them to the kernels.
-
-    x: the residual stream. picked: of the wanted rows. normed, qkv, mixed, gated, other: floats
-    between steps. logits: [rows, n_vocab, to whole panels]. q: quantized activations, by form.
-    """
-
-    def __init__(self, kernels: Kernels, config: ModelConfig, rows: int) -> None:
-        floats = {
-            name: np.zeros((rows, count), np.float32) for name, count in _columns(config).items()
-        }
-        self.rows = rows
-        self.x, self.picked, self.normed = (floats[name] for name in ("x", "picked", "normed"))
-        self.qkv, self.mixed, self.logits = (floats[name] for name in ("qkv", "mixed", "logits"))
-        self.gated, self.other = floats["gated"], floats["other"]
-        self.row = np.zeros(rows, k.ROW)
-        self.group = np.zeros(rows, k.GROUP)
-        self.index = np.zeros(rows, np.int32)
-        self.caches = np.zeros((config.n_layers, rows), k.LAYER_CACHE)
-        self.q = [np.zeros((rows, size), np.uint8) for size in _quantized_bytes(kernels, config)]
-        self.taps: dict[int, Floats] = {}
-
-    def tap(self, layer: int) -> Floats:
-        """Where the input of a layer is kept."""
-        if layer not in self.taps:
-            self.taps[layer] = np.zeros_like(self.x)
-        return self.taps[layer]
 
 
 @dataclass
@@ -128,7 +73,10 @@ class Builder:
                 self._keep(b.tap(index), b.x)
             # Behind the last layer's keys and values, only rows that somebody asks about count.
             stop = index == last and not shape.wanted and not whole
-            self._attend(layer, index, store_only=stop)
+            if layer.delta_net is None:
+                self._attend(layer, store_only=stop)
+            else:
+                self._remember(layer, layer.delta_net, store_only=stop)
             if stop:
                 return k.steps_array(self.steps)
             if index == last and shape.wanted < shape.rows and not whole:
@@ -154,37 +102,77 @@ class Builder:
             self.products(forms, [(self.weights.output, None)], 0, rows, b.logits)
         return k.steps_array(self.steps)
 
-    def _attend(self, layer: Layer, index: int, *, store_only: bool) -> None:
+    def _attend(self, layer: Layer, *, store_only: bool) -> None:
         b, shape, c = self.buffers, self.shape, self.config
         used = [layer.attention[view] for view, _, _ in shape.views()]
         forms = self.norm(
-            b.x, shape.rows, layer.attn_norm, [m for a in used for m in (a.q, a.k, a.v)]
+            b.x,
+            shape.rows,
+            layer.attn_norm,
+            [m for a in used for m in (a.q, a.k, a.v, a.gate) if m],
         )
         for view, first, rows in shape.views():
             a = layer.attention[view]
             matrices = [(a.q, a.biases[0]), (a.k, a.biases[1]), (a.v, a.biases[2])]
+            matrices += [(a.gate, None)] if a.gate else []
             self.products(forms, matrices, first, rows, b.qkv)
-            self.heads(a, index, first, rows)
+            self.heads(a, layer.place, first, rows)
         if store_only:
             return
         self.add(
             k.ATTENTION, shape.groups * c.n_head_kv, x=b.qkv, y=b.mixed, groups=shape.groups,
-            row=b.row.ctypes.data, cache=b.caches[index].ctypes.data, group=b.group.ctypes.data,
-            scale=1 / math.sqrt(c.head_dim),
+            row=b.row.ctypes.data, cache=b.caches[layer.place].ctypes.data,
+            group=b.group.ctypes.data, scale=1 / math.sqrt(c.head_dim),
         )  # fmt: skip
+        width = c.n_head * c.head_dim
+        if c.architecture.hybrid:
+            gates = b.qkv[:, width + 2 * c.n_head_kv * c.head_dim :]
+            self.add(k.SIGMOID, shape.rows, x=gates, y=b.mixed, width=width)
         forms = self._quantize(b.mixed, shape.rows, [a.output for a in used])
         for view, first, rows in shape.views():
             output = layer.attention[view].output
             self.products(forms, [(output, None)], first, rows, b.x, add=True)
 
-    def heads(self, a: Attention, index: int, first: int, rows: int) -> None:
-        """Norm and turn the heads of rows; their keys and values into the cache of a layer."""
-        b = self.buffers
+    def _remember(self, layer: Layer, w: DeltaNet, *, store_only: bool) -> None:
+        """What a gated DeltaNet adds to the rows, and does to the state of their sequences."""
+        b, rows, hybrid = self.buffers, self.shape.rows, self.config.hybrid
+        assert hybrid is not None
+        parts = -(-(2 * hybrid.n_key_heads + hybrid.n_value_heads) // k.HEADS_PER_TASK)
+        tables: dict[str, Any] = {
+            "state_row": b.state_row.ctypes.data, "state": b.states[layer.place].ctypes.data,
+            "run": b.run.ctypes.data, "n_head": hybrid.n_value_heads,
+            "n_head_kv": hybrid.n_key_heads, "head_dim": hybrid.head_dim,
+        }  # fmt: skip
+        inputs = [w.qkv, w.gate, w.alpha, w.beta]
+        forms = self.norm(b.x, rows, layer.attn_norm, inputs)
+        self.products(forms, [(matrix, None) for matrix in inputs], 0, rows, b.qkv)
         self.add(
-            k.HEADS, rows, y=b.qkv[first:], epsilon=self.config.rms_eps,
+            k.CONVOLVE, rows * parts, x=b.qkv, y=b.convolved, weight=_address(w.conv),
+            weight_k=_address(w.a), biases=[w.dt], **tables,
+        )  # fmt: skip
+        tiles = hybrid.inner // tile_columns(hybrid)
+        self.add(k.RECUR, self.shape.runs * tiles, x=b.convolved, y=b.mixed, **tables)
+        if store_only:
+            return
+        form = self._form(w.out)
+        forms = {form: b.q[form].ctypes.data}
+        self.add(
+            k.GATED_NORM, rows, x=b.qkv[:, hybrid.channels :], y=b.mixed, q=forms[form], form=form,
+            weight=_address(w.norm), epsilon=self.config.rms_eps, **tables,
+        )  # fmt: skip
+        self.products(forms, [(w.out, None)], 0, rows, b.x, add=True)
+
+    def heads(self, a: Attention, place: int, first: int, rows: int) -> None:
+        """Norm and turn the heads of rows; their keys and values into the cache of a layer.
+
+        place: of the layer, among those with attention.
+        """
+        b, c = self.buffers, self.config
+        self.add(
+            k.HEADS, rows, y=b.qkv[first:], epsilon=c.rms_eps, width=c.rotary_dim,
             weight=_address(a.q_norm), weight_k=_address(a.k_norm),
-            adjacent=self.config.architecture.pairing is Pairing.ADJACENT,
-            row=b.row[first:].ctypes.data, cache=b.caches[index].ctypes.data,
+            adjacent=c.architecture.pairing is Pairing.ADJACENT,
+            row=b.row[first:].ctypes.data, cache=b.caches[place].ctypes.data,
         )  # fmt: skip
 
     def _mlp(self, layer: Layer, x: Floats, rows: int) -> None:

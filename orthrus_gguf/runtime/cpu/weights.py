@@ -15,11 +15,16 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Matrix
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import WeightFile
+from orthrus_gguf.model.hybrid import CONV_KERNEL
 from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.protocol import View
+
+#: Of a DeltaNet: [channels, taps].
+_CONV = "ssm_conv1d.weight"
 
 #: Panels that one task of repacking takes.
 PANELS = 16
@@ -29,7 +34,8 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Attention:
-    """One view's attention of one layer. Biases are of q, k and v; norms of heads."""
+    """One view's attention of one layer. Biases are of q, k and v; norms of heads. gate: of its
+    output, where the architecture has one."""
 
     q: Matrix
     k: Matrix
@@ -38,13 +44,34 @@ class Attention:
     biases: tuple[Floats | None, Floats | None, Floats | None]
     q_norm: Floats | None
     k_norm: Floats | None
+    gate: Matrix | None = None
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """A gated DeltaNet. conv: [channels / 16, taps, 16]. a, dt: of value heads, to whole panels."""
+
+    qkv: Matrix
+    gate: Matrix
+    alpha: Matrix
+    beta: Matrix
+    out: Matrix
+    conv: Floats
+    a: Floats
+    dt: Floats
+    norm: Floats
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer; all but `attention` is shared by both views."""
+    """One layer: views of attention, or a DeltaNet in their place; all else is shared.
 
+    place: among the layers of its kind.
+    """
+
+    place: int
     attention: dict[View, Attention]
+    delta_net: DeltaNet | None
     attn_norm: Floats
     ffn_norm: Floats
     gate: Matrix
@@ -54,13 +81,26 @@ class Layer:
 
 def why_not(config: ModelConfig, tensors: Mapping[str, TensorInfo], kernels: Kernels) -> str | None:
     """What keeps a model from the native kernels, in words; None if nothing does."""
-    for size, what in ((config.n_embd, "rows"), (config.head_dim, "heads"), (config.n_ff, "MLP")):
+    sizes = [(config.n_embd, "rows"), (config.head_dim, "heads"), (config.n_ff, "MLP")]
+    if config.hybrid is not None:
+        sizes.append((config.hybrid.head_dim, "DeltaNet heads"))
+    for size, what in sizes:
         if size % LANES:
             return f"{what} of {size} elements are no multiple of {LANES}"
     for info in tensors.values():
-        if len(info.shape) > 1 and kernels.form(int(info.type)) is None:
+        if is_packed(config, info) and kernels.form(int(info.type)) is None:
             return f"{info.name} is {info.type.name}, which they have no product for"
     return None
+
+
+def is_packed(config: ModelConfig, info: TensorInfo) -> bool:
+    """Whether a tensor is repacked: not vectors, nor the taps of convolutions."""
+    return is_used(config, info) and len(info.shape) > 1 and not info.name.endswith(_CONV)
+
+
+def is_used(config: ModelConfig, info: TensorInfo) -> bool:
+    """Whether a tensor is loaded: an MTP block is not."""
+    return not info.name.startswith(f"blk.{config.n_layers}.")
 
 
 def packed_bytes(kernels: Kernels, info: TensorInfo) -> int:
@@ -78,9 +118,9 @@ class Weights:
     def __init__(self, file: WeightFile, kernels: Kernels, threads: int) -> None:
         """Raises OrthrusError when memory does not suffice."""
         self._kernels = kernels
-        matrices = [info for info in file.tensors.values() if len(info.shape) > 1]
-        self.types = frozenset(info.type for info in matrices)
-        sizes = {info.name: packed_bytes(kernels, info) for info in matrices}
+        packed = [info for info in file.tensors.values() if is_packed(file.config, info)]
+        self.types = frozenset(info.type for info in packed)
+        sizes = {info.name: packed_bytes(kernels, info) for info in packed}
         total = sum(sizes.values())
         try:
             self._memory = private_memory(max(total, 1))
@@ -95,7 +135,7 @@ class Weights:
         self._matrices: dict[str, Matrix] = {}
         at = 0
         with ThreadPoolExecutor(threads) as pool:
-            for info in matrices:
+            for info in packed:
                 self._matrices[info.name] = self._place(file, info, at, pool)
                 at += sizes[info.name]
                 file.release(info.name)
@@ -116,9 +156,7 @@ class Weights:
     def _arrange_layers(self, file: WeightFile, views: Mapping[View, str]) -> None:
         """views: each with the suffix of its tensors."""
         self.output_norm = vector(file, OUTPUT_NORM)
-        self.layers = [
-            self._layer(file, f"blk.{index}.", views) for index in range(file.config.n_layers)
-        ]
+        self.layers = [self._layer(file, index, views) for index in range(file.config.n_layers)]
 
     def _place(
         self, file: WeightFile, info: TensorInfo, at: int, pool: ThreadPoolExecutor
@@ -128,28 +166,61 @@ class Weights:
         raw, number = file.data(info.name), int(info.type)
         address = self._block.ctypes.data + at
 
-        def repack(first: int) -> None:
+        def repack(run: tuple[int, int, int]) -> None:
+            source, first, stop = run
+            moved = (source - first) * LANES * (raw.nbytes // columns)
             self._kernels.library.orthrus_repack(
-                number, raw.ctypes.data, columns, k, first, min(first + PANELS, panels), address
+                number, raw.ctypes.data + moved, columns, k, first, stop, address
             )
 
-        list(pool.map(repack, range(0, panels, PANELS)))
+        runs = [(one, one, min(one + PANELS, panels)) for one in range(0, panels, PANELS)]
+        if _gated(file.config, info):
+            each = file.config.head_dim // LANES
+            runs = _apart(panels // each, each)
+        list(pool.map(repack, runs))
         return Matrix(number, k, columns, panels, address)
 
-    def _layer(self, file: WeightFile, prefix: str, views: Mapping[View, str]) -> Layer:
+    def _layer(self, file: WeightFile, index: int, views: Mapping[View, str]) -> Layer:
+        prefix, config = f"blk.{index}.", file.config
+        kinds = config.layer_kinds
+        attends = kinds[index] is LayerKind.ATTENTION
+        attention = {
+            view: self._attention(file, prefix, suffix) for view, suffix in views.items() if attends
+        }
         return Layer(
-            {view: self._attention(file, prefix, suffix) for view, suffix in views.items()},
+            kinds[:index].count(kinds[index]),
+            attention,
+            None if attends else self._delta_net(file, prefix),
             vector(file, f"{prefix}attn_norm.weight"),
-            vector(file, f"{prefix}ffn_norm.weight"),
+            vector(file, f"{prefix}{config.architecture.mlp_norm}.weight"),
             *(self._matrices[f"{prefix}ffn_{name}.weight"] for name in ("gate", "up", "down")),
         )
 
+    def _delta_net(self, file: WeightFile, prefix: str) -> DeltaNet:
+        def matrix(name: str) -> Matrix:
+            return self._matrices[f"{prefix}{name}.weight"]
+
+        conv = vector(file, f"{prefix}{_CONV}").reshape(-1, LANES, CONV_KERNEL)
+        return DeltaNet(
+            qkv=matrix("attn_qkv"),
+            gate=matrix("attn_gate"),
+            alpha=matrix("ssm_alpha"),
+            beta=matrix("ssm_beta"),
+            out=matrix("ssm_out"),
+            conv=np.ascontiguousarray(conv.transpose(0, 2, 1)),
+            a=_whole_panels(vector(file, f"{prefix}ssm_a")),
+            dt=_whole_panels(vector(file, f"{prefix}ssm_dt.bias")),
+            norm=vector(file, f"{prefix}ssm_norm.weight"),
+        )
+
     def _attention(self, file: WeightFile, prefix: str, suffix: str) -> Attention:
-        arch = file.config.architecture
+        arch, gate = file.config.architecture, None
         q, k, v, output = (
             self._matrices[f"{prefix}attn_{name}{suffix}.weight"]
             for name in ("q", "k", "v", "output")
         )
+        if arch.hybrid:
+            q, gate = self._halves(q)
         biases = [
             vector(file, f"{prefix}attn_{name}{suffix}.bias") if arch.qkv_biases else None
             for name in "qkv"
@@ -158,11 +229,34 @@ class Weights:
             vector(file, f"{prefix}attn_{name}_norm{suffix}.weight") if arch.qk_norms else None
             for name in "qk"
         ]
-        return Attention(q, k, v, output, (biases[0], biases[1], biases[2]), norms[0], norms[1])
+        three = (biases[0], biases[1], biases[2])
+        return Attention(q, k, v, output, three, norms[0], norms[1], gate)
+
+    def _halves(self, both: Matrix) -> tuple[Matrix, Matrix]:
+        """Queries and gates, which lie one behind the other."""
+        halves = both.type, both.k, both.columns // 2, both.panels // 2
+        bytes_ = both.panels // 2 * self._kernels.panel_bytes(both.type, both.k)
+        return Matrix(*halves, both.data), Matrix(*halves, both.data + bytes_)
+
+
+def _gated(config: ModelConfig, info: TensorInfo) -> bool:
+    """Whether a tensor holds, head by head, queries and gates."""
+    return config.architecture.hybrid and info.name.endswith(".attn_q.weight")
+
+
+def _apart(heads: int, each: int) -> list[tuple[int, int, int]]:
+    """Runs of panels (from, to, stop) that put every other head of `each` panels behind all the
+    rest."""
+    places = [(head % 2 * (heads // 2) + head // 2) * each for head in range(heads)]
+    return [(head * each, place, place + each) for head, place in enumerate(places)]
+
+
+def _whole_panels(values: Floats) -> Floats:
+    return np.pad(values, (0, -len(values) % LANES))
 
 
 def vector(file: WeightFile, name: str) -> Floats:
-    """A tensor of one dimension as floats."""
+    """A tensor's values in a row, as floats."""
     info = file.tensors[name]
     data = quants.dequantize(file.data(name), GGMLQuantizationType(info.type))
     return np.array(data.reshape(math.prod(info.shape)), dtype=np.float32)

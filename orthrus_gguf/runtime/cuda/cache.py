@@ -19,7 +19,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.passes import check_path
-from orthrus_gguf.runtime.protocol import Checkpoint
+from orthrus_gguf.runtime.protocol import Checkpoint, is_chain
 
 
 def check_head_size(config: ModelConfig) -> None:
@@ -128,6 +128,8 @@ class CudaCache:
 
     def fit(self, parents: Sequence[int]) -> int:
         """See `Cache.fit`: a tree is one pass, and its branches take columns beyond the rows."""
+        if is_chain(parents):
+            return len(parents)
         count = min(len(parents), self._spare)
         while count > 1 and not self.holds(tree_layout(parents[:count], self._length)):
             count -= 1
