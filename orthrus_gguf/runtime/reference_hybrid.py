@@ -18,17 +18,13 @@ from torch.nn import functional
 from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.hybrid import CONV_KERNEL, Hybrid
+from orthrus_gguf.runtime.checkpoints import Checkpoints
 from orthrus_gguf.runtime.passes import check_path
 from orthrus_gguf.runtime.protocol import Checkpoint, path_to
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
 
 #: What the squared length of queries and keys is raised by, as transformers has it.
 _L2_EPS = 1e-6
-
-#: Rows between checkpoints that a cache makes by itself; how many it keeps, and in how many bytes.
-CHECKPOINT_ROWS = 256
-KEPT = 32
-KEPT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -149,9 +145,8 @@ class HybridCache(ReferenceCache):
 
     Pending rows leave that state alone: each keeps its updates, and committing applies those of the
     rows that stay. So rejected drafts cost nothing, and no state is copied per row. A state cannot
-    be turned back: the cache goes back to checkpoints only, which it makes every CHECKPOINT_ROWS
-    rows or at the end of a longer pass, and where it is asked to; it keeps the newest that KEPT and
-    KEPT_BYTES allow, but always the last two.
+    be turned back: the cache goes back to checkpoints only, which it makes now and then by itself
+    (`checkpoints.py`), and where it is asked to.
     """
 
     def __init__(self, config: ModelConfig, capacity: int) -> None:
@@ -161,7 +156,8 @@ class HybridCache(ReferenceCache):
         self.state = self._committed  # of the path to the row that runs next
         self._updates: list[list[Update]] = []  # of each pending row, by layer
         self._at: list[int] = []  # pending rows that `state` has
-        self._kept: dict[int, State] = {}
+        assert config.hybrid is not None
+        self._kept = Checkpoints[State](config.hybrid.state_bytes(config.n_layers))
 
     def add_update(self, update: Update) -> None:
         """Of the row that runs: what the next layer did."""
@@ -197,7 +193,7 @@ class HybridCache(ReferenceCache):
         state = self.state if list(rows) == self._at else self._replayed(rows)
         super().commit(rows)
         self.state = self._committed = state
-        if self._length - max(self._kept, default=0) >= CHECKPOINT_ROWS:
+        if self._kept.due(self._length):
             self._keep()
 
     def checkpoint(self, length: int | None = None) -> Checkpoint:
@@ -206,8 +202,7 @@ class HybridCache(ReferenceCache):
             self._keep()
             return Checkpoint(self._length)
         super().checkpoint(length)
-        places = [0, *self._kept, self._length]
-        return Checkpoint(max(place for place in places if place <= length))
+        return Checkpoint(length if length == self._length else self._kept.latest(length))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Cache.restore`."""
@@ -215,18 +210,14 @@ class HybridCache(ReferenceCache):
         if not 0 <= length <= self._length or self.checkpoint(length).length != length:
             raise ValueError(f"no checkpoint at {length}: the state of that place is not kept")
         if length < self._length:
-            self._committed = self._kept[length] if length else State.empty(self._config)
-        self._kept = {place: state for place, state in self._kept.items() if place <= length}
+            self._committed = self._kept.get(length) or State.empty(self._config)
+        self._kept.forget_behind(length)
         self._length = length
         self.pend(())
 
     def _keep(self) -> None:
-        """Remember the committed state, and forget the oldest beyond the budget."""
-        self._kept[self._length] = self._committed  # what is committed is never written to
-        assert self._config.hybrid is not None
-        each = self._config.hybrid.state_bytes(self._config.n_layers)
-        while len(self._kept) > max(2, min(KEPT, KEPT_BYTES // each)):
-            del self._kept[min(self._kept)]
+        """Remember the committed state, which is never written to."""
+        self._kept.keep(self._length, self._committed)
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
         """See `Portable.take`: up to where the cache stands, or to a checkpoint."""
@@ -245,7 +236,9 @@ class HybridCache(ReferenceCache):
         super().put(parts[:2], rows)
         for view, part in zip(views, parts[2:], strict=True):
             view[...] = part
-        self._committed, self._kept = state, {rows: state}
+        self._committed = state
+        self._kept.clear()
+        self._keep()
         self.pend(())
 
 

@@ -23,10 +23,11 @@ from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.engine import Request, Result, Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.checkpoints import KEPT
 from orthrus_gguf.runtime.protocol import Checkpoint, ar_segment, path_to
 from orthrus_gguf.runtime.reference import ReferenceModel
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
-from orthrus_gguf.runtime.reference_hybrid import KEPT, HybridCache
+from orthrus_gguf.runtime.reference_hybrid import HybridCache
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 
@@ -167,15 +168,15 @@ def test_checkpoints(model: ReferenceModel, expected: NDArray[np.float32]) -> No
 def test_checkpoints_are_made_and_forgotten(
     model: ReferenceModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orthrus_gguf.runtime.reference_hybrid.CHECKPOINT_ROWS", 4)
-    monkeypatch.setattr("orthrus_gguf.runtime.reference_hybrid.KEPT", 3)
+    monkeypatch.setattr("orthrus_gguf.runtime.checkpoints.CHECKPOINT_ROWS", 4)
+    monkeypatch.setattr("orthrus_gguf.runtime.checkpoints.KEPT", 3)
     assert KEPT > 3
     cache = model.new_cache(64)
     for token in TEXT[:21]:
         run(model, cache, [token])
         cache.commit([0])
     assert [cache.checkpoint(n).length for n in (21, 20, 19, 15, 11)] == [21, 20, 16, 12, 0]
-    monkeypatch.setattr("orthrus_gguf.runtime.reference_hybrid.KEPT_BYTES", 1)
+    monkeypatch.setattr("orthrus_gguf.runtime.checkpoints.KEPT_BYTES", 1)
     cache.checkpoint()
     assert [cache.checkpoint(n).length for n in (21, 20, 19)] == [21, 20, 0]
 
