@@ -90,7 +90,13 @@ def _run(args: argparse.Namespace) -> int:
     check_target(args.output, overwrite=args.overwrite)
     with ExitStack() as resources:
         file = resources.enter_context(open_model(path, args, say))
-        drafter, config = open_drafter(args.drafter, file, resources)
+        settings = options.runtime_settings(args)
+        drafter, config = open_drafter(args.drafter, file, settings.name, resources, say, mtp=False)
+        if config.beside is not None and config.beside.chain:
+            raise OrthrusError(
+                f"{args.drafter}: recordings are of drafters that draft blocks, and this one drafts"
+                " chains"
+            )
         if not config.has_heads and drafter is None:
             raise OrthrusError(
                 f"{path}: no diffusion heads, so nothing drafts; name a heads file with --heads, or"
@@ -101,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
         prompts = encode(texts, tokenizer, template)
         n_ctx = min(max(len(prompt.tokens) for prompt in prompts) + args.n_gen, config.n_ctx_train)
-        loaded = load_model(file, options.runtime_settings(args), drafter=drafter)
+        loaded = load_model(file, settings, drafter=drafter)
         model = resources.enter_context(closing(loaded))
         session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
         recorded = [
@@ -109,14 +115,14 @@ def _run(args: argparse.Namespace) -> int:
             for prompt in tqdm(prompts, "recording", unit=" texts", leave=False, disable=None)
             if (text := _record(session, prompt, args.n_gen, sizes)) is not None
         ]
-        settings = f"{args.prompts} prompts, up to {args.n_gen} tokens, {model.description}"
+        told = f"{args.prompts} prompts, up to {args.n_gen} tokens, {model.description}"
     if not recorded:
         raise OrthrusError("every text ended with its first token: nothing to record")
     recording = Recording(
-        Origin(config.name, True, settings),
+        Origin(config.name, True, told),
         sizes[-1] if sizes else None,
         tuple(recorded),
-        config.drafter_block,
+        None if config.beside is None else config.beside.block,
     )
     recording.save(args.output)
     say(f"{args.output}: {len(recorded)} texts, {blocks_in_words(recording)}")

@@ -184,8 +184,9 @@ def _hardware(name: str, args: argparse.Namespace) -> Hardware:
     if path.suffix == ".gguf":
         with ExitStack() as resources:
             file = resources.enter_context(ModelFile.open(path))
-            drafter, _ = open_drafter(args.drafter, file, resources)
-            loaded = load_model(file, RuntimeSettings(threads=args.threads), drafter=drafter)
+            settings = RuntimeSettings(threads=args.threads)
+            drafter, _ = open_drafter(args.drafter, file, settings.name, resources, say, mtp=False)
+            loaded = load_model(file, settings, drafter=drafter)
             model = resources.enter_context(closing(loaded))
             curve = MachineCosts(model, identity(file), say).curve
             title = f"{file.config.name} on {model.description}, {machine()['cpu']}"

@@ -8,7 +8,6 @@ import numpy as np
 
 from orthrus_gguf.bench.simulation.recording import COLUMNS, RecordedRows, Text
 from orthrus_gguf.decode import drive, prefill
-from orthrus_gguf.drafting.dflash import DFLASH
 from orthrus_gguf.drafting.registry import make_drafters
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.runtime.beside import ModelWithDrafter
@@ -42,10 +41,11 @@ def record_text(
     cache = model.new_cache(len(tokens))
     beside = model.new_draft_cache(len(tokens)) if isinstance(model, ModelWithDrafter) else None
     sequence = TokenSequence(model.config, cache, sampler, tokens[:-1], draft_cache=beside)
-    drafters = make_drafters(sequence, {DFLASH.name})
+    names = set() if beside is None else {beside.beside.name}
+    drafters = make_drafters(sequence, names)
     drive(model, prefill(sequence, drafters))
     blocks = {rows: _nothing(anchors, rows) for rows in sizes}
-    drafted = None if beside is None else _nothing(anchors, beside.block_size - 1)
+    drafted = None if beside is None else _nothing(anchors, beside.beside.most)
     for anchor in reversed(range(anchors)):
         start = len(prompt) + anchor
         cache.restore(cache.checkpoint(start))
@@ -55,7 +55,7 @@ def record_text(
             _fill(recorded[anchor], choices)
         if beside is not None and drafted is not None:
             beside.go_back(start)
-            (choices,) = model.forward([sequence.drafter_segment(beside.block_size - 1)])
+            (choices,) = model.forward([sequence.drafter_segment(beside.beside.most)])
             _fill(drafted[anchor], choices)
     return Text(domain, tuple(prompt), tuple(output), blocks, drafted)
 
