@@ -131,6 +131,20 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="a page to chat with the model at / (default: on)",
     )
+    group.add_argument(
+        "--reasoning-budget",
+        type=options.integer,
+        default=-1,
+        metavar="N",
+        help="tokens that a thought may have where a request does not say; 0: no thought, -1: any"
+        " number (default: -1)",
+    )
+    group.add_argument(
+        "--reasoning-budget-message",
+        default="",
+        metavar="TEXT",
+        help="what a thought that may have no more says before it ends",
+    )
     add_thinking_options(group, unless=" and the request does not say")
 
 
@@ -236,6 +250,8 @@ def make_service(loaded: Loaded, args: argparse.Namespace) -> Service:
         stop=loaded.stop,
         thinking=loaded.thinking,
         n_ctx=n_ctx,
+        thought_tokens=max(args.reasoning_budget, -1),
+        thought_end=args.reasoning_budget_message,
     )
 
 

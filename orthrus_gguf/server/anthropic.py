@@ -101,10 +101,10 @@ class ToolChoice:
 
 @dataclass(kw_only=True)
 class Thinking:
-    """Whether the model thinks before it answers."""
+    """Whether the model thinks before it answers. budget_tokens: of a thought, at most."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: Annotated[int, Within(0)] | None = None
 
 
 @dataclass(kw_only=True)
@@ -164,8 +164,10 @@ def _chat_request(request: CountRequest) -> ChatRequest:
             chat.tool_choice = "required"
         else:
             chat.tool_choice = "none" if choice.type == "none" else "auto"
-    if request.thinking is not None and request.thinking.type != "adaptive":
-        chat.enable_thinking = request.thinking.type == "enabled"
+    if request.thinking is not None:
+        chat.thinking_budget_tokens = request.thinking.budget_tokens
+        if request.thinking.type != "adaptive":
+            chat.enable_thinking = request.thinking.type == "enabled"
     if isinstance(request, MessagesRequest):
         chat.max_tokens, chat.stop = request.max_tokens, request.stop_sequences
         for name in ("temperature", "top_k", "top_p", "seed", "speculative"):

@@ -111,9 +111,19 @@ class StreamOptions:
 
 
 @dataclass(kw_only=True)
+class Reasoning:
+    """How to think. effort: `none` switches it off; templates that know efforts get others.
+    max_tokens: of a thought."""
+
+    effort: str | None = None
+    max_tokens: Annotated[int, Within(0)] | None = None
+
+
+@dataclass(kw_only=True)
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions. return_origins: what streams comes with how its tokens came about
-    (`answers.drafting`)."""
+    """POST /v1/chat/completions. reasoning_budget_tokens, thinking_budget_tokens: of a thought, as
+    llama-server spells it; -1: any number. return_origins: what streams comes with how its tokens
+    came about (`answers.drafting`)."""
 
     messages: Annotated[list[ChatMessage], Within(1)]
     model: str | None = None
@@ -131,6 +141,10 @@ class ChatRequest(Sampling):
     parallel_tool_calls: bool = True
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    reasoning: Reasoning | None = None
+    reasoning_effort: str | None = None
+    reasoning_budget_tokens: Annotated[int, Within(-1)] | None = None
+    thinking_budget_tokens: Annotated[int, Within(-1)] | None = None
     return_origins: bool = False
 
 
@@ -192,13 +206,8 @@ def _arguments(given: str | dict[str, Any], where: str) -> Any:
 
 def prepare(service: Service, request: ChatRequest) -> Chat:
     """From a request to jobs. Takes a moment: call it in a thread. Raises ApiError."""
-    thinking = request.enable_thinking
-    more = dict(request.chat_template_kwargs)
-    if "enable_thinking" in more:
-        switch = more.pop("enable_thinking")
-        if not isinstance(switch, bool):
-            raise wrong("chat_template_kwargs.enable_thinking", "expected true or false")
-        thinking = switch
+    thought_tokens = _thought_tokens(service, request)
+    thinking, more = _thinking(request, thought_tokens)
     tools = request.tools if request.tool_choice != "none" else None
     _, prompt = service.chat_prompt(
         template_messages(request.messages),
@@ -221,11 +230,41 @@ def prepare(service: Service, request: ChatRequest) -> Chat:
             stop=stops(request.stop),
             top=0 if top is None else max(top, 1),
             grammar=grammar,
+            thought_tokens=thought_tokens,
             index=index,
         )
         for index in range(request.n)
     ]
     return Chat(prompt, jobs, top, bool(tools))
+
+
+def _thought_tokens(service: Service, request: ChatRequest) -> int:
+    """What a thought may have; -1: any number."""
+    asked = request.reasoning.max_tokens if request.reasoning is not None else None
+    for found in (request.reasoning_budget_tokens, request.thinking_budget_tokens, asked):
+        if found is not None:
+            return found
+    return service.thought_tokens
+
+
+def _thinking(request: ChatRequest, thought_tokens: int) -> tuple[bool | None, dict[str, Any]]:
+    """Whether to think, None where nothing says so, and what templates are told besides."""
+    more = dict(request.chat_template_kwargs)
+    effort = request.reasoning_effort
+    if effort is None and request.reasoning is not None:
+        effort = request.reasoning.effort
+    if effort is not None:
+        more.setdefault("reasoning_effort", effort)
+    switch = more.pop("enable_thinking", None)
+    if switch is None:
+        switch = request.enable_thinking
+    if switch is None and effort is not None:
+        switch = effort != "none"
+    if switch is None and thought_tokens == 0:
+        switch = False
+    if not isinstance(switch, bool | None):
+        raise wrong("chat_template_kwargs.enable_thinking", "expected true or false")
+    return switch, more
 
 
 def tool_json(tool: Tool) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from orthrus_gguf.server.chat_requests import (
     NamedFunction,
     NamedSchema,
     NamedTool,
+    Reasoning,
     ResponseFormat,
     Tool,
     ToolCall,
@@ -109,13 +110,6 @@ class TextSettings:
 
 
 @dataclass(kw_only=True)
-class ReasoningSettings:
-    """effort: `none` switches thinking off."""
-
-    effort: str | None = None
-
-
-@dataclass(kw_only=True)
 class ResponsesRequest:
     """POST /v1/responses."""
 
@@ -131,7 +125,7 @@ class ResponsesRequest:
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool = True
     text: TextSettings | None = None
-    reasoning: ReasoningSettings | None = None
+    reasoning: Reasoning | None = None
     previous_response_id: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     speculative: Speculative | None = None
@@ -146,7 +140,7 @@ def _chat_request(request: ResponsesRequest) -> ChatRequest:
         raise wrong("input", "is empty")
     chat = ChatRequest(messages=messages)
     chat.max_tokens = request.max_output_tokens
-    for name in ("temperature", "top_p", "seed", "speculative", "parallel_tool_calls"):
+    for name in ("temperature", "top_p", "seed", "speculative", "parallel_tool_calls", "reasoning"):
         setattr(chat, name, getattr(request, name))
     chat.tools = [Tool(type="function", function=tool) for tool in request.tools or []] or None
     choice = request.tool_choice
@@ -154,8 +148,6 @@ def _chat_request(request: ResponsesRequest) -> ChatRequest:
         chat.tool_choice = NamedTool(function=NamedFunction(name=choice.name))
     else:
         chat.tool_choice = choice
-    if request.reasoning is not None and request.reasoning.effort is not None:
-        chat.enable_thinking = request.reasoning.effort != "none"
     wanted = request.text.format if request.text is not None else None
     if wanted is not None:
         schema = NamedSchema(name=wanted.name, schema=wanted.schema, strict=wanted.strict)

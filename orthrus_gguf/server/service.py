@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
 from orthrus_gguf.drafting.plan import PLAIN, Plan, parse
+from orthrus_gguf.drafting.sequence import Constraint
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
@@ -19,6 +20,8 @@ from orthrus_gguf.server.events import BusyError, Event, Job
 from orthrus_gguf.server.fields import Within
 from orthrus_gguf.server.grammars import Grammars, from_gbnf, from_regex, from_schema
 from orthrus_gguf.server.scheduler import Scheduler
+from orthrus_gguf.server.splitter import THOUGHT
+from orthrus_gguf.server.thoughts import Bound, bounded
 from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import Tokenizer
 
@@ -72,7 +75,9 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Service:
-    """The model and what the command line settled. thinking: default of Qwen3's switch."""
+    """The model and what the command line settled. thinking: default of Qwen3's switch.
+    thought_tokens: what a thought may have, where a request does not say; -1: any number.
+    thought_end: is said in place of more."""
 
     name: str
     aliases: tuple[str, ...]
@@ -88,10 +93,15 @@ class Service:
     stop: tuple[str, ...]
     thinking: bool | None
     n_ctx: int
+    thought_tokens: int = -1
+    thought_end: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self.grammars = Grammars(self.tokenizer)
+        self._closing = tuple(
+            self.tokenizer.encode(self.thought_end + THOUGHT, add_bos=False, add_eos=False)
+        )
 
     def chat_prompt(
         self,
@@ -221,9 +231,11 @@ class Service:
         stop: Sequence[str] = (),
         top: int = 0,
         grammar: str | None = None,
+        thought_tokens: int = -1,
         index: int = 0,
     ) -> Job:
-        """A job that nobody listens to yet (`answer` does). Raises ApiError."""
+        """A job that nobody listens to yet (`submit_all` has it listened to). thought_tokens: that
+        a thought may have; -1: any number. Raises ApiError."""
         count = len(prompt.ids)
         if not count:
             raise wrong("prompt", "is empty: there is no token to continue from")
@@ -233,14 +245,17 @@ class Service:
             raise wrong("stop", "a stop string must not be empty")
         if not all(0 <= token < self.tokenizer.n_vocab for token in prompt.ids):
             raise wrong("prompt", "holds ids that are not in the vocabulary")
-        constraint = None
+        constraint: Constraint | None = None
         plan = self.drafting(given.speculative)
+        drafts = plan != PLAIN
         if grammar is not None:
-            drafts = plan != PLAIN
             try:
                 constraint = self.grammars.constraint(grammar, count, drafts=drafts)
             except OrthrusError as error:
                 raise ApiError(str(error), param="grammar") from error
+        if thought_tokens >= 0:
+            bound = Bound(self.tokenizer, self._closing, thought_tokens)
+            constraint = bounded(bound, constraint, count, begun=prompt.thinking, drafts=drafts)
         return Job(
             prompt.ids,
             self.settings(given, index),
