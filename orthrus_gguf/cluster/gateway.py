@@ -50,7 +50,7 @@ class Cluster(Protocol):
 
     async def ask_all(self, what: str) -> Mapping[str, Any]:
         """What each of them says to a question that is none of a conversation: `metrics` or
-        `slots`."""
+        `slots`. Raises ApiError (503)."""
 
 
 class Gateway:
@@ -80,14 +80,18 @@ class Gateway:
 
     async def _metrics(self, request: Request) -> Response:
         enabled(self._settings.metrics, "--metrics")
-        found = await self._cluster.ask_all("metrics")
+        found = await self._ask_all("metrics")
         page = metrics.exposition(metrics.labelled(found, "replica"))
         return Response(page, media_type=metrics.CONTENT_TYPE)
 
     async def _slots(self, request: Request) -> Response:
         enabled(self._settings.slots, "--slots")
-        found = await self._cluster.ask_all("slots")
+        found = await self._ask_all("slots")
         return http.Json([{"replica": name, **slot} for name in found for slot in found[name]])
+
+    async def _ask_all(self, what: str) -> Mapping[str, Any]:
+        await self._some_replica()
+        return await self._cluster.ask_all(what)
 
     async def _forward(self, request: Request) -> Response:
         scope, body = request.scope, bytearray()

@@ -128,7 +128,7 @@ def test_below_a_path_of_ray_serve() -> None:
 
 def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "PATIENCE", 0.0)
-    for method, path in (("GET", "/health"), ("POST", "/v1/messages"), ("GET", "/v1/models")):
+    for method, path in (("GET", "/health"), ("POST", "/v1/messages"), ("GET", "/metrics")):
         found = call(Replicas(), method, path)
         assert found.status_code == 503
         assert found.json()["error"]["message"] == "Loading model"
