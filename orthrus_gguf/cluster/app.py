@@ -50,7 +50,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         name="Replica",
         ray_actor_options={"num_cpus": layout.cpus, "num_gpus": layout.gpus},
         max_ongoing_requests=layout.ongoing,
-        max_queued_requests=layout.queue,
+        max_queued_requests=layout.ongoing * layout.most,
         graceful_shutdown_timeout_s=layout.drain,
         request_router_config={
             "request_router_class": "orthrus_gguf.cluster.router.PrefixRouter",
@@ -63,7 +63,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         name="Door",
         num_replicas=layout.doors,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=layout.ongoing * layout.most + 100,
+        max_ongoing_requests=2 * layout.ongoing * layout.most,
         graceful_shutdown_timeout_s=layout.drain,
     )
     return door.bind(replicas.bind(flags), settings)
@@ -121,5 +121,9 @@ class _Replicas:
 
     async def ask_all(self, what: str) -> Mapping[str, Any]:
         asked = self._handle.broadcast("tell", what)
-        found = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
+        try:
+            found = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError) as error:
+            told = "the replicas do not answer; try again"
+            raise ApiError(told, status=503, retry_after=RETRY) from error
         return dict(answer for answer in found if not isinstance(answer, BaseException))

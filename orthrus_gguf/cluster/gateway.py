@@ -17,7 +17,7 @@ from starlette.types import Message, Receive, Scope, Send
 from orthrus_gguf.cluster.forwarding import REPLICA, Forwarded
 from orthrus_gguf.cluster.prefixes import prefix
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.server import http, metrics
+from orthrus_gguf.server import http, metrics, page_files
 from orthrus_gguf.server.api_errors import ANTHROPIC_PATHS, ApiError
 from orthrus_gguf.server.app import Settings, behind_doors, enabled
 
@@ -50,7 +50,7 @@ class Cluster(Protocol):
 
     async def ask_all(self, what: str) -> Mapping[str, Any]:
         """What each of them says to a question that is none of a conversation: `metrics` or
-        `slots`."""
+        `slots`. Raises ApiError (503)."""
 
 
 class Gateway:
@@ -64,6 +64,7 @@ class Gateway:
             Route("/v1/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
             Route("/slots", self._slots, methods=["GET"]),
+            *(page_files.routes() if settings.page else ()),
             Route("/{path:path}", self._forward, methods=["GET", "POST"]),
         ]
         self._doors = behind_doors(routes, settings)
@@ -71,7 +72,9 @@ class Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Paths are those below the one that the application is served at."""
         if scope["type"] == "http" and (root := scope.get("root_path")):
-            scope = {**scope, "path": scope["path"].removeprefix(root) or "/", "root_path": ""}
+            path = scope["path"].removeprefix(root)
+            bare = {} if path else {"bare_prefix": root}  # where the page's own addresses fail
+            scope = {**scope, "path": path or "/", "root_path": "", **bare}
         await self._doors(scope, receive, send)
 
     async def _health(self, request: Request) -> Response:
@@ -80,14 +83,18 @@ class Gateway:
 
     async def _metrics(self, request: Request) -> Response:
         enabled(self._settings.metrics, "--metrics")
-        found = await self._cluster.ask_all("metrics")
+        found = await self._ask_all("metrics")
         page = metrics.exposition(metrics.labelled(found, "replica"))
         return Response(page, media_type=metrics.CONTENT_TYPE)
 
     async def _slots(self, request: Request) -> Response:
         enabled(self._settings.slots, "--slots")
-        found = await self._cluster.ask_all("slots")
+        found = await self._ask_all("slots")
         return http.Json([{"replica": name, **slot} for name in found for slot in found[name]])
+
+    async def _ask_all(self, what: str) -> Mapping[str, Any]:
+        await self._some_replica()
+        return await self._cluster.ask_all(what)
 
     async def _forward(self, request: Request) -> Response:
         scope, body = request.scope, bytearray()

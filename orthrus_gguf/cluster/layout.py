@@ -23,6 +23,9 @@ ELSEWHERE = {
     "ssl_key_file": "a proxy with TLS before Ray Serve",
 }
 
+#: Requests that a replica takes beyond those that its queue holds.
+SPARE = 100
+
 #: Flags that are for the door only.
 DOOR = frozenset({"api_key", "api_key_file", "cors", "api_prefix"})
 
@@ -35,7 +38,7 @@ class Layout:
     """replicas: a number, or a range as `1..4`, within which they follow the load. cpus, gpus: of
     each replica. doors: processes that HTTP comes to. drain: seconds that answers under way may go
     on when their replica is to end. parallel: conversations that a replica has in one pass. queue:
-    requests that may wait."""
+    requests that may wait in each."""
 
     replicas: str = "1"
     cpus: float = 1
@@ -57,8 +60,8 @@ class Layout:
 
     @property
     def ongoing(self) -> int:
-        """Requests that a replica takes: those that wait for one of its slots, too."""
-        return self.parallel + self.queue
+        """Requests that a replica takes: also those that it refuses (429) or that need no slot."""
+        return self.parallel + self.queue + SPARE
 
 
 #: Fields of `Layout` that are no flags of orthrus-server.

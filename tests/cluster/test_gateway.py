@@ -126,9 +126,23 @@ def test_below_a_path_of_ray_serve() -> None:
     assert cluster.asked[0][1].path == "/v1/models"
 
 
+def test_the_page_is_the_doors_own() -> None:
+    """Also while models are loaded, and below a path of Ray Serve, where its addresses are
+    relative."""
+    page = call(Replicas(), "GET", "/", Settings(keys=["secret"], page=True))
+    assert page.is_success
+    assert "content-security-policy" in page.headers
+    bare = call(Replicas(), "GET", "/llm", Settings(page=True), root="/llm")
+    assert (bare.status_code, bare.headers["location"]) == (308, "/llm/")
+    assert call(Replicas(), "GET", "/llm/", Settings(page=True), root="/llm").is_success
+    cluster = Replicas(a=says(b"{}"))
+    call(cluster, "GET", "/", Settings(page=False))
+    assert cluster.asked
+
+
 def test_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gateway, "PATIENCE", 0.0)
-    for method, path in (("GET", "/health"), ("POST", "/v1/messages"), ("GET", "/v1/models")):
+    for method, path in (("GET", "/health"), ("POST", "/v1/messages"), ("GET", "/metrics")):
         found = call(Replicas(), method, path)
         assert found.status_code == 503
         assert found.json()["error"]["message"] == "Loading model"

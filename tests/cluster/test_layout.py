@@ -31,7 +31,7 @@ def test_flags_and_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         }
     )
     assert (layout.least, layout.most, layout.cpus, layout.gpus) == (1, 4, 2, 0)
-    assert (layout.parallel, layout.queue, layout.ongoing) == (3, 7, 10)
+    assert (layout.parallel, layout.queue) == (3, 7)
     assert (settings.keys, settings.prefix) == (["one", "two"], "/api")
     assert (settings.metrics, settings.props) == (True, False)
     args = server.parser().parse_args(flags)

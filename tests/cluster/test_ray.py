@@ -1,4 +1,5 @@
-"""Two replicas on this machine behind Ray Serve, one of which is killed under load."""
+"""Two replicas behind Ray Serve, on two machines that are this one. A replica is killed under load,
+and a machine fails."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 from live_server import chat_model, free_port
 
@@ -44,6 +47,8 @@ class Cluster:
 
     url: str
     arguments: dict[str, Any]
+    machines: Any
+    other: Any
 
     def get(self, path: str, **headers: str) -> Answer:
         return self._call(urllib.request.Request(self.url + path, headers=headers))
@@ -89,17 +94,23 @@ def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def cluster(model: Path) -> Iterator[Cluster]:
+    """Two machines, as far as Ray can tell: each has a core, on which there is a replica."""
     from ray import serve
+    from ray.cluster_utils import Cluster as Machines
 
-    port = free_port()
+    port, memory = free_port(), 80 << 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_raylet_start_wait_time_s", "120")
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20)
+        head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": memory}
+        machines = Machines(initialize_head=True, head_node_args=head)
         try:
-            serve.start(http_options={"host": "127.0.0.1", "port": port})
+            other = machines.add_node(num_cpus=1, object_store_memory=memory)
+            ray.init(address=machines.address)
+            serve.start("HeadOnly", {"host": "127.0.0.1", "port": port})  # there is but one port
             arguments = {"model": model, "replicas": 2, "c": 1024, "metrics": True, "drain": 60}
-            found = Cluster(f"http://127.0.0.1:{port}", arguments)
+            found = Cluster(f"http://127.0.0.1:{port}", arguments, machines, other)
             found.deploy()
             until(lambda: found.get("/health").status == 200)
             until(lambda: len(found.replicas()) == 2)
@@ -107,6 +118,7 @@ def cluster(model: Path) -> Iterator[Cluster]:
             serve.shutdown()
         finally:
             ray.shutdown()
+            machines.shutdown()
 
 
 def kill(name: str) -> None:
@@ -302,7 +314,7 @@ def test_replicas_are_exchanged_one_after_another(cluster: Cluster) -> None:
     with ThreadPoolExecutor(4) as pool:
         clients = [pool.submit(load.ask, number) for number in range(4)]
         try:
-            cluster.deploy(alias="newer")
+            cluster.deploy(alias="newer", queue=2)
             until(lambda: not {*cluster.replicas()} & {*before})
         finally:
             load.over.set()
@@ -311,6 +323,35 @@ def test_replicas_are_exchanged_one_after_another(cluster: Cluster) -> None:
     assert (load.wrong, load.failed) == (0, [])
     assert load.done > 20
     assert cluster.get("/v1/models").json["data"][0]["id"] == "newer"
+
+
+def test_more_than_may_wait_hear_so(cluster: Cluster) -> None:
+    """Of the test before: two replicas with a queue of 2 each."""
+    body = {**requests(1)[0], "max_tokens": 300}
+    with ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(lambda _: cluster.post("/v1/completions", body), range(60)))
+    assert {answer.status for answer in answers} == {200, 429}
+    (text,) = {said(answer) for answer in answers if answer.status == 200}
+    assert text
+    refused = [answer.json["error"] for answer in answers if answer.status == 429]
+    assert {error["type"] for error in refused} == {"rate_limit_error"}
+
+
+def test_the_usual_clients(cluster: Cluster) -> None:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
+        chunks = client.chat.completions.create(
+            model="newer",
+            messages=[{"role": "user", "content": "import "}],
+            max_tokens=9,
+            stream=True,
+        )
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        with pytest.raises(openai.BadRequestError, match="n: "):
+            client.completions.create(model="newer", prompt="x", n=-1)
+    with anthropic.Anthropic(base_url=cluster.url, api_key="none") as claude:
+        message = {"role": "user", "content": "import "}
+        with claude.messages.stream(model="newer", max_tokens=9, messages=[message]) as stream:  # type: ignore[list-item]
+            assert stream.get_final_message().usage.output_tokens == 9
 
 
 def test_replicas_follow_the_load(cluster: Cluster) -> None:
@@ -328,3 +369,26 @@ def test_replicas_follow_the_load(cluster: Cluster) -> None:
         for client in clients:
             client.result()
     assert (load.wrong, load.failed) == (0, [])
+
+
+def test_a_machine_fails(cluster: Cluster) -> None:
+    """What was under way there fails or is answered by the other; that goes on."""
+    cluster.deploy(doors=2)
+    until(lambda: len(cluster.replicas()) == 2)
+    texts = [said(cluster.post("/v1/completions", body)) for body in requests(8)]
+    load = Load(cluster, texts)
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(load.ask, number) for number in range(4)]
+        try:
+            until(lambda: load.done > 10)
+            cluster.machines.remove_node(cluster.other, allow_graceful=False)
+            until(lambda: len(cluster.replicas()) == 1)
+            done = load.done
+            until(lambda: load.done > done + 20)
+        finally:
+            load.over.set()
+        for client in clients:
+            client.result()
+    assert load.wrong == 0
+    for answer in load.failed:  # also those of the door that was there
+        assert answer.status >= 500 or "died" in answer.text
