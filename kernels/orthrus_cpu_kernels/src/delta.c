@@ -22,6 +22,12 @@
 
 #define WIDE 2           // vectors of a tile's columns, where the heads divide by them
 #define HEADS_PER_TASK 8 // of the convolution
+// Whether registers suffice to ask the state for the next row while it changes for this one.
+#if defined(ORTHRUS_AVX512VNNI)
+#define TOGETHER 1
+#else
+#define TOGETHER 0
+#endif
 #define L2_EPS 1e-6f     // what the squared length of q and k is raised by
 
 // Offsets within a record, and its size, in floats.
@@ -102,31 +108,55 @@ INLINE void learn(float *to, const float *from, int d, const int wide, float dec
         }
 }
 
-// One row through a tile. q, k [d]; v, delta, o: of the tile's columns.
-INLINE void recur(float *tile, int d, const int wide, float decay, float beta, const float *q,
-                  const float *k, const float *v, float *delta, float *o) {
-    vf sum[2][WIDE], change[WIDE], by = f_set(decay);
-    for (int w = 0; w < wide; w++) sum[0][w] = sum[1][w] = f_set(0.0f);
+// Sums over i of a tile's columns, in two chains: [even, odd][vector].
+typedef struct {
+    vf of[2][WIDE];
+} Sums;
+
+INLINE void clear(Sums *sums, const int wide) {
+    for (int w = 0; w < wide; w++) sums->of[0][w] = sums->of[1][w] = f_set(0.0f);
+}
+
+// What a state says to a key.
+INLINE void ask(Sums *sums, const float *tile, int d, const int wide, const float *k) {
+    clear(sums, wide);
     for (int i = 0; i < d; i += 2)
         for (int odd = 0; odd < 2; odd++)
             for (int w = 0; w < wide; w++)
-                sum[odd][w] = f_fma(f_load(tile + ((i + odd) * wide + w) * LANES),
-                                    f_set(k[i + odd]), sum[odd][w]);
+                sums->of[odd][w] = f_fma(f_load(tile + ((i + odd) * wide + w) * LANES),
+                                         f_set(k[i + odd]), sums->of[odd][w]);
+}
+
+// One row through a tile. known: what the state before it says to its key; afterwards what the new
+// one says to the next row's, if there is one. q, k [d]; v, delta, o: of the tile's columns.
+INLINE void recur(Sums *known, float *tile, int d, const int wide, float decay, float beta,
+                  const float *q, const float *k, const float *v, float *delta, float *o,
+                  const float *next) {
+    Sums told, ahead;
+    vf change[WIDE], by = f_set(decay);
     for (int w = 0; w < wide; w++) {
-        vf known = f_mul(by, f_add(sum[0][w], sum[1][w]));
-        change[w] = f_mul(f_set(beta), f_sub(f_load(v + w * LANES), known));
+        vf old = f_mul(by, f_add(known->of[0][w], known->of[1][w]));
+        change[w] = f_mul(f_set(beta), f_sub(f_load(v + w * LANES), old));
         f_store(delta + w * LANES, change[w]);
-        sum[0][w] = sum[1][w] = f_set(0.0f);
     }
+    clear(&told, wide);
+    clear(&ahead, wide);
     for (int i = 0; i < d; i += 2)
-        for (int odd = 0; odd < 2; odd++)
+        for (int odd = 0; odd < 2; odd++) {
+            // Before anything is stored, which might be what they are loaded from.
+            vf ki = f_set(k[i + odd]), qi = f_set(q[i + odd]);
+            vf ni = f_set(TOGETHER && next ? next[i + odd] : 0.0f);
             for (int w = 0; w < wide; w++) {
                 float *at = tile + ((i + odd) * wide + w) * LANES;
-                vf now = f_fma(f_set(k[i + odd]), change[w], f_mul(f_load(at), by));
+                vf now = f_fma(ki, change[w], f_mul(f_load(at), by));
                 f_store(at, now);
-                sum[odd][w] = f_fma(now, f_set(q[i + odd]), sum[odd][w]);
+                told.of[odd][w] = f_fma(now, qi, told.of[odd][w]);
+                if (TOGETHER && next) ahead.of[odd][w] = f_fma(now, ni, ahead.of[odd][w]);
             }
-    for (int w = 0; w < wide; w++) f_store(o + w * LANES, f_add(sum[0][w], sum[1][w]));
+        }
+    for (int w = 0; w < wide; w++) f_store(o + w * LANES, f_add(told.of[0][w], told.of[1][w]));
+    if (TOGETHER) *known = ahead;
+    else if (next) ask(known, tile, d, wide, next);
 }
 
 // What the records at `index` do to a tile.
@@ -154,18 +184,25 @@ INLINE void run_tile(const Step *s, const Run *run, int head, int number, const 
     replay(tile, memory, s, state->records, run->apply, run->applied, head, column, wide);
     if (run->save) memcpy(state->saved + at, tile, floats * sizeof(float));
     if (run->applied && !run->advance) memcpy(memory, tile, floats * sizeof(float));
-    for (int row = run->first; row < run->first + run->count; row++) {
+    Sums known;
+    clear(&known, wide);
+    for (int row = run->first, stop = row + run->count; row < stop; row++) {
         const StateRow *here = &s->state_row[row];
+        const float *x = s->x + (size_t)row * s->x_stride, *gate = x + r.k;
+        const float *k = x + (s->n_head_kv + key) * d;
         if (!here->follows)
             replay(tile, memory, s, state->records, here->replay, here->replays, head, column,
                    wide);
-        const float *x = s->x + (size_t)row * s->x_stride, *gate = x + r.k;
+        if (row == run->first || !here->follows) ask(&known, tile, d, wide, k);
         float *delta = spare;
         if (here->record >= 0)
             delta = state->records + (size_t)here->record * r.size + r.delta + head * d + column;
-        recur(tile, d, wide, gate[head], gate[padded(s->n_head) + (size_t)head], x + key * d,
-              x + (s->n_head_kv + key) * d, x + (2 * s->n_head_kv + head) * d + column, delta,
-              s->y + (size_t)row * s->y_stride + head * d + column);
+        float *o = s->y + (size_t)row * s->y_stride + head * d + column;
+        const float *v = x + (2 * s->n_head_kv + head) * d + column, *q = x + key * d;
+        float decay = gate[head], beta = gate[padded(s->n_head) + (size_t)head];
+        if (row + 1 < stop && here[1].follows)
+            recur(&known, tile, d, wide, decay, beta, q, k, v, delta, o, k + s->x_stride);
+        else recur(&known, tile, d, wide, decay, beta, q, k, v, delta, o, 0);
     }
     if (run->advance) memcpy(memory, tile, floats * sizeof(float));
 }
