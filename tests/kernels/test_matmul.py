@@ -8,15 +8,17 @@ import math
 import pytest
 import torch
 from gguf import GGMLQuantizationType as T
+from long_cases import mostly_slow
 from orthrus_kernels import plain as reference
 from orthrus_kernels.elementwise.activation_rows import Int8Rows, new_int8_rows
 from orthrus_kernels.elementwise.activations import deinterleave, interleave
 from orthrus_kernels.elementwise.ops import quantize_rows
 from orthrus_kernels.packing.pack import interleave_rows, pack
-from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout, QuantTensor
 from orthrus_kernels.products.dequantize import dequantize, prompt_matmul
 from orthrus_kernels.products.dispatch import INT8_TYPES, Tile
 from orthrus_kernels.products.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
+from orthrus_kernels.sampling.sample import pick
 from quant_rows import dequantized, nmse, random_rows
 from torch import Tensor
 
@@ -24,6 +26,8 @@ CASES = [
     *[(kind, Layout.A16) for kind in (*TRAITS, *PLAIN_TYPES)],
     *[(kind, Layout.A8) for kind in TRAITS if kind in INT8_TYPES],
 ]
+#: Of every kind of scales and minima, one.
+INT8_FIRST = (T.Q4_K, T.Q6_K, T.Q8_0, T.Q2_K)
 LIMIT = {Layout.A16: 1e-5, Layout.A8: 5e-4}
 HUGE, TINY = 4.0, 1e-7
 
@@ -52,10 +56,10 @@ def by_row(rows: Int8Rows) -> Int8Rows:
 
 @pytest.mark.parametrize(("kind", "layout"), CASES, ids=lambda value: value.name)
 def test_product_of_every_type(kind: T, layout: Layout) -> None:
-    """33 rows in three row tiles, 70 columns in two panels, K in three uneven splits."""
+    """17 rows in two row tiles, 70 columns in two panels, K in two uneven splits."""
     raw = random_rows(kind, 70, 768)
-    x = numbers(33, 768)
-    out = torch.full((2, 33, 70), math.nan)
+    x = numbers(17, 768)
+    out = torch.full((2, 17, 70), math.nan)
     weight = pack(raw, kind, 768, layout)
     result = matmul(activations(x, layout), weight, tile(16), split=2, out=out)
     expected = x.double() @ dequantized(kind, raw).T
@@ -115,7 +119,9 @@ def test_extreme_scales(kind: T, layout: Layout) -> None:
     assert nmse(result, expected) < LIMIT[layout]
 
 
-@pytest.mark.parametrize("kind", sorted(INT8_TYPES), ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind", mostly_slow(INT8_FIRST, sorted(INT8_TYPES - {*INT8_FIRST})), ids=lambda kind: kind.name
+)
 def test_int8_rows_do_not_see_each_other(kind: T) -> None:
     """33 rows at once equal single rows bit for bit, whatever the tile and the strides."""
     weight = pack(random_rows(kind, 128, 512), kind, 512, Layout.A8)
@@ -183,14 +189,25 @@ def test_head_takes_the_lowest_of_equal_tokens(layout: Layout) -> None:
     x = numbers(4, 512)
     x[1] = (weights[3] / weights[3].abs().max()).half()
     weight = pack(raw, T.Q6_K, 512, layout)
-    found = head_argmax(activations(x, layout), weight, tile(16))
+    tokens, values = best_of_all(activations(x, layout), weight)
     logits = matmul(activations(x, layout), weight, tile(16))[0]
-    assert found.tokens[1] == 3
-    assert torch.equal(found.values, logits.amax(1))
+    assert tokens[1] == 3
+    assert torch.equal(values, logits.amax(1))
     first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
-    assert torch.equal(found.tokens, first.int())
+    assert torch.equal(tokens, first.int())
     expected = (activations_as_f64(activations(x, layout), 512) @ weights.T).argmax(1)
-    assert torch.equal(found.tokens.long(), expected)
+    assert torch.equal(tokens.long(), expected)
+
+
+def best_of_all(x: Activations, weight: QuantTensor) -> tuple[Tensor, Tensor]:
+    """Tokens and values of the largest logits; the reference, too, finds these tokens."""
+    found = head_argmax(x, weight, tile(16))
+    tokens = torch.empty(found.values.shape[1], dtype=torch.int32)
+    pick(found.values, found.tokens, tokens)
+    plain, wanted = reference.head_argmax(x, weight, tile(16)), torch.empty_like(tokens)
+    reference.pick(plain.values, plain.tokens, wanted)
+    assert torch.equal(tokens, wanted)
+    return tokens, found.values.amax(0)
 
 
 def activations_as_f64(x: Activations, k: int) -> Tensor:
@@ -202,9 +219,9 @@ def activations_as_f64(x: Activations, k: int) -> Tensor:
 def test_head_ignores_the_padding_rows() -> None:
     """All logits negative: the zero rows that fill the last panel must not win."""
     raw = torch.full((3, 256), -1.0).half().view(torch.uint8)
-    found = head_argmax(interleave(torch.ones(1, 256).half()), pack(raw, T.F16, 256), tile(16))
-    assert found.tokens.tolist() == [0]
-    assert found.values.tolist() == [-256.0]
+    tokens, values = best_of_all(interleave(torch.ones(1, 256).half()), pack(raw, T.F16, 256))
+    assert tokens.tolist() == [0]
+    assert values.tolist() == [-256.0]
 
 
 @pytest.mark.parametrize(("kind", "layout"), CASES, ids=lambda value: value.name)
@@ -221,9 +238,9 @@ def test_prompt_product() -> None:
     raw = random_rows(T.Q4_K, 70, 512)
     x = numbers(80, 512)
     room = torch.empty(80, 100)  # a part of wider rows
-    found, half = room[:, 10:80], torch.empty(80, 70).half()
+    found = room[:, 10:80]
     scratch = torch.empty(70 * 600).half()
-    prompt_matmul(interleave(x), pack(raw, T.Q4_K, 512), scratch, half, found)
+    prompt_matmul(interleave(x), pack(raw, T.Q4_K, 512), scratch, found)
     assert nmse(found, x.double() @ dequantized(T.Q4_K, raw).T) < 1e-5
 
 

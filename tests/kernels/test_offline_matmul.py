@@ -144,13 +144,12 @@ PRODUCTS = {
     "matmul_a8",
     "gate_up_a8",
     "head_a8",
-    "best_of_tiles",
     "_dequantize_a16",
     "_dequantize_a8",
 }
 
 PASSES = {
-    *("matmul_a16", "gate_up_a16", "head_a16", "best_of_tiles", "_dequantize_a16"),
+    *("matmul_a16", "gate_up_a16", "head_a16", "_dequantize_a16"),
     *("_embed", "_angles", "_residual_norm", "_silu_multiply"),
     *("_finish_qkv", "_parts", "_combine", "_move"),
     *("penalize", "ban", "mask", "best_of_tile", "extract", "pack_keys", "mass_of_tile"),

@@ -105,8 +105,8 @@ for kernel in (
         check=True,
     )
     free = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert free["_parts"] == ["layer", "block_capacity", "packed"]
-    assert free["_combine"] == ["packed"]
+    assert free["_parts"] == ["layer", "block_capacity", "packed", "lanes"]
+    assert free["_combine"] == ["packed", "lanes"]
     assert free["_residual_norm"] == ["part_rows"]
     assert free["_finish_qkv"] == ["part_rows", "layer", "block_capacity"]
 

@@ -140,6 +140,17 @@ def test_silu_multiply(rows: int, n: int, splits: int, int8: bool) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
 
 
+def test_silu_of_pairs() -> None:
+    """Gate and up in turn, eight columns of each: as two matrices that are one leave them."""
+    gate, up = (torch.randn(1, 3, 1120) for _ in range(2))
+    both = torch.stack([part.view(1, 3, -1, 8) for part in (gate, up)], dim=3).flatten(2)
+    for implementation in (ops, reference_ops):
+        found, wanted = f16_rows(3, 1120), f16_rows(3, 1120)
+        implementation.silu_multiply(both, both, found, paired=8)
+        implementation.silu_multiply(gate, up, wanted)
+        assert torch.equal(found, wanted)
+
+
 def test_f16_rows_stay_finite() -> None:
     gate, up = torch.full((1, 1, 32), 3e4), torch.full((1, 1, 32), -3e4)
     out = f16_rows(1, 32)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from long_cases import mostly_slow
 from numpy.typing import NDArray
 from orthrus_kernels.sampling import plain as reference_sample
 from orthrus_kernels.sampling import sample as device
@@ -198,13 +199,14 @@ def token_of(choice: Choice | None) -> int:
     return -1 if choice is None else choice.token
 
 
+@pytest.mark.parametrize("share", mostly_slow([24], [8]))
 @pytest.mark.parametrize("name", CASES)
-def test_tokens_of_the_numpy_sampler(name: str) -> None:
+def test_tokens_of_the_numpy_sampler(name: str, share: int) -> None:
     """Rows of three seeds, at many positions; the seeds use all 64 bits."""
     settings, n_vocab, rows = CASES[name]
     rng = np.random.default_rng(sum(name.encode()))
     for seed in [0, 2**64 - 1, int(rng.integers(0, 2**64, dtype=np.uint64))]:
-        logits, positions, history = problem(rng, rows // 8, n_vocab)
+        logits, positions, history = problem(rng, -(-rows // share), n_vocab)
         asked = rows_for(settings, seed, positions, history)
         found = drawn(logits, asked)[:, 0].tolist()
         wanted = [token_of(wanted_choice(*pair)) for pair in zip(logits, asked, strict=True)]
@@ -343,9 +345,9 @@ def test_rows_that_are_not_drawn(kernels: Callable[..., None]) -> None:
 
 
 def test_pick_takes_tiles_in_any_layout() -> None:
-    best = torch.tensor([[1.0, 5.0, 5.0], [2.0, float("-inf"), 2.0], [1, float("nan"), 0]])
-    tokens = torch.tensor([[0, 9, 4], [8, 1, 7], [0, 1, 2]], dtype=torch.int32)
-    for layout in (best, best.T.contiguous().T, best.double()):
+    best = torch.tensor([[1.0, 5.0, 5.0], [2.0, float("-inf"), 2.0], [1, float("nan"), 0]]).T
+    tokens = torch.tensor([[0, 9, 4], [8, 1, 7], [0, 1, 2]], dtype=torch.int32).T
+    for layout in (best, best.contiguous()):
         for implementation in (pick, reference_sample.pick):
             out = torch.zeros(3, 2, dtype=torch.int32)
             implementation(layout, tokens, out[:, 0])

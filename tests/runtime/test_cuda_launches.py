@@ -273,15 +273,30 @@ def test_how_many_launches_a_pass_takes(model: CudaModel, device: Device) -> Non
             assert watch.kernels == 0, f"{name}: torch works, too"
         views = {segment.view for segment in segments}
         per_layer = 11 if len(views) == 2 else 9
-        # Angles and embedding; final norm, head, the best of its tiles and whether it is finite; or
-        # logits, the best of their tiles, and what comes of it.
-        around = 2 if name == "no choices" else 6
+        # Angles and embedding; final norm, head, the best of its tiles; or, in detail, logits, the
+        # best of their tiles, and what comes of it.
+        in_detail = any(s.draw is not None and s.draw.detail for s in segments)
+        around = 2 if name == "no choices" else 6 if in_detail else 5
         if name not in ("several sequences", "penalties and log-probabilities", "a mask"):
             assert counts[name] == per_layer * LAYERS + around, name
     assert counts["a mask"] == 9 * LAYERS + 7
     # Penalties, bans; log sums, the likeliest of each tile and of all, the report.
     assert counts["penalties and log-probabilities"] <= 9 * LAYERS + 14
     assert counts["several sequences"] <= 11 * LAYERS + 9
+
+
+def test_how_many_launches_a_prompt_takes(model: CudaModel, device: Device) -> None:
+    """Ten a layer (two norms, four matrices to fp16, silu, and three around attention, whose window
+    is eight times that of other passes), and the library's products."""
+    for rows in (99, 512):
+        cache = model.new_cache(600)
+        wanted = range(rows - 1, rows)
+        with watched(device) as watch:
+            model.forward(
+                [ar_segment(cache, [1] * rows, 0, wanted=wanted, draw=Draw(GREEDY, [0] * rows))]
+            )
+        assert len(device.launches) == 10 * LAYERS + 5
+        assert watch.kernels == 4 * LAYERS, "the library's products, and nothing else"
 
 
 def test_passes_of_a_drafters_network(model: CudaModel, device: Device, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ programs; each keeps one running softmax over its chunks, in ascending order. `_
 the lanes in order, and the block last. Both constants are part of the arithmetic: which lane sums
 which key depends on columns only, so a row's bits depend neither on the other rows, nor
 on how many there are, nor on the capacity of the cache. (Only AR rows need that. A diffusion row
-may depend on where its block lies in the scratch.)
+may depend on where its block lies in the scratch.) Prompts, whose bits may be their own, have rows
+enough to keep a card busy: they take as many lanes as the same scratch then holds.
 
 Why lanes rather than one part per chunk: parts cost LANES * rows * heads * (d + 2) floats of
 scratch, and of traffic, whatever the context (18 MB for 64 rows of Qwen3-8B). One part per 512
@@ -54,6 +55,8 @@ CHUNK = 64
 """Positions that a lane takes at a time. Small, so that short contexts keep all lanes at work: from
 1,024 keys down none walks more than two steps, one after the other, whose latency nothing hides."""
 LANES = 16
+PROMPT_WINDOW = 8
+"""Rows of a prompt's window, per row that the scratch has all lanes for: LANES / 2 at most."""
 KEYS = 32
 """Keys per step of the inner loop; divides CHUNK."""
 STAGES = 2
@@ -63,7 +66,8 @@ LOG2_E = 1.4426950408889634
 
 @dataclass(frozen=True)
 class AttentionScratch:
-    """Running softmaxes between the two kernels, for up to `rows` rows at a time.
+    """Running softmaxes between the two kernels, for up to `rows` rows at a time, or for more with
+    fewer lanes.
 
     sums f32 [LANES + 1, kv heads, packed rows, head_dim]: softmax numerators.
     stats f32 [LANES + 1, kv heads, packed rows, 2]: running maximum (log2 units), denominator.
@@ -73,11 +77,19 @@ class AttentionScratch:
     stats: Tensor
     rows: int
 
+    def lanes(self, rows: int) -> tuple[int, int]:
+        """How many lanes a window of so many rows takes, and its packed rows."""
+        packed = self.sums.shape[2]
+        if rows <= self.rows:
+            return LANES, packed
+        wide = triton.cdiv(packed * rows, self.rows * 64) * 64
+        return (LANES + 1) * packed // wide - 1, wide
+
 
 def new_attention_scratch(
     rows: int, n_head: int, n_head_kv: int, head_dim: int, device: torch.device | str
 ) -> AttentionScratch:
-    """Scratch for windows of `rows` rows; longer passes are cut into windows of that size."""
+    """Scratch for windows of `rows` rows, or of PROMPT_WINDOW times as many of a prompt."""
     packed = triton.cdiv(rows * (n_head // n_head_kv), 64) * 64
     shape = (LANES + 1, n_head_kv, packed)
     sums = torch.empty(*shape, head_dim, device=device)
@@ -158,9 +170,9 @@ def attention(
     group = n_head // caches.heads
     tile, warps = attention_tile(head_dim)
     low, high = halves(head_dim)
-    packed = scratch.sums.shape[2]
     for first, count, first_tile, n_tiles in tiles.windows:
-        _parts[(caches.heads, n_tiles, LANES + 1)](
+        lanes, packed = scratch.lanes(count)
+        _parts[(caches.heads, n_tiles, lanes + 1)](
             q[first:],
             tiles.table[first_tile:],
             caches.entries,
@@ -175,6 +187,7 @@ def attention(
             layer,
             block_keys.capacity,
             packed,
+            lanes,
             LOG2_E / head_dim**0.5,
             HEADS=caches.heads,
             GROUP=group,
@@ -183,7 +196,6 @@ def attention(
             TILE=tile,
             KEYS=KEYS,
             CHUNK=CHUNK,
-            LANES=LANES,
             K_FORMAT=FORMATS[caches.type_k],
             V_FORMAT=FORMATS[caches.type_v],
             num_warps=warps,
@@ -198,13 +210,13 @@ def attention(
             rows.block_stop[first:],
             *row_pointers(out, first),
             packed,
+            lanes,
             *row_strides(out),
             HEADS=caches.heads,
             GROUP=group,
             D=head_dim,
             WIDTH=triton.next_power_of_2(head_dim),
             CHUNK=CHUNK,
-            LANES=LANES,
             INT8=isinstance(out, Int8Rows),
             num_warps=1,
             enable_fp_fusion=False,
@@ -240,7 +252,7 @@ def _step(
 
 
 # Not specialized on what varies between passes: they must all run one and the same compiled kernel.
-@triton.jit(do_not_specialize=["layer", "block_capacity", "packed"])
+@triton.jit(do_not_specialize=["layer", "block_capacity", "packed", "lanes"])
 def _parts(
     q,
     tiles,
@@ -259,6 +271,7 @@ def _parts(
     layer,
     block_capacity,
     packed,
+    lanes,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -267,11 +280,10 @@ def _parts(
     TILE: tl.constexpr,
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
     K_FORMAT: tl.constexpr,
     V_FORMAT: tl.constexpr,
 ):
-    """Program (kv head, tile, lane): one lane's softmax; lane LANES is the block's."""
+    """Program (kv head, tile, lane): one lane's softmax; the last one is the block's."""
     head = tl.program_id(0)
     lane = tl.program_id(2)
     at_tile = tiles + tl.program_id(1) * 6
@@ -285,14 +297,14 @@ def _parts(
     stop = tl.load(block_stop + row, mask=used, other=0)
 
     # The part of the cache that this program reads: all that any row of the tile may see.
-    period: tl.constexpr = LANES * CHUNK
+    period = lanes * CHUNK
     end = tl.max(sees, 0)
     own = end % period - lane * CHUNK
     last = tl.minimum(tl.maximum(own, 0), CHUNK)
     tiles = (end // period) * (CHUNK // KEYS) + tl.cdiv(last, KEYS)
     block_begin = tl.min(tl.where(stop > first, first, 1 << 30), 0)
     block_end = tl.max(tl.where(stop > first, stop, 0), 0)
-    is_block = lane == LANES
+    is_block = lane == lanes
     tiles = tl.where(is_block, 0, tiles)
     if tl.where(is_block, block_end, tiles) == 0:
         return
@@ -351,7 +363,7 @@ def _parts(
     tl.store(stats + o * 2 + 1, total, mask=used)
 
 
-@triton.jit(do_not_specialize=["packed"])
+@triton.jit(do_not_specialize=["packed", "lanes"])
 def _combine(
     sums,
     stats,
@@ -362,6 +374,7 @@ def _combine(
     scales,
     group_sums,
     packed,
+    lanes,
     row_stride,
     group_stride,
     scale_row_stride,
@@ -371,7 +384,6 @@ def _combine(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
-    LANES: tl.constexpr,
     INT8: tl.constexpr,
 ):
     """Program (query head, row): merge the lanes that the row uses, in order, the block last."""
@@ -380,13 +392,13 @@ def _combine(
     head = query_head // GROUP
     r = row * GROUP + query_head % GROUP
     d = tl.arange(0, WIDTH)
-    lanes = tl.minimum(tl.cdiv(tl.load(visible + row), CHUNK), LANES)
+    used = tl.minimum(tl.cdiv(tl.load(visible + row), CHUNK), lanes)
     has_block = tl.load(block_stop + row) > tl.load(block_first + row)
     top = -1e30
     total = 0.0
     acc = tl.zeros((WIDTH,), tl.float32)
-    for i in range(lanes + has_block.to(tl.int32)):
-        lane = tl.where(i < lanes, i, LANES)
+    for i in range(used + has_block.to(tl.int32)):
+        lane = tl.where(i < used, i, lanes)
         o = (lane * HEADS + head).to(tl.int64) * packed + r
         part_top = tl.load(stats + o * 2)
         part_total = tl.load(stats + o * 2 + 1)

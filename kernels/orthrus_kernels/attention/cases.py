@@ -41,6 +41,7 @@ def _attention_case(type_name: str, head_dim: int) -> KernelCase:
             "layer": "i32",
             "block_capacity": "i32",
             "packed": "i32",
+            "lanes": "i32",
             "scale": "fp32",
         },
         {
@@ -51,7 +52,6 @@ def _attention_case(type_name: str, head_dim: int) -> KernelCase:
             "TILE": tile,
             "KEYS": attention.KEYS,
             "CHUNK": attention.CHUNK,
-            "LANES": attention.LANES,
             "K_FORMAT": FORMATS[type_name],
             "V_FORMAT": FORMATS[type_name],
         },
@@ -74,6 +74,7 @@ def _combine_case(int8: bool) -> KernelCase:
             "block_first": "*i32",
             "block_stop": "*i32",
             "packed": "i32",
+            "lanes": "i32",
         },
         {
             "HEADS": 8,
@@ -81,7 +82,6 @@ def _combine_case(int8: bool) -> KernelCase:
             "D": 128,
             "WIDTH": 128,
             "CHUNK": attention.CHUNK,
-            "LANES": attention.LANES,
             "INT8": int8,
         },
         num_warps=1,

@@ -31,13 +31,13 @@ def _norm_case(int8: bool, indexed: bool = False) -> KernelCase:
     )
 
 
-def _silu_case(int8: bool) -> KernelCase:
+def _silu_case(int8: bool, paired: int = 0) -> KernelCase:
     strides = {"part_rows": "i32", "part_stride": "i32:16", "n": "i32:16"}
     return KernelCase(
-        f"silu_multiply {'int8' if int8 else 'f16'}",
+        f"silu_multiply {'int8' if int8 else 'f16'}" + (" of pairs" if paired else ""),
         ops._silu_multiply,
         {"gate": "*fp32", "up": "*fp32", **strides, **row_targets(int8)},
-        {"SPLITS": 1, "TILE": 1024, "INT8": int8},
+        {"SPLITS": 1, "PAIRED": paired, "TILE": 1024, "INT8": int8},
     )
 
 
@@ -87,6 +87,7 @@ CASES: tuple[KernelCase, ...] = (
     *(_norm_case(int8) for int8 in (False, True)),
     *(_norm_case(int8, indexed=True) for int8 in (False, True)),
     *(_silu_case(int8) for int8 in (False, True)),
+    _silu_case(False, paired=8),
     *(_quantize_case(int8) for int8 in (False, True)),
     *(_embed_case(type_name) for type_name in embedding.QBLOCK_BYTES),
     _angles_case(),

@@ -56,11 +56,16 @@ def residual_norm(
     )
 
 
-def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
-    """out = silu(sum of gate) * sum of up, for partials [splits, rows, n] of equal strides."""
+def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows, *, paired: int = 0) -> None:
+    """out = silu(sum of gate) * sum of up, for partials [splits, rows, n] of equal strides.
+
+    paired: gate and up are one [splits, rows, 2 n], so many columns of either in turn.
+    """
     splits, rows, n = gate.shape
     if up.stride() != gate.stride():
         raise ValueError(f"strides of gate {gate.stride()} and up {up.stride()} differ")
+    if paired:
+        n, up = n // 2, up[..., paired:]
     _silu_multiply[(rows, triton.cdiv(n, 1024))](
         gate,
         up,
@@ -69,6 +74,7 @@ def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
         *row_strides(out),
         n,
         SPLITS=splits,
+        PAIRED=paired,
         TILE=1024,
         INT8=isinstance(out, Int8Rows),
         num_warps=4,
@@ -186,6 +192,7 @@ def _silu_multiply(
     scale_group_stride,
     n,
     SPLITS: tl.constexpr,
+    PAIRED: tl.constexpr,
     TILE: tl.constexpr,
     INT8: tl.constexpr,
 ):
@@ -193,8 +200,9 @@ def _silu_multiply(
     first = tl.program_id(1) * TILE
     c = first + tl.arange(0, TILE)
     inside = c < n
-    g = split_sum(gate, row, part_rows, part_stride, c, inside, SPLITS)
-    u = split_sum(up, row, part_rows, part_stride, c, inside, SPLITS)
+    at = c if PAIRED == 0 else c // PAIRED * (2 * PAIRED) + c % PAIRED
+    g = split_sum(gate, row, part_rows, part_stride, at, inside, SPLITS)
+    u = split_sum(up, row, part_rows, part_stride, at, inside, SPLITS)
     y = tl.div_rn(g, 1.0 + tl.exp(-g)) * u
     store_columns(
         y,

@@ -33,8 +33,11 @@ def residual_norm(
     store_rows(normed(x, weight, eps), out)
 
 
-def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows) -> None:
+def silu_multiply(gate: Tensor, up: Tensor, out: Tensor | Int8Rows, *, paired: int = 0) -> None:
     """See `orthrus_kernels.elementwise.ops.silu_multiply`."""
+    if paired:
+        both = gate.view(*gate.shape[:2], -1, 2, paired)
+        gate, up = (both[..., part, :].flatten(2) for part in range(2))
     store_rows(torch.nn.functional.silu(gate.double().sum(0)) * up.double().sum(0), out)
 
 

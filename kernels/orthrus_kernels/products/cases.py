@@ -11,7 +11,6 @@ from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, STEP, TRAITS, Layo
 from orthrus_kernels.products import a8 as matmul_a8
 from orthrus_kernels.products import a16 as matmul_a16
 from orthrus_kernels.products import dequantize as matmul_dequantize
-from orthrus_kernels.products import outputs as matmul_outputs
 from orthrus_kernels.products.dispatch import INT8_TYPES, Tile, Use, safe_tile
 from orthrus_kernels.products.matmul import kind_of
 from orthrus_kernels.tools.offline import CAPABILITIES, KernelCase
@@ -183,7 +182,7 @@ def _other_cases() -> list[KernelCase]:
         Layout.A16: matmul_dequantize._dequantize_a16,
         Layout.A8: matmul_dequantize._dequantize_a8,
     }
-    cases = [
+    return [
         KernelCase(
             f"dequantize {kind.name} {layout.value}",
             kernels[layout],
@@ -200,21 +199,6 @@ def _other_cases() -> list[KernelCase]:
         for kind in (_T.Q4_K, _T.Q6_K)
         for layout in Layout
     ]
-    best = KernelCase(
-        "head best of tiles",
-        matmul_outputs.best_of_tiles,
-        {
-            "best": "*fp32",
-            "best_at": "*i32",
-            "tokens": "*i32",
-            "values": "*fp32",
-            "rows": "i32",
-            "tiles": "i32",
-        },
-        {"BLOCK": 1024},
-        capabilities=BOTH,
-    )
-    return [*cases, best]
 
 
 def _short_list() -> tuple[KernelCase, ...]:

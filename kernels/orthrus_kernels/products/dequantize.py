@@ -50,27 +50,20 @@ def dequantize(weight: QuantTensor, out: Tensor | None = None) -> Tensor:
     return out
 
 
-_WIDE_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()
-"""Whether this torch leaves fp16 products in f32: outputs of `down` may lie beyond fp16."""
-
-
-def prompt_matmul(
-    x: Tensor, weight: QuantTensor, scratch: Tensor, half: Tensor, out: Tensor
-) -> None:
+def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor, out: Tensor) -> None:
     """x W^T for many rows → out, f32 [rows, weight.rows], of any row stride.
 
     x: f16 [rows, padded k], in `dequantize`'s order. scratch: f16 of at least weight.rows * padded
-    k numbers. half: f16, of the shape of `out`: the product where torch rounds products to f16.
+    k numbers. Products stay f32, since outputs of `down` may lie beyond fp16.
     """
     dense = scratch.flatten()[: weight.rows * weight.padded_k].view(weight.rows, -1)
     factor = dequantize(weight, dense).T
-    if _WIDE_PRODUCTS and x.is_cuda:
-        if out.is_contiguous():
-            torch.mm(x, factor, out_dtype=torch.float32, out=out)
-        else:
-            out.copy_(torch.mm(x, factor, out_dtype=torch.float32))
+    if x.device.type == "cpu":  # the interpreter's: torch keeps f16 products wide on GPUs only
+        out.copy_(x.float() @ factor.float())
+    elif out.is_contiguous():
+        torch.mm(x, factor, out_dtype=torch.float32, out=out)
     else:
-        out.copy_(torch.mm(x, factor, out=half))
+        out.copy_(torch.mm(x, factor, out_dtype=torch.float32))
 
 
 @triton.jit

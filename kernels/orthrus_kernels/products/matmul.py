@@ -25,7 +25,6 @@ from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, STEP, TRAITS, Layo
 from orthrus_kernels.products.a8 import gate_up_a8, head_a8, matmul_a8
 from orthrus_kernels.products.a16 import gate_up_a16, head_a16, matmul_a16
 from orthrus_kernels.products.dispatch import Tile
-from orthrus_kernels.products.outputs import best_of_tiles
 
 Activations = Tensor | Int8Rows
 """For A16 weights f16 [rows, padded k], interleaved (activations.py); for A8 weights Int8Rows."""
@@ -35,12 +34,11 @@ Kind = tuple[int, int, int, int, int, bool, bool]
 
 @dataclass(frozen=True)
 class Best:
-    """Result (tokens i32, values f32 [rows]) and scratch [tiles, rows] of `head_argmax`."""
+    """Of each tile of a head's columns the largest value of each row, and its column (the lowest on
+    ties): f32 and i32 [tiles, rows]."""
 
-    tokens: Tensor
     values: Tensor
-    tile_values: Tensor
-    tile_tokens: Tensor
+    tokens: Tensor
 
 
 def kind_of(kind: GGMLQuantizationType) -> Kind:
@@ -140,40 +138,31 @@ def gate_up(
     return out
 
 
-def new_best(rows: int, weight: QuantTensor, tile: Tile) -> Best:
-    """Buffers for `head_argmax`."""
-    device, tiles = weight.device, _tiles(weight, tile)
-    return Best(
-        torch.empty(rows, dtype=torch.int32, device=device),
-        torch.empty(rows, dtype=torch.float32, device=device),
-        torch.empty(tiles, rows, dtype=torch.float32, device=device),
-        torch.empty(tiles, rows, dtype=torch.int32, device=device),
-    )
-
-
-def head_argmax(x: Activations, weight: QuantTensor, tile: Tile, out: Best | None = None) -> Best:
-    """The largest logit of each row and its token (the lowest on ties); no logits are stored."""
+def head_argmax(x: Activations, weight: QuantTensor, tile: Tile) -> Best:
+    """The largest logits and their tokens, by tile: `sample.pick` takes it from there, and no
+    logits are stored."""
     _check(x, weight, None)
-    rows = rows_of(x)
-    out = out or new_best(rows, weight, tile)
+    rows, tiles = rows_of(x), _tiles(weight, tile)
+    values, tokens = (
+        torch.empty(tiles, rows, dtype=dtype, device=weight.device)
+        for dtype in (torch.float32, torch.int32)
+    )
+    out = Best(values, tokens)
     sizes = (rows, weight.rows, weight.padded_k // STEP)
-    tiles = _tiles(weight, tile)
     grid = (tiles, 1, triton.cdiv(rows, tile.rows))
-    buffers = (out.tile_values, out.tile_tokens)
     if isinstance(x, Int8Rows):
         head_a8[grid](
-            *row_pointers(x), *plane_arguments(weight), *buffers, *sizes, *_int8_sizes(x),
-            KIND=kind_of(weight.type), K_TAIL=weight.k % STEP != 0, ASM=use_asm(), BM=tile.rows,
-            BN=tile.n, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-            enable_fp_fusion=False,
+            *row_pointers(x), *plane_arguments(weight), out.values, out.tokens, *sizes,
+            *_int8_sizes(x), KIND=kind_of(weight.type), K_TAIL=weight.k % STEP != 0, ASM=use_asm(),
+            BM=tile.rows, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
+            num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
     else:
         head_a16[grid](
-            x, *plane_arguments(weight), *buffers, *sizes, x.stride(0),
+            x, *plane_arguments(weight), out.values, out.tokens, *sizes, x.stride(0),
             KIND=kind_of(weight.type), ASM=use_asm(), BM=tile.rows, BN=tile.n,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
         )  # fmt: skip
-    best_of_tiles[(rows,)](*buffers, out.tokens, out.values, rows, tiles, BLOCK=1024, num_warps=4)
     return out
 
 

@@ -82,23 +82,3 @@ def store_best(best, best_at, acc, tile, rows, rows_m, mask_m, n_rows, BN: tl.co
     at = tile.to(tl.int64) * rows + rows_m
     tl.store(best + at, value, mask=mask_m)
     tl.store(best_at + at, tile * BN + index, mask=mask_m)
-
-
-@triton.jit(do_not_specialize=["rows", "tiles"])
-def best_of_tiles(best, best_at, tokens, values, rows, tiles, BLOCK: tl.constexpr):
-    """Per row (one program each): the largest of its tiles' values; the lowest index on ties."""
-    row = tl.program_id(0)
-    top = float("-inf")
-    top_at = 0x7FFFFFFF
-    for start in range(0, tiles, BLOCK):
-        tile = start + tl.arange(0, BLOCK)
-        at = tile.to(tl.int64) * rows + row
-        here = tl.load(best + at, mask=tile < tiles, other=float("-inf"))
-        here_at = tl.load(best_at + at, mask=tile < tiles, other=0x7FFFFFFF)
-        largest = tl.max(here, 0)
-        lowest = tl.min(tl.where(here == largest, here_at, 0x7FFFFFFF), 0)
-        # Tiles ascend: an equal value further on has a higher index.
-        top_at = tl.where(largest > top, lowest, top_at)
-        top = tl.maximum(top, largest)
-    tl.store(tokens + row, top_at)
-    tl.store(values + row, top)

@@ -74,23 +74,17 @@ def gate_up(
     return out
 
 
-def head_argmax(x: Activations, weight: QuantTensor, tile: Tile, out: Best | None = None) -> Best:
-    """See `orthrus_kernels.products.matmul.head_argmax`; the scratch of `out` stays as it is."""
+def head_argmax(x: Activations, weight: QuantTensor, tile: Tile) -> Best:
+    """See `orthrus_kernels.products.matmul.head_argmax`; all columns are one tile."""
     logits = matmul(x, weight, tile)[0]
-    values, tokens = logits.max(dim=1)
+    values = logits.amax(dim=1)
     # torch promises no order among equal values: take the first that equals the largest.
     tokens = (logits == values[:, None]).int().argmax(dim=1).int()
-    if out is None:
-        return Best(tokens, values, values[None], tokens[None])
-    out.tokens.copy_(tokens)
-    out.values.copy_(values)
-    return out
+    return Best(values[None], tokens[None])
 
 
-def prompt_matmul(
-    x: Tensor, weight: QuantTensor, scratch: Tensor, half: Tensor, out: Tensor
-) -> None:
-    """See `orthrus_kernels.products.dequantize.prompt_matmul`; scratch and half are not used."""
+def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor, out: Tensor) -> None:
+    """See `orthrus_kernels.products.dequantize.prompt_matmul`; `scratch` is not used."""
     in_order = weight.layout is Layout.A8 and weight.type not in PLAIN_TYPES
     rows = x[:, : weight.k].double() if in_order else natural_rows(x, weight.k)
     out.copy_(rows @ dequantize(weight).double().T)

@@ -316,10 +316,10 @@ def pick(
     tokens,
     out,
     tiles,
-    best_row,
     best_tile,
-    token_row,
+    best_row,
     token_tile,
+    token_row,
     out_stride,
     WIDTH: tl.constexpr,
 ):

@@ -50,9 +50,9 @@ def draw(logits: Tensor, draws: Draws, kind: DrawKind, scratch: SampleScratch, o
 def pick(best: Tensor, tokens: Tensor, out: Tensor) -> None:
     """See `orthrus_kernels.sampling.sample.pick`."""
     values = best.double().nan_to_num(math.inf, math.inf, -math.inf)
-    top = values.amax(1, keepdim=True)
-    winners = torch.where(values == top, tokens, 2**31 - 1).amin(1)
-    out.copy_(torch.where(top[:, 0].isfinite(), winners, -1))
+    top = values.amax(0)
+    winners = torch.where(values == top, tokens, 2**31 - 1).amin(0)
+    out.copy_(torch.where(top.isfinite(), winners, -1))
 
 
 def gumbel_noise(seed: int, position: int, tokens: Tensor) -> Tensor:

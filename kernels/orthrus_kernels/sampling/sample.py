@@ -229,13 +229,13 @@ def draw(logits: Tensor, draws: Draws, kind: DrawKind, scratch: SampleScratch, o
 def pick(best: Tensor, tokens: Tensor, out: Tensor) -> None:
     """The token of the largest value per row, the lowest id on a draw, -1 if that is not finite.
 
-    best: f32 or f64 [rows, tiles], largest value per tile; tokens: i32, where it was. Any strides,
-    so that the tiles of a head with a fused argmax serve. out: i32 [rows], of any stride.
+    best: f32 [tiles, rows], largest value per tile; tokens: i32, where it was. Any strides.
+    out: i32 [rows], of any stride.
     """
-    rows, tiles = best.shape
+    tiles, rows = best.shape
     width = triton.next_power_of_2(tiles)
     strides = (*best.stride(), *tokens.stride(), out.stride(0))
-    kernels.pick[(rows,)](best, tokens, out, tiles, *strides, WIDTH=width)
+    kernels.pick[(rows,)](best, tokens, out, tiles, *strides, WIDTH=width, num_warps=8)
 
 
 def _adjust(logits: Tensor, draws: Draws, kind: DrawKind) -> None:

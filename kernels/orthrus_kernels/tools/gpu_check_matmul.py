@@ -20,6 +20,7 @@ from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout, Qu
 from orthrus_kernels.products.dequantize import dequantize
 from orthrus_kernels.products.dispatch import Tile, Use, fit_tile, layout_for, safe_tile, split_for
 from orthrus_kernels.products.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
+from orthrus_kernels.sampling.sample import pick
 from orthrus_kernels.tools.gpu_check_report import Check, Machine
 
 _T = GGMLQuantizationType
@@ -157,7 +158,9 @@ def _correct(machine: Machine, weight: QuantTensor, raw: Tensor) -> Iterator[Che
     best = head_argmax(given, weight, _tile(machine, weight, rows, Use.HEAD))
     logits = matmul(given, weight, tile)[0]
     first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
-    yield Check(f"{name} argmax", torch.equal(best.tokens, first.int()))
+    tokens = torch.empty_like(first, dtype=torch.int32)
+    pick(best.values, best.tokens, tokens)
+    yield Check(f"{name} argmax", torch.equal(tokens, first.int()))
     dense = dequantize(weight)
     if weight.layout is Layout.A16 or weight.type in PLAIN_TYPES:
         dense = deinterleave(dense, weight.k)

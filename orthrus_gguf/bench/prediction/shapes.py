@@ -34,8 +34,8 @@ FILE_TYPES = {"q4_k_m": _Type.Q4_K, "q6_k": _Type.Q6_K, "q8_0": _Type.Q8_0}
 LAUNCHES_PER_LAYER = 9
 #: Each view has its own QKV and output weights; everything else takes all rows at once.
 LAUNCHES_PER_LAYER_BOTH = LAUNCHES_PER_LAYER + 2
-#: Rows of the pass, embedding, last norm, head, choice of tokens, acceptance.
-LAUNCHES_PER_PASS = 6
+#: Angles of the rows, embedding, last norm, head, choice of tokens.
+LAUNCHES_PER_PASS = 5
 
 CACHE_BYTES = 2  # per element: f16
 

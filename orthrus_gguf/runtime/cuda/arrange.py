@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from orthrus_kernels.attention.attention import NO_EDGE, Run, tile_entries
+from orthrus_kernels.attention.attention import NO_EDGE, PROMPT_WINDOW, Run, tile_entries
 from orthrus_kernels.elementwise.rows import AR, COLUMNS, DIFFUSION
 
 from orthrus_gguf.errors import OrthrusError
@@ -85,7 +85,7 @@ class Arrangement:
 def arrange(
     pieces: Sequence[Piece], config: ModelConfig, most: int, *, draws: bool, prompt: bool
 ) -> Arrangement:
-    """Where everything goes. most: rows of a pass that is no prompt, and of a window of attention.
+    """Where everything goes. most: rows of a pass that is no prompt.
 
     Raises ValueError for a tree that its cache has no room for.
     """
@@ -109,7 +109,7 @@ def arrange(
         rows += found
         if draws and found:
             wanted.add(one.piece.segment, one.wanted, found)
-    tiles, windows = _tiles(placed, config, sum(sizes), most)
+    tiles, windows = _tiles(placed, config, sum(sizes), most * (PROMPT_WINDOW if prompt else 1))
     more = sum(len(places) for one in placed if one.tree for places in one.tree.more)
     moves = sum(len(cache.moves) for cache in caches)
     taps = tuple(sorted({tap for piece in pieces for tap in piece.segment.taps})) if draws else ()

@@ -2,6 +2,10 @@
 
 Its sums differ in their last bits from those of other passes (`products.dequantize`), which is
 fine for prompts: they are processed alike whatever the strategy.
+
+It is launched kernel by kernel, not as a graph: a graph would keep these buffers for good, for each
+length that a prompt's last pass may have, and so many rows keep a card busy for longer than their
+few launches take (kernels/LOG.md).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from orthrus_kernels.elementwise.activation_rows import new_f16_rows
 from orthrus_kernels.elementwise.activations import deinterleave
 from orthrus_kernels.elementwise.rows import new_angles
 from orthrus_kernels.packing.pack import PAIR_ROWS
-from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, Layout, QuantTensor
+from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, Layout
 from torch import Tensor
 
 from orthrus_gguf.model.config import ModelConfig
@@ -29,8 +33,7 @@ class PromptBuffers:
     """What a prompt pass of some rows works in, allocated for the pass.
 
     dense: f16, the largest matrix of a layer. product: f32 [1, rows, columns], of the widest
-    product; half: the same rounded, of the widest matrix.
-    gate, up: f32 [1, rows, n_ff]. narrow: f32 [1, rows, n_embd].
+    product. narrow: f32 [1, rows, n_embd], what the next norm adds.
     """
 
     dense: Tensor
@@ -42,9 +45,6 @@ class PromptBuffers:
     gated: Tensor
     q: Tensor
     product: Tensor
-    half: Tensor
-    gate: Tensor
-    up: Tensor
     narrow: Tensor
 
 
@@ -75,9 +75,6 @@ def new_prompt_buffers(
         gated=new_f16_rows(rows, c.n_ff, device),
         q=halves(rows, c.n_head, c.head_dim),
         product=numbers(rows * widest),
-        half=halves(rows * max(matrix.rows for matrix in matrices)),
-        gate=numbers(1, rows, c.n_ff),
-        up=numbers(1, rows, c.n_ff),
         narrow=numbers(1, rows, c.n_embd),
     )
 
@@ -107,8 +104,7 @@ def run_prompt(runner: PassRunner, table: Table, logits: Tensor | None) -> None:
         sums = _product(runner, b, b.mixed, layer.output[View.AR])
         launch.residual_norm(sums, b.x, layer.ffn_norm, c.rms_eps, b.normed)
         _gate_up(runner, b, layer)
-        launch.silu_multiply(b.gate, b.up, b.gated)
-        partials = b.narrow.copy_(_product(runner, b, b.gated, layer.down))
+        partials = _product(runner, b, b.gated, layer.down, b.narrow)
     partials = runner.taps_behind(table, b.x, partials)
     most, index_of = pass_rows(c), table.tensors["index"]
     for start in range(0, table.shape.wanted, most):
@@ -123,35 +119,30 @@ def run_prompt(runner: PassRunner, table: Table, logits: Tensor | None) -> None:
             logits[start:stop].copy_(some)
 
 
-def _product(runner: PassRunner, b: PromptBuffers, x: Tensor, product: Product) -> Tensor:
-    """f32 [1, rows, columns], until the next product. x: interleaved f16 rows."""
-    out = b.product[: x.shape[0] * product.columns].view(1, x.shape[0], product.columns)
-    first = 0
+def _product(
+    runner: PassRunner, b: PromptBuffers, x: Tensor, product: Product, out: Tensor | None = None
+) -> Tensor:
+    """f32 [1, rows, columns]: `out`, or else until the next product. x: interleaved f16 rows."""
+    if out is None:
+        out = b.product[: x.shape[0] * product.columns].view(1, x.shape[0], product.columns)
+    first, natural = 0, None
     for matrix in product.matrices:
-        _dense(runner, b, x, matrix, out[0, :, first : first + matrix.rows])
+        part = out[0, :, first : first + matrix.rows]
+        rows = x
+        if matrix.layout is Layout.A8 and matrix.type not in PLAIN_TYPES:
+            # These weights keep their natural order.
+            natural = deinterleave(x, matrix.padded_k) if natural is None else natural
+            rows = natural
+        runner.machine.kernels.prompt_matmul(rows, matrix, b.dense, part)
         first += matrix.rows
     return out
 
 
-def _dense(
-    runner: PassRunner, b: PromptBuffers, x: Tensor, matrix: QuantTensor, out: Tensor
-) -> None:
-    if matrix.layout is Layout.A8 and matrix.type not in PLAIN_TYPES:
-        # These weights keep their natural order; rows are stored interleaved.
-        natural = deinterleave(x, matrix.k)
-        x = torch.nn.functional.pad(natural, (0, matrix.padded_k - matrix.k)).contiguous()
-    half = b.half[: out.numel()].view(out.shape)
-    runner.machine.kernels.prompt_matmul(x, matrix, b.dense, half, out)
-
-
 def _gate_up(runner: PassRunner, b: PromptBuffers, layer: Layer) -> None:
-    """The products with gate and up → b.gate, b.up."""
-    matrices = layer.gate_up.matrices
-    if len(matrices) == 2:
-        for matrix, out in zip(matrices, (b.gate, b.up), strict=True):
-            _dense(runner, b, b.normed, matrix, out[0])
-        return
-    both = _product(runner, b, b.normed, layer.gate_up)[0]
-    pairs = both.view(both.shape[0], -1, 2, PAIR_ROWS)
-    for index, out in enumerate((b.gate, b.up)):
-        out[0].view(out.shape[1], -1, PAIR_ROWS).copy_(pairs[:, :, index])
+    """silu(gate) * up → b.gated."""
+    both = _product(runner, b, b.normed, layer.gate_up)
+    if len(layer.gate_up.matrices) == 1:
+        runner.machine.kernels.silu_multiply(both, both, b.gated, paired=PAIR_ROWS)
+    else:
+        gate, up = both.chunk(2, dim=2)
+        runner.machine.kernels.silu_multiply(gate, up, b.gated)

@@ -138,7 +138,7 @@ class PassRunner:
         if kind is not None and kind.is_argmax:
             (head,) = self.weights.head.matrices
             best = launch.head_argmax(hidden, head, self.machine.tile(head, count, Use.HEAD))
-            launch.pick(best.values[:, None], best.tokens[:, None], table.drawn[:, 0])
+            launch.pick(best.values, best.tokens, table.drawn[:, 0])
             return
         logits = b.logits[:count]
         self.logits(hidden, logits)

@@ -85,8 +85,8 @@ def test_a_tied_head_is_read_like_any_other() -> None:
 def test_cache_and_launches() -> None:
     assert cache_bytes_per_token(CONFIG) == 147_456
     assert cache_bytes_per_token(SHAPES["qwen3-1.7b"]) == 28 * 2 * 8 * 128 * 2
-    assert launches(CONFIG, both_views=False) == 36 * 9 + 6
-    assert launches(CONFIG, both_views=True) == 36 * 11 + 6
+    assert launches(CONFIG, both_views=False) == 36 * 9 + 5
+    assert launches(CONFIG, both_views=True) == 36 * 11 + 5
 
 
 def test_fused_reads_six_tenths_of_two_passes() -> None:
