@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "training": {
         *("drafting", "engine", "errors", "gguf", "model", "orthrus_converters", "runtime"),
-        *("sampling", "text", "together"),
+        *("sampling", "signals", "text", "together"),
     },
     "inspection": {"errors", "gguf", "model", "runtime"},
     "bench": {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.signals import ending_cleanly
 
 PROGRAM = "orthrus-train"
 
@@ -139,7 +140,8 @@ def _train(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
 
-    report = train(settings, say, gains)
+    with ending_cleanly():
+        report = train(settings, say, gains)
     if report is not None:
         tell(report, args.out, say)
     return 0

@@ -82,12 +82,12 @@ def forecast(
     seconds = texts * wanted.tokens / per_second + steps * (step + again) + reading
     rows = recipe.texts * recipe.blocks * recipe.rows
     kept_bytes = min(keep_bytes, wanted.count * text.n_bytes)
-    memory = _most_bytes(network) + 2 * network.head_bytes + kept_bytes
+    memory = _most_bytes(network) + 3 * network.head_bytes + kept_bytes
     return Forecast(per_second, step + again, rows / (step + again), seconds, memory)
 
 
 def _most_bytes(network: Network) -> int:
-    """Memory that was in use at most so far: a step, without the optimizer's two means."""
+    """Memory that was in use at most so far: a step, without the means of gradients and heads."""
     if network.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -77,6 +77,12 @@ class Network:
                 part, _, bias = name.partition("_bias")
                 kind = "weight" if name == part and not bias else "bias"
                 yield f"blk.{index}.attn_{part}_diff.{kind}", tensor
+
+    @torch.no_grad()
+    def set_heads(self, values: Sequence[Tensor]) -> None:
+        """Take over the values of heads, in the order of `named_heads`."""
+        for head, value in zip(self.parameters(), values, strict=True):
+            head.copy_(value)
 
     @property
     def head_bytes(self) -> int:

@@ -165,7 +165,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write the heads, open them as anyone would, and count what they are worth."""
     folder, recipe = settings.folder, trainer.recipe
-    heads = {name: head.detach().cpu().numpy() for name, head in trainer.network.named_heads()}
+    heads = trainer.heads()
     sidecar = folder / "heads.gguf"
     write_checkpoint(folder, base, heads, recipe.rows, recipe.mask)
     write_sidecar(sidecar, base, heads, recipe.rows, recipe.mask)

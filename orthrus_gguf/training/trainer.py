@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.signals import deferred
 from orthrus_gguf.training.answers import Answer
 from orthrus_gguf.training.blocks import (
     Acceptance,
@@ -54,6 +56,11 @@ class Recipe:
     decay: float = 0.85
     dtype: str = "float32"
 
+    @property
+    def averaged(self) -> int:
+        """Steps that the mean of the heads goes back, roughly."""
+        return max(1, self.steps // 20)
+
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
         warm = min(1.0, (step + 1) / max(1, self.steps // 20))
@@ -90,6 +97,7 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             network.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0
         )
+        self._means = [head.detach().clone() for head in network.parameters()]
         self.step = 0
         self._resume()
 
@@ -117,14 +125,29 @@ class Trainer:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        share = 1 / min(self.step, self.recipe.averaged)
+        with torch.no_grad():
+            for mean, head in zip(self._means, self.network.parameters(), strict=True):
+                mean.lerp_(head, share)
         with (self._folder / _LOSSES).open("a", encoding="ascii") as file:
             file.write(json.dumps([self.step, value]) + "\n")
         return value
 
     def measure(self) -> Acceptance:
-        """Acceptance on the first of the texts held out."""
+        """Acceptance of `heads` on the first of the texts held out."""
         recipe, held = self.recipe, self.held[:_MEASURED]
-        return acceptance(self.network, self._library, held, recipe.rows, recipe.mask)
+        now = [head.detach().clone() for head in self.network.parameters()]
+        try:
+            self.network.set_heads(self._means)
+            return acceptance(self.network, self._library, held, recipe.rows, recipe.mask)
+        finally:
+            self.network.set_heads(now)
+
+    def heads(self) -> dict[str, NDArray[np.float32]]:
+        """What comes of training: the mean of the heads over the last steps, which drafts better
+        than those of any one."""
+        names = (name for name, _ in self.network.named_heads())
+        return {name: mean.cpu().numpy() for name, mean in zip(names, self._means, strict=True)}
 
     def run(self, minutes: float, say: Callable[[str], None]) -> None:
         """All steps that are left, with a checkpoint every `minutes`; one is written too where it
@@ -132,7 +155,8 @@ class Trainer:
         last, started, begun, mean = time.monotonic(), time.monotonic(), self.step, None
         try:
             while self.step < self.recipe.steps:
-                loss = self.advance()
+                with deferred():  # between steps, heads and means and losses belong together
+                    loss = self.advance()
                 mean = loss if mean is None else 0.95 * mean + 0.05 * loss
                 now = time.monotonic()
                 if now - last >= 60 * minutes or self.step == self.recipe.steps:
@@ -163,7 +187,8 @@ class Trainer:
         state: dict[str, Any] = {
             "recipe": asdict(self.recipe),
             "step": self.step,
-            "heads": {name: head.detach() for name, head in self.network.named_heads()},
+            "heads": [head.detach() for head in self.network.parameters()],
+            "means": self._means,
             "optimizer": self._optimizer.state_dict(),
         }
         try:
@@ -184,7 +209,8 @@ class Trainer:
         if path.exists():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                recipe, step, heads = state["recipe"], int(state["step"]), state["heads"]
+                recipe, step = state["recipe"], int(state["step"])
+                heads, means = state["heads"], state["means"]
             except Exception as error:
                 raise OrthrusError(
                     f"{path}: is no checkpoint of ours, or damaged; remove it to begin again"
@@ -197,9 +223,8 @@ class Trainer:
                     f"{path}: was begun with {name} {recipe.get(name)}, not {mine[name]}; give the "
                     "same settings, or another folder"
                 )
-            with torch.no_grad():
-                for name, head in self.network.named_heads():
-                    head.copy_(heads[name])
+            self.network.set_heads(heads)
+            self._means = [mean.to(self.network.device) for mean in means]
             self._optimizer.load_state_dict(state["optimizer"])
             self.step = step
         self._cut_losses()

@@ -22,12 +22,13 @@ from hf_bases import write_base
 from hf_checkpoint import write_json
 from orthrus_converters.cli import main as converter
 
+from orthrus_gguf.cli import train_report
 from orthrus_gguf.cli.train import main
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.text.chat import ChatTemplate
 from orthrus_gguf.text.tokenizer import load_tokenizer
 from orthrus_gguf.training.answers import read_answers
-from orthrus_gguf.training.blocks import loss_and_hits
+from orthrus_gguf.training.blocks import Batch, loss_and_hits
 from orthrus_gguf.training.network import Network
 from orthrus_gguf.training.prompts import KINDS, Invented
 from orthrus_gguf.training.trainer import Recipe, Trainer
@@ -115,18 +116,20 @@ def test_what_is_learned_lowers_the_loss(begun: Path, monkeypatch: pytest.Monkey
 def test_interrupted_it_saves_and_goes_on_alike(
     trained: Path, base: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice: by Ctrl-C, and with steps behind the last checkpoint, as after a kill."""
-    advance = Trainer.advance
+    """Twice: by a signal amid a step, which is ended first, and with steps behind the last
+    checkpoint, as after a kill."""
+    batch = Trainer.batch
 
-    def interrupted(self: Trainer) -> float:
-        loss = advance(self)
-        if self.step == 5:
-            raise KeyboardInterrupt
-        return loss
+    def interrupted(self: Trainer, step: int) -> Batch:
+        if step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, step)
 
+    monkeypatch.setattr(train_report, "gains", lambda *_: {})
+    monkeypatch.setattr(train_report, "tell", lambda *_: None)
     command = [str(base), str(tmp_path / "out"), *SMALL]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", interrupted)
+        patch.setattr(Trainer, "batch", interrupted)
         assert main(command) == 130
     assert "saved at step 5; the same command goes on from there" in capsys.readouterr().err
     assert main([*command, "--finish"]) == 0
@@ -140,6 +143,8 @@ def test_interrupted_it_saves_and_goes_on_alike(
     assert main(command) == 0
     assert "going on from step 5 of 12" in capsys.readouterr().err
     assert losses(tmp_path / "out") == losses(trained)
+    for name in ("heads.gguf", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
 
 
 @pytest.mark.slow
