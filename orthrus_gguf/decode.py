@@ -86,7 +86,7 @@ def prefill(
         choice = done.choices[0][0] if stop == prompt else None
     if choice is None:
         raise _nothing_drawn(sequence, prompt)
-    cache.checkpoint()  # where the next turn of a conversation is likely to begin
+    sequence.checkpoint()  # where the next turn of a conversation is likely to begin
     sequence.tokens.append(choice.token)
     return choice
 

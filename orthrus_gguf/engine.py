@@ -163,12 +163,16 @@ class Session:
         """Go back to the longest useful prefix of `prompt` that is held; return its length.
 
         At least the last prompt token is left to be processed, since its logits are needed. What a
-        drafter among `drafters` was not told of is left too: it reads taps of every row.
+        drafter among `drafters` was not told of is left too: it reads taps of every row. So is what
+        lies behind the last place that both caches can go back to.
         """
-        known = len(prompt) - 1
-        if self._draft_cache is not None and any(drafter.taps for drafter in drafters):
-            known = min(known, self._draft_cache.known(prompt))
-        return self.keep(prompt[: common_prefix(self._held, prompt[:known])])
+        drafted = self._draft_cache if any(drafter.taps for drafter in drafters) else None
+        known = len(prompt) - 1 if drafted is None else drafted.known(prompt)
+        wanted = common_prefix(self._held, prompt[: min(known, len(prompt) - 1)])
+        place = self.reachable(min(wanted, self.rows))
+        while drafted is not None and (common := drafted.reachable(place)) < place:
+            place = self.reachable(common)
+        return self.keep(prompt[:place])
 
     @property
     def portable(self) -> bool:
@@ -181,7 +185,7 @@ class Session:
         rows = Rows(tuple(tokens), tuple(self._cache.take(len(tokens))))
         if self._draft_cache is None:
             return rows
-        drafted = self._draft_cache.known(tokens)
+        drafted = self._draft_cache.reachable(self._draft_cache.known(tokens))
         return rows._replace(drafted=drafted, drafter=tuple(self._draft_cache.take(drafted)))
 
     def reachable(self, rows: int) -> int:

@@ -83,7 +83,8 @@ FEW: dict[str, tuple[str, ...]] = {
     "torch": (
         *("orthrus_gguf.runtime.load", "orthrus_gguf.runtime.reference"),
         *("orthrus_gguf.runtime.reference_cache", "orthrus_gguf.runtime.reference_drafter"),
-        *("orthrus_gguf.runtime.reference_hybrid", "orthrus_gguf.runtime.cuda"),
+        *("orthrus_gguf.runtime.reference_hybrid", "orthrus_gguf.runtime.reference_mtp"),
+        "orthrus_gguf.runtime.cuda",
         *("orthrus_gguf.training", *GPU_CHECKS, "orthrus_kernels"),
     ),
     "triton": (*GPU_CHECKS, "orthrus_kernels"),

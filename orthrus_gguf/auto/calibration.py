@@ -166,7 +166,7 @@ class _Timer:
         sampler = Sampler(SamplingSettings(temperature=0))
         history = [0] * (self._near + 1)
         sequence = TokenSequence(model.config, self._cache, sampler, history, draft_cache=cache)
-        return self._fastest([sequence.drafter_segment(cache.block_size - 1)])
+        return self._fastest([sequence.drafter_segment(cache.beside.most)])
 
     def _fastest(self, segments: list[Segment]) -> float:
         times: list[float] = []

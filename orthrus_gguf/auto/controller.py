@@ -63,8 +63,8 @@ NEWEST_HOST = 0.1
 #: The rate and the tables of costs are computed anew after this many cycles.
 REFRESH = 8
 
-#: What a pass of a drafter's own network is taken to cost where it was not measured, in single-row
-#: passes, until one has run; and the weight of the newest one. (All have the same number of rows.)
+#: What the longest draft of a drafter's own network is taken to cost where it was not measured, in
+#: single-row passes, until one has run; and the weight of the newest one.
 NETWORK_GUESS, NEWEST = 0.4, 0.1
 
 #: What statistics keep per cycle of plain decoding (half is gone after 140).
@@ -121,7 +121,7 @@ class Controller:
         self._acceptance = Acceptance(self._widest)
         self._passes: dict[Source, DraftPass] = {}
         self._promised: dict[Source, Floats] = {}
-        self._networks: dict[Source, float] = {}  # seconds of their passes
+        self._networks: dict[Source, float] = {}  # seconds of their longest drafts
         self._carrying: Carrying | None = None
         self._added = 0.0
         self._lost = self._elapsed = self._host = 0.0
@@ -266,11 +266,15 @@ class Controller:
             self._lost += cycle.seconds - len(cycle.tokens) * plain
 
     def _observe_network(self, source: Source, done: Pass) -> None:
-        """Learn what a pass of a drafter's own network takes: of one that it had for itself."""
+        """Learn what the longest draft of a network takes, of a pass that it had for itself."""
         if not (done.company or done.ar_rows or done.diffusion_rows):
-            known = self._networks.get(source, self._costs.drafter or done.seconds)
+            offer = self._passes.get(source)
+            seconds = done.seconds
+            if offer is not None:
+                seconds *= offer.rows(offer.most) / done.drafter_rows
+            known = self._networks.get(source, self._costs.drafter or seconds)
             # One that was held up must not change the plan.
-            newest = min(done.seconds, 2 * known)
+            newest = min(seconds, 2 * known)
             self._networks[source] = known + NEWEST * (newest - known)
 
     def _first_carrying(self, context: int) -> Carrying:
@@ -374,7 +378,8 @@ class Controller:
         widths = np.arange(1, offer.most + 1)
         if offer.view is View.DRAFTER:
             guess = self._costs.drafter or NETWORK_GUESS * self._costs.seconds(1, 0, context)
-            seconds = [self._networks.get(offer.source, guess)] * offer.most
+            longest = self._networks.get(offer.source, guess)
+            seconds = [longest * _share(offer, int(width)) for width in widths]
         else:
             seconds = [self._costs.seconds(0, offer.rows(int(width)), context) for width in widths]
         return Drafting(np.array(sums(accept)[1:]), widths, np.array(seconds))
@@ -393,6 +398,11 @@ class Controller:
             return self._costs.seconds(rows, round(blocks * (width + 1)), context)
 
         return best_width(carried, carrying.hits, verify, rate, seconds)
+
+
+def _share(offer: DraftPass, width: int) -> float:
+    """Of the time that the longest draft of a network takes, what a narrower one does."""
+    return offer.rows(width) / offer.rows(offer.most)
 
 
 def _worths(tokens: Sequence[float], rate: float, verify: Sequence[float]) -> list[float]:

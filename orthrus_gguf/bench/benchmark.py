@@ -129,8 +129,8 @@ def run_benchmark(model: Model, settings: BenchmarkSettings) -> Iterator[Measure
     if isinstance(model, ModelWithDrafter):
         start.draft_cache = model.new_draft_cache(settings.context)
         start.draft_cache.assume(depth)
-        block = start.draft_cache.block_size
-        passes[f"drafter {block}"] = start.drafter_segment(block - 1)
+        draft = start.drafter_segment(start.draft_cache.beside.width)
+        passes[f"drafter {len(draft)}"] = draft
     for test, segment in passes.items():
         yield timed(test, len(segment), partial(model.forward, [segment]))
 

@@ -105,7 +105,7 @@ def drafter_checks(
         target = CudaModel.load(
             file, device=device, drafter=beside, cache_type_k=kind, cache_type_v=kind
         )
-        network = CudaNetwork.beside(beside, target)
+        network = CudaNetwork.load_for(beside, target)
         model = stack.enter_context(closing(ModelWithDrafter(target, network)))
         wrong: list[str] = []
         cycles = accepted = wanted = 0

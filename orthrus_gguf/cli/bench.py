@@ -40,7 +40,7 @@ from orthrus_gguf.command import Parser, base_parser, json_text, report, run_com
 from orthrus_gguf.errors import OrthrusError, did_you_mean
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.runtime.limits import usable_threads
-from orthrus_gguf.runtime.load import RuntimeName, load_model
+from orthrus_gguf.runtime.load import RuntimeName, load_model, resolve
 from orthrus_gguf.this_machine import machine
 
 EXAMPLES = ("orthrus-bench model.gguf", "orthrus-bench compare model.gguf")
@@ -138,8 +138,9 @@ def _bench(path: str, args: argparse.Namespace) -> int:
         batch=args.batch_size,
     )
     with open_model(path, args, say) as file, ExitStack() as resources:
-        drafter, _ = open_drafter(args.drafter, file, resources)
-        loaded = load_model(file, options.runtime_settings(args), drafter=drafter)
+        asked = resolve(options.runtime_settings(args), say)
+        drafter, _ = open_drafter(args.drafter, file, asked.name, resources, say)
+        loaded = load_model(file, asked, drafter=drafter)
         model = resources.enter_context(closing(loaded))
         results = []
         for measurement in run_benchmark(model, settings):

@@ -27,7 +27,7 @@ from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.runtime.load import load_model
+from orthrus_gguf.runtime.load import load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate
@@ -146,7 +146,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.plots is not None:
         _prepare_folder(args.plots)
     with open_model(path, args, say) as file, ExitStack() as resources:
-        drafter, config = open_drafter(args.drafter, file, resources)
+        settings = resolve(options.runtime_settings(args), say)
+        drafter, config = open_drafter(args.drafter, file, settings.name, resources, say)
         file.prefetch(heads=True)
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
         template = ChatTemplate.from_metadata(file.metadata, tokenizer)
@@ -154,7 +155,7 @@ def _run(args: argparse.Namespace) -> int:
         n_ctx = _context(file, chosen, args.n_gen)
         sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
         named = spread(named or default(config), args.widths)
-        settings = replace(options.runtime_settings(args), context=n_ctx)
+        settings = replace(settings, context=n_ctx)
         with closing(load_model(file, settings, drafter=drafter)) as model:
             session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
             costs = partial(MachineCosts, model, identity(file), say)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile, open_beside
+from orthrus_gguf.runtime.load import MTP_RUNTIMES, RuntimeName
 
 
 def add_drafter_option(parser: argparse.ArgumentParser) -> None:
@@ -19,19 +22,35 @@ def add_drafter_option(parser: argparse.ArgumentParser) -> None:
         "--model-draft",
         "--spec-draft-model",
         metavar="DRAFTER.gguf",
-        help="a DFlash drafter that was trained for this model, in llama.cpp's format; auto uses it"
-        " where it pays, two-pass where the model has no diffusion heads",
+        help="a DFlash drafter that was trained for this model, in llama.cpp's format, or its MTP"
+        " block (mtp-*.gguf) where the model's file holds none; auto uses it where it pays,"
+        " two-pass where the model has no diffusion heads",
     )
 
 
 def open_drafter(
-    path: str | None, file: ModelFile, resources: ExitStack
-) -> tuple[DrafterFile | None, ModelConfig]:
-    """The drafter at `path`, if one is named, and the config of the model with it beside.
+    path: str | None,
+    file: ModelFile,
+    runtime: RuntimeName,
+    resources: ExitStack,
+    say: Callable[[str], None],
+    *,
+    mtp: bool = True,
+) -> tuple[DrafterFile | MtpFile | None, ModelConfig]:
+    """The drafter at `path`, if one is named, else with `mtp` the block that the model's own file
+    holds; and the config of the model with it beside.
 
-    Raises OrthrusError if it is no drafter of this model.
+    runtime: what they will run on; `say` hears that it leaves a block unused. Raises OrthrusError
+    if the file is no drafter of this model.
     """
-    if path is None:
-        return None, file.config
-    drafter = resources.enter_context(DrafterFile.open(path, file.config, file.metadata))
-    return drafter, replace(file.config, drafter_block=drafter.config.block_size)
+    found: DrafterFile | MtpFile | None = None
+    if path is not None:
+        found = open_beside(path, file)
+        resources.callback(found.close)
+    elif mtp and file.config.hybrid is not None and file.config.hybrid.mtp:
+        if runtime in MTP_RUNTIMES:
+            found = MtpFile.inside(file)
+        else:
+            say(f"{file.paths[0]}: --runtime {runtime.value} leaves its MTP block unused")
+    config = file.config
+    return found, config if found is None else replace(config, beside=found.beside)

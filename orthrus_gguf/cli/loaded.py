@@ -18,14 +18,15 @@ from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.drafter import open_drafter
 from orthrus_gguf.cli.heads import open_model
-from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy
+from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy, widths
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.drafting.registry import KINDS, optional_names
+from orthrus_gguf.drafting.registry import lacks, optional_names
 from orthrus_gguf.engine import Generation, Request, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile, WeightFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
@@ -54,7 +55,7 @@ class Loaded:
     """
 
     file: ModelFile
-    drafter: DrafterFile | None
+    drafter: DrafterFile | MtpFile | None
     tokenizer: Tokenizer
     template: ChatTemplate | None
     settings: RuntimeSettings
@@ -116,9 +117,10 @@ def load(
     template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
-    drafter, config = open_drafter(args.drafter, file, resources)
-    plan = _plan(args, config)
     settings = resolve(options.runtime_settings(args), say)
+    mtp = args.mtp if args.mtp is not None else _strategy_name(args) != Strategy.AR.value
+    drafter, config = open_drafter(args.drafter, file, settings.name, resources, say, mtp=mtp)
+    plan = _plan(args, config)
     trained = file.config.n_ctx_train
     n_ctx = args.ctx_size or max(
         fitting_context(file, settings, trained * conversations, say, drafter) // conversations, 1
@@ -219,8 +221,8 @@ def _plan(args: argparse.Namespace, config: ModelConfig) -> Plan:
     name = _strategy_name(args)
     wanted = {drafter: getattr(args, drafter.replace("-", "_")) for drafter in optional_names()}
     for drafter, said in wanted.items():
-        if said and KINDS[drafter].network and config.drafter_block is None:
-            raise OrthrusError(f"--{drafter}: needs a drafter; name its file with --drafter")
+        if said and (needed := lacks(drafter, config)):
+            raise OrthrusError(f"--{drafter}: needs {needed}")
     if name == AUTO:
         _refuse(args, name, "--draft-width", *DRAFT_FLAGS)
         return Plan(None, also=tuple(n for n, said in wanted.items() if said is False))
@@ -230,9 +232,7 @@ def _plan(args: argparse.Namespace, config: ModelConfig) -> Plan:
     else:
         two_pass = strategy is Strategy.TWO_PASS
         _refuse(args, name, "--draft-blocks" if two_pass else "--draft-tree")
-        block = config.block_size
-        if not config.has_heads and two_pass:
-            block = config.drafter_block
+        block, _ = widths(config, fused=not two_pass)
         if block is None:
             raise OrthrusError(
                 f"strategy {name}: {config.name} has no diffusion heads; use --strategy ar, or name"

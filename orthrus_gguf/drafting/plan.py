@@ -118,16 +118,13 @@ class Plan:
         Two-pass drafts with a drafter's network where there are no diffusion heads. Raises
         OrthrusError when the model has neither, or the width fits no block.
         """
-        if self.strategy is not None and config.drafter_block is None:
-            for name in self.also:
-                if registry.KINDS[name].network:
-                    raise OrthrusError(
-                        f"strategy {self.text!r}: +{name} needs a drafter; name one with --drafter"
-                    )
+        for name in self.also if self.strategy is not None else ():
+            if wanted := registry.lacks(name, config):
+                raise OrthrusError(f"strategy {self.text!r}: +{name} needs {wanted}")
         if not self.drafts:
             return self
         fused = self.strategy is Strategy.FUSED
-        block = config.block_size if config.has_heads or fused else config.drafter_block
+        block, usual = widths(config, fused=fused)
         if block is None:
             other = "" if fused else ", or a drafter with --drafter"
             raise OrthrusError(
@@ -141,9 +138,17 @@ class Plan:
             )
         return replace(
             self,
-            width=block - 1 if self.width is None else self.width,
+            width=usual if self.width is None else self.width,
             blocks=(self.blocks or FUSED_BLOCKS) if fused else None,
         )
+
+
+def widths(config: ModelConfig, *, fused: bool) -> tuple[int | None, int]:
+    """The widest draft that a plan may ask a model for, None where it has nothing to draft with;
+    and how wide one is if the plan does not say."""
+    if config.has_heads or fused or config.beside is None:
+        return config.block_size, (config.block_size or 0) - 1
+    return config.beside.block, config.beside.width
 
 
 #: Plain decoding.

@@ -14,21 +14,24 @@ from orthrus_gguf.drafting.carried_blocks import CarriedBlocks
 from orthrus_gguf.drafting.dflash import DFlashDrafter
 from orthrus_gguf.drafting.drafter import Drafter
 from orthrus_gguf.drafting.lookup import LOOKUP, LookupDrafter
+from orthrus_gguf.drafting.mtp import MtpDrafter
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tail import TailDrafter
+from orthrus_gguf.model.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Kind:
-    """make: a drafter for a new sequence. heads: whether it needs diffusion heads. network: whether
-    it needs one of its own beside the model (`TokenSequence.draft_cache`). optional: plans
+    """make: a drafter for a new sequence. heads: whether it needs diffusion heads. network: what it
+    needs beside the model, in words for who lacks it, if it has a network of its own
+    (`TokenSequence.draft_cache`); empty if not. optional: plans
     name it, as `+name`, or leave it to `auto`, which goes without it at `+no-name`; the others come
     with the strategies. words: what an optional one drafts, for help texts. margin: of its source
     (`Source.margin`)."""
 
     make: Callable[[TokenSequence], Drafter]
     heads: bool = False
-    network: bool = False
+    network: str = ""
     optional: bool = True
     words: str = ""
     margin: float = 1.0
@@ -41,7 +44,16 @@ KINDS: dict[str, Kind] = {
     "lookup": Kind(
         LookupDrafter, words="what followed the last tokens before", margin=LOOKUP.margin
     ),
-    "dflash": Kind(DFlashDrafter, network=True, words="with the network of --drafter"),
+    "dflash": Kind(
+        DFlashDrafter,
+        network="a drafter; name one with --drafter",
+        words="with the DFlash network of --drafter",
+    ),
+    "mtp": Kind(
+        MtpDrafter,
+        network="an MTP block: a model that holds one, or mtp-*.gguf with --drafter",
+        words="with the model's MTP block",
+    ),
     "block": Kind(BlockDrafter, heads=True, optional=False),
 }
 
@@ -53,9 +65,16 @@ def optional_names() -> tuple[str, ...]:
 
 def make_drafters(sequence: TokenSequence, names: set[str]) -> list[Drafter]:
     """New drafters of these kinds, as far as there is what they need."""
-    heads, network = sequence.config.has_heads, sequence.draft_cache is not None
+    cache = sequence.draft_cache
+    heads, network = sequence.config.has_heads, None if cache is None else cache.beside.name
     return [
         kind.make(sequence)
         for name, kind in KINDS.items()
-        if name in names and (heads or not kind.heads) and (network or not kind.network)
+        if name in names and (heads or not kind.heads) and (not kind.network or name == network)
     ]
+
+
+def lacks(name: str, config: ModelConfig) -> str:
+    """What a drafter needs beside a model, in words, if that is not there."""
+    beside = config.beside is not None and config.beside.name == name
+    return "" if beside else KINDS[name].network

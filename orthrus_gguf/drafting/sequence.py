@@ -13,7 +13,6 @@ from orthrus_gguf.runtime.protocol import (
     Draw,
     Masks,
     Segment,
-    View,
     ar_segment,
     diffusion_segment,
 )
@@ -87,19 +86,14 @@ class TokenSequence:
         )
 
     def drafter_segment(self, tokens: int) -> Segment:
-        """A block of the drafter's network behind the committed tokens, of which `tokens` are asked
-        for: its row i says the token i positions behind the anchor. Always a whole block: its rows
-        see one another, and were trained so."""
-        cache = self.draft_cache
-        if cache is None:
+        """What asks the drafter's network for `tokens` tokens behind the committed ones."""
+        if self.draft_cache is None:
             raise ValueError("there is no drafter beside the model")
-        return diffusion_segment(
-            cache,
-            self.tokens[-1],
-            cache.mask_token,
-            cache.block_size,
-            self.start,
-            wanted=range(1, tokens + 1),
-            draw=Draw(self.sampler, self.tokens, detail=True),
-            view=View.DRAFTER,
-        )
+        draw = Draw(self.sampler, self.tokens, detail=True)
+        return self.draft_cache.segment(self.tokens[-1], self.start, tokens, draw)
+
+    def checkpoint(self) -> None:
+        """Let the caches be able to come back to where they stand."""
+        self.cache.checkpoint()
+        if self.draft_cache is not None:
+            self.draft_cache.checkpoint()

@@ -62,7 +62,7 @@ def _hybrid_rows(config: ModelConfig) -> list[tuple[str, str]]:
             f"{layers} of the layers, {hybrid.n_key_heads} key and {hybrid.n_value_heads} value "
             f"heads of {hybrid.head_dim}, {mib:.1f} MiB of state",
         ),
-        ("MTP", "a block, not used yet" if hybrid.mtp else "no block"),
+        ("MTP", "a block, which drafts" if hybrid.mtp else "no block"),
     ]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import open_beside
 from orthrus_gguf.runtime.memory import cpu_memory
 
 
@@ -22,16 +23,22 @@ class DrafterReport:
     path: Path
     config: ModelConfig
     tensors: Mapping[str, TensorInfo]
-    target_layers: tuple[int, ...]
+    beside: Beside
+    taps: tuple[int, ...]
     weights: int
     cache_per_token: float
 
     @property
     def rows(self) -> list[tuple[str, str]]:
         """Lines of a table: what, and what it is."""
+        count = self.config.n_layers
+        drafts = f"blocks of {self.beside.block}"
+        reads = f"the inputs of layers {', '.join(map(str, self.taps))}"
+        if self.beside.chain:
+            drafts, reads = f"chains of up to {self.beside.most}", "what the last layer gives"
         return [
-            ("network", f"{self.config.n_layers} layers, blocks of {self.config.block_size}"),
-            ("reads", f"the inputs of layers {', '.join(map(str, self.target_layers))}"),
+            ("network", f"{count} layer{'s' * (count != 1)}, {drafts}"),
+            ("reads", reads),
             ("weights", f"{self.weights:,} bytes"),
             ("cache", f"{1000 * self.cache_per_token:,.0f} bytes per 1,000 tokens"),
         ]
@@ -41,8 +48,9 @@ class DrafterReport:
             "path": str(self.path),
             "name": self.config.name,
             "n_layers": self.config.n_layers,
-            "block_size": self.config.block_size,
-            "target_layers": list(self.target_layers),
+            "block_size": self.beside.block,
+            "chain": self.beside.chain,
+            "target_layers": list(self.taps),
             "weights": self.weights,
             "cache_per_token": self.cache_per_token,
         }
@@ -52,13 +60,14 @@ def inspect_drafter(
     path: str | Path, target: ModelFile, cache_types: tuple[str, str]
 ) -> DrafterReport:
     """Raises OrthrusError if it is no drafter of this model, or cannot use these cache types."""
-    with DrafterFile.open(path, target.config, target.metadata) as file:
+    with open_beside(path, target) as file:
         plan = cpu_memory(file.config, file.tensors, *cache_types)
         return DrafterReport(
             file.paths[0],
             file.config,
             file.tensors,
-            file.target_layers,
+            file.beside,
+            file.taps,
             sum(plan.weight(info) for info in file.tensors.values()),
             plan.row_bytes,
         )

@@ -22,6 +22,7 @@ from orthrus_gguf.model.architectures import (
     Architecture,
     LayerKind,
 )
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.hybrid import Hybrid, mtp_key, read_hybrid
 
 # Sanity limits, far above any model and far below what could exhaust memory by itself.
@@ -79,7 +80,7 @@ class Rope:
 class ModelConfig:
     """Shape and constants of one model, with or without Orthrus heads (sizes in elements).
 
-    drafter_block: rows of the blocks of a drafter's own network beside it; None without.
+    beside: the network of a drafter beside it; None without.
     hybrid: of a model whose layers are of two kinds; None if all are attention.
     """
 
@@ -98,7 +99,7 @@ class ModelConfig:
     block_size: int | None
     mask_token: int | None
     architecture: Architecture = QWEN3
-    drafter_block: int | None = None
+    beside: Beside | None = None
     hybrid: Hybrid | None = None
 
     @property

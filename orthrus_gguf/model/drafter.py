@@ -22,6 +22,7 @@ from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
 from orthrus_gguf.model.architectures import DFLASH
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import BLOCK_SIZES, MAX_VOCAB, ModelConfig
 from orthrus_gguf.model.tensors import check_tensors, drafter_tensors
 
@@ -89,6 +90,16 @@ class DrafterFile:
             stack.pop_all()
         return found
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """What it reads of the model (`Segment.taps`)."""
+        return self.target_layers
+
+    @property
+    def beside(self) -> Beside:
+        """What its network is to the model."""
+        return dflash(self.config)
+
     def data(self, name: str) -> NDArray[np.uint8]:
         """See `ModelFile.data`."""
         return self._file.data(name)
@@ -113,6 +124,13 @@ class DrafterFile:
         self.close()
 
 
+def dflash(config: ModelConfig) -> Beside:
+    """What a network of these sizes is to the model beside it."""
+    if config.block_size is None:
+        raise ValueError("a drafter drafts in blocks")
+    return Beside("dflash", config.block_size, config.block_size - 1)
+
+
 def read_config(
     file: GGUFFile, target: ModelConfig, metadata: Mapping[str, Value]
 ) -> DrafterConfig:
@@ -125,7 +143,7 @@ def read_config(
             f"{file.path}: drafts for {target.name}, whose layers are of two kinds, are not"
             " supported yet; leave --drafter out"
         )
-    _check_vocabulary(fields, metadata, target.n_vocab)
+    check_vocabulary(fields, metadata, target.n_vocab, f"{DFLASH.name}.vocab_size")
     config = ModelConfig.from_metadata(
         file.metadata,
         path=file.path,
@@ -205,10 +223,12 @@ def _target_layers(fields: Fields, target: ModelConfig) -> tuple[int, ...]:
     return layers
 
 
-def _check_vocabulary(fields: Fields, target: Mapping[str, Value], n_vocab: int) -> None:
+def check_vocabulary(
+    fields: Fields, target: Mapping[str, Value], n_vocab: int, size_key: str
+) -> None:
     """Refuse a drafter whose tokens are others than the target's. One without tokens says only how
-    many there are."""
-    key, size_key = gguf.Keys.Tokenizer.LIST, f"{DFLASH.name}.vocab_size"
+    many there are, under `size_key`."""
+    key = gguf.Keys.Tokenizer.LIST
     ours, theirs = target.get(key), fields.metadata.get(key)
     advice = "use the drafter that was trained for this model"
     if theirs is None:

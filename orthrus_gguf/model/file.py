@@ -239,8 +239,8 @@ def _check_hybrid(file: GGUFFile) -> None:
     mtp = next((name for name in file.tensors if ".nextn." in name), None)
     if mtp is not None and "blk.0.attn_norm.weight" not in file.tensors:
         raise OrthrusError(
-            f"{file.path}: holds only an MTP block ({mtp}), which drafts for its model; MTP drafts"
-            " are not supported yet: open the model itself"
+            f"{file.path}: holds only an MTP block ({mtp}), which drafts for its model; open that"
+            f" model, with --drafter {file.path}"
         )
 
 

@@ -24,8 +24,15 @@ ROPE_FREQS = "rope_freqs.weight"
 FEATURES = "fc.weight"
 FEATURES_NORM = "enc.output_norm.weight"
 
-#: In an MTP block: the norm before the output, where that is not the model's own.
+#: In an MTP block: the norm before the output, the embedding and the output matrix, where those are
+#: not the model's own.
 MTP_NORM = "nextn.shared_head_norm.weight"
+MTP_EMBD = "nextn.embed_tokens.weight"
+MTP_OUTPUT = "nextn.shared_head_head.weight"
+#: What makes one vector of a token's embedding and what the model's last layer gave; norms of both.
+MTP_PROJECTION = "nextn.eh_proj.weight"
+MTP_EMBD_NORM = "nextn.enorm.weight"
+MTP_HIDDEN_NORM = "nextn.hnorm.weight"
 
 _TYPES = gguf.GGMLQuantizationType
 FLOAT_TYPES = frozenset({_TYPES.F32, _TYPES.F16, _TYPES.BF16})
@@ -44,8 +51,7 @@ def base_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for index, kind in enumerate(config.layer_kinds):
         tensors |= _in_layer(index, _layer_shapes(config, kind))
     if config.hybrid is not None and config.hybrid.mtp:
-        mtp = _layer_shapes(config, LayerKind.ATTENTION) | _mtp_shapes(config)
-        tensors |= _in_layer(config.n_layers, mtp)
+        tensors |= mtp_tensors(config)
     tensors[OUTPUT_NORM] = (config.n_embd,)
     if not config.tied:
         tensors[OUTPUT] = (config.n_vocab, config.n_embd)
@@ -61,6 +67,12 @@ def diffusion_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return _per_layer(config, twins)
 
 
+def mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape (numpy order) of the MTP block of a model, behind its layers."""
+    shapes = _layer_shapes(config, LayerKind.ATTENTION) | _mtp_shapes(config)
+    return _in_layer(config.n_layers, shapes)
+
+
 def optional_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape (numpy order) of what an MTP block may hold besides: its last norm, embedding
     and output matrix, for which the model's own stand in."""
@@ -69,8 +81,8 @@ def optional_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     matrix = (config.n_vocab, config.n_embd)
     shapes = {
         MTP_NORM: (config.n_embd,),
-        "nextn.embed_tokens.weight": matrix,
-        "nextn.shared_head_head.weight": matrix,
+        MTP_EMBD: matrix,
+        MTP_OUTPUT: matrix,
     }
     return _in_layer(config.n_layers, shapes)
 
@@ -137,9 +149,9 @@ def _delta_net_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _mtp_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name within the block -> shape of what an MTP block has beside a layer of attention."""
     return {
-        "nextn.eh_proj.weight": (config.n_embd, 2 * config.n_embd),
-        "nextn.enorm.weight": (config.n_embd,),
-        "nextn.hnorm.weight": (config.n_embd,),
+        MTP_PROJECTION: (config.n_embd, 2 * config.n_embd),
+        MTP_EMBD_NORM: (config.n_embd,),
+        MTP_HIDDEN_NORM: (config.n_embd,),
     }
 
 

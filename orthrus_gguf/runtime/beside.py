@@ -1,8 +1,8 @@
 """A drafter's own network beside a model: one `Model` of both.
 
 The network reads what some layers of the model read (taps) at every committed row, makes keys and
-values of it, and drafts in blocks that see those. Its cache follows the text: it is told what was
-committed, and goes back where the text does. Runtimes bring the network (`Network`).
+values of it, and drafts in blocks or chains that see those. Its cache follows the text: it is told
+what was committed, and goes back where the text does. Runtimes bring the network (`Network`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS
-from orthrus_gguf.runtime.protocol import Choices, Logits, Model, Segment, View
+from orthrus_gguf.runtime.protocol import (
+    Choices,
+    Draw,
+    Logits,
+    Model,
+    Segment,
+    View,
+    diffusion_segment,
+)
 
 Taps = NDArray[np.float32]
 
@@ -30,6 +39,11 @@ class Network(Protocol):
         ...
 
     @property
+    def beside(self) -> Beside:
+        """What it is to the model."""
+        ...
+
+    @property
     def taps(self) -> tuple[int, ...]:
         """Layers of the model whose input it reads (`Segment.taps`)."""
         ...
@@ -38,12 +52,13 @@ class Network(Protocol):
         """An empty cache (`protocol.Cache`). Raises OrthrusError when it cannot fit."""
         ...
 
-    def inject(self, cache: Any, taps: Taps) -> None:
-        """Put rows behind those that a cache of it holds. taps: [taps, rows, n_embd]."""
+    def inject(self, cache: Any, tokens: Sequence[int], taps: Taps) -> None:
+        """Put rows behind those that a cache of it holds. tokens: theirs. taps: [taps, rows,
+        n_embd]."""
         ...
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
-        """As `Model.forward`, for diffusion blocks on caches of it."""
+        """As `Model.forward`, for drafts (`DraftCache.segment`) on caches of it."""
         ...
 
     def close(self) -> None:
@@ -60,14 +75,7 @@ class DraftCache:
 
     def __init__(self, network: Network, capacity: int) -> None:
         """capacity: tokens of the context. Raises OrthrusError when it cannot fit."""
-        config = network.config
-        assert config.block_size is not None
-        assert config.mask_token is not None
-        self.taps, self.block_size, self.mask_token = (
-            network.taps,
-            config.block_size,
-            config.mask_token,
-        )
+        self.taps, self.beside = network.taps, network.beside
         self._network, self._cache, self._capacity = network, network.new_cache(capacity), capacity
         self._tokens: list[int] = []
         self._waiting: list[Taps] = []
@@ -87,15 +95,46 @@ class DraftCache:
         unlike = (i for i, (ours, theirs) in enumerate(pairs) if ours != theirs)
         return next(unlike, min(len(self._tokens), len(tokens)))
 
+    def segment(self, anchor: int, start: int, tokens: int, draw: Draw) -> Segment:
+        """What asks for a draft of `tokens` tokens behind the anchor, which is at `start`.
+
+        A chain has a row for each, the anchor's first; each of the others stands for what the row
+        before it draws. A block is always whole (its rows see one another, and were trained so):
+        its row i says the token i positions behind the anchor.
+        """
+        if self.beside.chain:
+            rows = (anchor,) * tokens
+            return Segment(self, View.DRAFTER, rows, start, range(tokens), None, draw)
+        mask = self._network.config.mask_token
+        assert mask is not None
+        wanted, size = range(1, tokens + 1), self.beside.block
+        return diffusion_segment(
+            self, anchor, mask, size, start, wanted=wanted, draw=draw, view=View.DRAFTER
+        )
+
+    def reachable(self, length: int) -> int:
+        """How many of the first `length` rows it can go back to, of those that it was told of."""
+        if length > self._cache.length:
+            self._flush()
+        return int(self._cache.checkpoint(length).length)
+
+    def checkpoint(self) -> None:
+        """See `Cache.checkpoint`: it will be able to come back to where it stands."""
+        self._flush()
+        self._cache.checkpoint()
+
     def follow(self, tokens: Sequence[int], start: int, taps: Taps) -> None:
         """Learn of the committed rows from `start` on. What it held behind `start` is gone; rows
-        before it that it was not told of stay unknown, and it learns nothing (`length` tells).
+        before it that it was not told of, or cannot go back to, stay unknown, and it learns nothing
+        (`length` tells).
 
         tokens: all that are committed. taps: [taps, rows, n_embd].
         """
         if start > self.length:
             return
         self.go_back(start)
+        if self.length < start:
+            return
         rows = taps.shape[1]
         self._tokens += tokens[start : start + rows]
         self._waiting.append(taps)
@@ -103,11 +142,12 @@ class DraftCache:
             self._flush()
 
     def go_back(self, length: int) -> None:
-        """Forget what lies behind the first `length` rows."""
+        """Forget what lies behind the first `length` rows, or those that it can go back to."""
         if length < self.length:
             self._flush()
-            self._cache.restore(self._cache.checkpoint(length))
-            del self._tokens[length:]
+            place = self._cache.checkpoint(length)
+            self._cache.restore(place)
+            del self._tokens[place.length :]
 
     def assume(self, rows: int) -> None:
         """See `Cache.assume`."""
@@ -135,9 +175,11 @@ class DraftCache:
         if not self._waiting:
             return
         taps = np.concatenate(self._waiting, axis=1)
+        tokens = self._tokens[self._cache.length :]
         self._waiting = []
-        for first in range(0, taps.shape[1], BATCH_ROWS):
-            self._network.inject(self._cache, taps[:, first : first + BATCH_ROWS])
+        for first in range(0, len(tokens), BATCH_ROWS):
+            rows = slice(first, first + BATCH_ROWS)
+            self._network.inject(self._cache, tokens[rows], taps[:, rows])
 
 
 class ModelWithDrafter:
@@ -146,7 +188,7 @@ class ModelWithDrafter:
     def __init__(self, model: Model, network: Network) -> None:
         """Owns both."""
         self._model, self._network = model, network
-        self.config = replace(model.config, drafter_block=network.config.block_size)
+        self.config = replace(model.config, beside=network.beside)
 
     @property
     def description(self) -> str:
@@ -188,7 +230,7 @@ class ModelWithDrafter:
 
 
 def _of_network(segment: Segment) -> Segment:
-    """The block as the network sees it."""
+    """The draft as the network sees it."""
     if not isinstance(segment.cache, DraftCache):
         raise TypeError(f"expected a drafter's cache, found {segment.cache}")
     return replace(segment, view=View.DIFFUSION, cache=segment.cache.ready())

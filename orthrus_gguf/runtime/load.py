@@ -16,6 +16,7 @@ from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.cpu.weights import why_not
 from orthrus_gguf.runtime.cuda.presence import (
@@ -25,6 +26,7 @@ from orthrus_gguf.runtime.cuda.presence import (
     why_unusable,
 )
 from orthrus_gguf.runtime.limits import thread_counts, usable_threads
+from orthrus_gguf.runtime.mtp import MtpNetwork
 from orthrus_gguf.runtime.protocol import Model
 
 #: Called with the bytes read so far and in all.
@@ -39,6 +41,10 @@ class RuntimeName(Enum):
     CPU = "cpu"
     GGML = "ggml"
     REFERENCE = "reference"
+
+
+#: Those that run MTP blocks.
+MTP_RUNTIMES = (RuntimeName.REFERENCE,)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ def load_model(
     file: ModelFile,
     settings: RuntimeSettings,
     *,
-    drafter: DrafterFile | None = None,
+    drafter: DrafterFile | MtpFile | None = None,
     on_progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Model:
@@ -85,6 +91,11 @@ def load_model(
         )
     if settings.name is RuntimeName.REFERENCE:
         return _load_reference(file, settings, drafter)
+    if isinstance(drafter, MtpFile):
+        raise OrthrusError(
+            f"{drafter.paths[0]}: MTP blocks do not run on --runtime {settings.name.value} yet; use"
+            " --runtime reference, or --no-mtp"
+        )
     if settings.name is RuntimeName.CPU:
         return _load_cpu(file, settings, say or _to_stderr, drafter)
     if settings.name is RuntimeName.CUDA:
@@ -125,7 +136,7 @@ def fitting_context(
     settings: RuntimeSettings,
     wanted: int,
     say: Callable[[str], None],
-    drafter: DrafterFile | None = None,
+    drafter: DrafterFile | MtpFile | None = None,
 ) -> int:
     """How many of the `wanted` tokens of context fit where the model will run: all of them, but on
     a GPU; `say` hears of it if fewer do. settings: resolved. drafter: beside the model. Raises
@@ -134,6 +145,7 @@ def fitting_context(
     if settings.name is not RuntimeName.CUDA or why_unusable(settings.device) is not None:
         return wanted
     _check_kinds(file, settings.name)
+    assert not isinstance(drafter, MtpFile)  # a hybrid's
     from orthrus_gguf.runtime.cuda.fit import fitting_context
 
     types = (settings.cache_type_k or "f16", settings.cache_type_v or "f16")
@@ -246,13 +258,13 @@ def _load_cuda(
 
     with ExitStack() as stack:
         stack.callback(model.close)
-        network = CudaNetwork.beside(drafter, model)
+        network = CudaNetwork.load_for(drafter, model)
         stack.pop_all()
     return ModelWithDrafter(model, network)
 
 
 def _load_reference(
-    file: ModelFile, settings: RuntimeSettings, drafter: DrafterFile | None
+    file: ModelFile, settings: RuntimeSettings, drafter: DrafterFile | MtpFile | None
 ) -> Model:
     if importlib.util.find_spec("torch") is None:
         raise OrthrusError(
@@ -270,6 +282,11 @@ def _load_reference(
     model = ReferenceModel(file)
     if drafter is None:
         return model
+    if isinstance(drafter, MtpFile):
+        from orthrus_gguf.runtime.reference_mtp import ReferenceBlock
+
+        block = ReferenceBlock(drafter, model)
+        return ModelWithDrafter(model, MtpNetwork(block, drafter.beside, drafter.taps))
     from orthrus_gguf.runtime.reference_drafter import ReferenceNetwork
 
     return ModelWithDrafter(model, ReferenceNetwork(drafter, model))

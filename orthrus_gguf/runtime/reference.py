@@ -174,18 +174,24 @@ class ReferenceModel:
         x = self.embedding[tokens]
         inputs = [x]
         for layer in self.layers:
-            h = self._norm(x, layer.attn_norm)
-            if layer.delta_net is None:
-                x = x + self._attention(h, layer, cache, view, start)
-            else:
-                x = x + self._delta_net(h, layer.delta_net, layer.place, cache)
-            h = self._norm(x, layer.ffn_norm)
-            gate = torch.nn.functional.silu(h @ layer.ffn_gate.T)
-            x = x + (gate * (h @ layer.ffn_up.T)) @ layer.ffn_down.T
+            x = self._layer(x, layer, cache, view, start)
             inputs.append(x)
         inputs.append(self._norm(x, self.output_norm))
         logits = inputs[-1] @ self.output.T if head else x.new_empty(0, self.config.n_vocab)
         return Results(logits, torch.stack(inputs)[list(taps)])
+
+    def _layer(
+        self, x: Tensor, layer: Layer, cache: ReferenceCache, view: View, start: int
+    ) -> Tensor:
+        """The residual stream behind a layer, [rows, n_embd] as before it."""
+        h = self._norm(x, layer.attn_norm)
+        if layer.delta_net is None:
+            x = x + self._attention(h, layer, cache, view, start)
+        else:
+            x = x + self._delta_net(h, layer.delta_net, layer.place, cache)
+        h = self._norm(x, layer.ffn_norm)
+        gate = torch.nn.functional.silu(h @ layer.ffn_gate.T)
+        return x + (gate * (h @ layer.ffn_up.T)) @ layer.ffn_down.T
 
     def _attention(
         self, h: Tensor, layer: Layer, cache: ReferenceCache, view: View, start: int

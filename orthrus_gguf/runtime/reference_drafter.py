@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ class ReferenceNetwork(ReferenceModel):
     """See `beside.Network`. A model that knows blocks only, with embedding and head of another."""
 
     def __init__(self, file: DrafterFile, target: ReferenceModel) -> None:
-        self.config, self.taps = file.config, file.target_layers
+        self.config, self.taps, self.beside = file.config, file.target_layers, file.beside
         self.embedding, self.output = target.embedding, target.output
         self.layers = [
             layer_weights(file, i, {View.DIFFUSION: ""}) for i in range(file.config.n_layers)
@@ -32,7 +34,9 @@ class ReferenceNetwork(ReferenceModel):
         self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.rotary_dim)
 
     @torch.inference_mode()
-    def inject(self, cache: ReferenceCache, taps: NDArray[np.float32]) -> None:
+    def inject(
+        self, cache: ReferenceCache, tokens: Sequence[int], taps: NDArray[np.float32]
+    ) -> None:
         """See `Network.inject`."""
         start, rows = cache.length, taps.shape[1]
         joined = torch.from_numpy(np.concatenate(list(taps), axis=1))

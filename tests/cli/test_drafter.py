@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from drafters import drafter_file
+from mtp_models import mtp_block, mtp_model, stock_model
 
 from orthrus_gguf.cli import bench, inspect, run
 from tests.tiny_model import write_drafter
@@ -26,7 +27,7 @@ def base(demo_file: DemoFile) -> Path:
 def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     """What it prints."""
     capsys.readouterr()  # of conversions
-    assert run.main([*map(str, argv), *RAW]) == 0
+    assert run.main([*RAW, *map(str, argv)]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
 
@@ -34,7 +35,7 @@ def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
 def error(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
     """The one line that it ends with."""
     capsys.readouterr()
-    assert run.main([*map(str, argv), *RAW]) == 1
+    assert run.main([*RAW, *map(str, argv)]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     lines = captured.err.splitlines()
@@ -175,3 +176,38 @@ def test_inspect(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "is a drafter (dflash)" in capsys.readouterr().out
     assert inspect.main([str(base), "--drafter", str(write_drafter(tmp_path / "o.gguf"))]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+MTP = ("--runtime", "reference", "-n", "12", "-c", "64")
+
+
+def test_mtp_drafts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Plans find the block that the model's file holds, or the one in a file of its own."""
+    plain = answer(capsys, mtp_model(), "--strategy", "ar", *MTP)
+    for flags in (
+        (mtp_model(), "--strategy", "two-pass"),
+        (mtp_model(), "--strategy", "ar", "--mtp", "--lookup"),
+        (stock_model(), "-md", mtp_block(), "--draft-width", "2"),
+    ):
+        found = answer(capsys, *flags, *MTP)
+        assert found["text"] == plain["text"]
+        assert found["stats"]["sources"]["mtp"]["accepted"] >= 2
+    assert "mtp" not in str(plain["stats"])
+
+
+def test_mtp_bad_input(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, message in (
+        ((base, "--no-heads", "--mtp", "--strategy", "ar"), "--mtp: needs an MTP block: a model"),
+        ((stock_model(), "--mtp", *MTP), "--mtp: needs an MTP block"),
+        ((mtp_model(), "--draft-width", "10", *MTP), "must lie in 1..9"),
+        ((base, "--no-heads", "--drafter", mtp_block()), "is an MTP block of qwen35"),
+        ((mtp_model(), "--no-mtp", "--strategy", "two-pass", *MTP), "no diffusion heads"),
+    ):
+        assert message in error(capsys, *flags)
+
+
+def test_mtp_inspected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect.main([str(stock_model()), "--drafter", str(mtp_block())]) == 0
+    shown = capsys.readouterr().out
+    assert "1 layer, chains of up to 8" in shown
+    assert "what the last layer gives" in shown

@@ -132,7 +132,9 @@ def test_it_is_spelt(register: Register) -> None:
     register(Oracle)
     for text in ("ar+toy", "two-pass@3+lookup+toy+tail", "fused+toy", "auto+no-toy"):
         assert parse(text).text == text
-    with pytest.raises(OrthrusError, match=r"ar takes \+lookup, \+dflash, \+toy, not \+tail"):
+    with pytest.raises(
+        OrthrusError, match=r"ar takes \+lookup, \+dflash, \+mtp, \+toy, not \+tail"
+    ):
         parse("ar+tail")
 
 

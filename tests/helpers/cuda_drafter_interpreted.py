@@ -36,12 +36,12 @@ def results(
             drafter=beside,
         ) as model,
     ):  # fmt: skip
-        network = CudaNetwork.beside(beside, model)
+        network = CudaNetwork.load_for(beside, model)
         cache, rng, found = network.new_cache(16), np.random.default_rng(0), {}
         shape = (len(network.taps), 3, network.config.n_embd)
         taps = (50 * rng.standard_normal(shape)).astype(np.float32)
-        network.inject(cache, taps[:, :2])
-        network.inject(cache, taps[:, 2:])
+        network.inject(cache, [0, 0], taps[:, :2])
+        network.inject(cache, [0], taps[:, 2:])
         assert cache.length == 3
         for name, planes in zip(("keys", "values"), cache.planes or (), strict=True):
             found[name] = dequantize_planes(planes.layer(0))[:, :3].double().numpy()

@@ -44,7 +44,7 @@ def stand_in_pair(
         beside = stack.enter_context(DrafterFile.open(drafter, file.config, file.metadata))
         options = {"device": "cpu", "capture": capture, **settings}
         model = CudaModel.load(file, drafter=beside, **options)
-        network = CudaNetwork.beside(beside, model, capture)
+        network = CudaNetwork.load_for(beside, model, capture)
         yield stack.enter_context(closing(ModelWithDrafter(model, network)))
 
 

@@ -302,7 +302,7 @@ def test_passes_of_a_drafters_network(model: CudaModel, device: Device, tmp_path
     network.graphs = Graphs(capture)
     for turn in range(3):
         with watched(device) as watch:
-            network.inject(cache, taps)
+            network.inject(cache, [0] * taps.shape[1], taps)
         assert (watch.uploads, device.downloads) == (2, 0)
         # Angles, taps to rows, features, their norm; k and v, and what finishes them.
         assert len(device.launches) == (4 + 2 * config.n_layers if turn < 2 else 0)

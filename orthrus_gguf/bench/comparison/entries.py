@@ -30,7 +30,7 @@ class Entry:
 def default(config: ModelConfig) -> list[Plan]:
     """What is compared on this model unless the caller says otherwise."""
     names: tuple[str, ...] = DEFAULT if config.has_heads else DEFAULT_WITHOUT_HEADS
-    if config.drafter_block is not None and not config.has_heads:
+    if config.beside is not None and not config.has_heads:
         names = DEFAULT_WITH_DRAFTER
     return [parse(name) for name in names]
 

@@ -25,7 +25,7 @@ TURN, TRIES, NEWEST = 8, 0.1, 0.2
 
 def arms(config: ModelConfig) -> list[Plan]:
     """Plain decoding, and seven plans that draft, from cautious to bold."""
-    block = config.block_size or config.drafter_block or 8
+    block = config.block_size or (8 if config.beside is None else config.beside.block)
     quarter, half, full = (max(block // n, 2) - 1 for n in (4, 2, 1))
     names = [f"two-pass@{width}" for width in (quarter, half, full)]
     if not config.has_heads:
@@ -44,7 +44,7 @@ class Bandit:
         self._arm, self._cycles, self._tokens, self._seconds = 0, 0, 0, 0.0
 
     def drafters(self, sequence: TokenSequence) -> list[Drafter]:
-        return registry.make_drafters(sequence, {"block", "carried", "dflash"})
+        return registry.make_drafters(sequence, {"block", "carried", "dflash", "mtp"})
 
     def choose(
         self, drafts: Sequence[Draft], passes: Sequence[DraftPass], room: int, context: int

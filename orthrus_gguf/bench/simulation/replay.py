@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.bench.simulation.recording import RecordedRows, Text
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.drafter import dflash
 from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import (
@@ -132,12 +133,13 @@ class ReplayNetwork:
         self, model: ReplayModel, costs: Costs, clock: VirtualClock, block_size: int
     ) -> None:
         self.config: ModelConfig = replace(SHAPES["qwen3-8b"], block_size=block_size)
+        self.beside = dflash(self.config)
         self._model, self._costs, self._clock = model, costs, clock
 
     def new_cache(self, capacity: int) -> ReplayCache:
         return ReplayCache(capacity)
 
-    def inject(self, cache: ReplayCache, taps: NDArray[np.float32]) -> None:
+    def inject(self, cache: ReplayCache, tokens: Sequence[int], taps: NDArray[np.float32]) -> None:
         cache.assume(taps.shape[1])
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -54,7 +55,7 @@ class CpuNetwork(CpuModel):
         )
         HostModel.__init__(self, config, layout, BATCH_ROWS)
         self._lock, self._pool, self._kernels = target._lock, target._pool, target._kernels
-        self.taps, self.thread_counts = file.target_layers, ()
+        self.taps, self.beside, self.thread_counts = file.target_layers, file.beside, ()
         weights = DraftWeights(file, self._kernels, self._pool.threads, target._weights)
         self._weights = self._draft_weights = weights
         stack = ExitStack()
@@ -72,7 +73,7 @@ class CpuNetwork(CpuModel):
         rows = range(1, (config.block_size or 0) + 1)
         self._injections = {count: self._injection(count) for count in rows}
 
-    def inject(self, cache: CpuCache, taps: NDArray[np.float32]) -> None:
+    def inject(self, cache: CpuCache, tokens: Sequence[int], taps: NDArray[np.float32]) -> None:
         """See `Network.inject`. At most BATCH_ROWS rows."""
         with self._lock:
             self._check_open()

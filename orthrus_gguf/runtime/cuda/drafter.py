@@ -7,13 +7,14 @@ what the target's layers read (taps).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from orthrus_gguf.model.drafter import DrafterFile
+from orthrus_gguf.model.drafter import DrafterFile, dflash
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cuda.buffers import row_range
 from orthrus_gguf.runtime.cuda.cache import CudaCache
@@ -101,13 +102,13 @@ class CudaNetwork(CudaModel):
         most = len(own.joined)
         memory = replace(target.memory, cache_row=row, spare=spare)
         super().__init__(runner, most, memory, capture, plan.network)
-        self.taps, self.lock = taps, target.lock
+        self.taps, self.beside, self.lock = taps, dflash(config), target.lock
         self._joined, self._slot, self._most = own.joined, 0, most
         self._slots = [machine.host_buffer(4 * own.joined.numel()) for _ in range(SLOTS)]
         self._copied = [machine.new_event() for _ in range(SLOTS)]
 
     @classmethod
-    def beside(
+    def load_for(
         cls, file: DrafterFile, target: CudaModel, capture: Capture | None = None
     ) -> CudaNetwork:
         """Load an open drafter beside its target, whose memory plan has counted it. capture: how
@@ -120,8 +121,8 @@ class CudaNetwork(CudaModel):
             machine.trim()
             return cls(plan, weights, file.target_layers, target, capture or capture_for(machine))
 
-    def inject(self, cache: CudaCache, taps: NDArray[np.float32]) -> None:
-        """See `Network.inject`."""
+    def inject(self, cache: CudaCache, tokens: Sequence[int], taps: NDArray[np.float32]) -> None:
+        """See `Network.inject`. The rows are made of taps alone."""
         for first in range(0, taps.shape[1], self._most):
             part = taps[:, first : first + self._most]
             rows = part.shape[1]

@@ -1,0 +1,280 @@
+"""MTP drafts: every cycle against the block in numpy (`mtp_models.py`), and the text, which they do
+not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from mtp_models import (
+    LAYERS,
+    expected_cycles,
+    loaded_mtp,
+    mtp_block,
+    mtp_model,
+    stock_model,
+)
+from numpy.typing import NDArray
+from timeless import Timeless
+from toy_model import ToyTokenizer
+
+from orthrus_gguf.decode import drive, prefill, run_cycle
+from orthrus_gguf.drafting.cycle import Cycle
+from orthrus_gguf.drafting.plan import FixedPolicy, parse
+from orthrus_gguf.drafting.policy import Policy
+from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.engine import Generation, Request, Result, Session
+from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.runtime.beside import ModelWithDrafter
+from orthrus_gguf.runtime.load import RuntimeName
+from orthrus_gguf.runtime.protocol import ar_segment
+from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.together import Together
+
+GREEDY = SamplingSettings(temperature=0)
+PROMPTS: list[list[int]] = [[101], [130, 244], [92, 170, 241]]
+PROMPTS.append(np.random.default_rng(3).integers(0, 256, 40).tolist())
+TOKENS = 16
+CAPACITY = 160
+PLANS = ("two-pass", "two-pass@8+lookup", "two-pass@4+tree=6", "ar+mtp+lookup", "auto")
+
+
+class Endless(ToyTokenizer):
+    """No token ends the text, and none has any."""
+
+    eog: frozenset[int] = frozenset()
+
+    def token_bytes(self, id: int) -> bytes:
+        return b""
+
+    def is_special(self, id: int) -> bool:
+        return False
+
+
+ENDLESS: Any = Endless()
+
+
+@pytest.fixture(scope="module", params=[RuntimeName.REFERENCE])
+def model(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
+    """In float32 all through."""
+    f32 = {} if request.param is RuntimeName.REFERENCE else dict.fromkeys(("cache_type_k",), "f32")
+    with loaded_mtp(mtp_model(), request.param, **f32) as found:
+        yield found
+
+
+def sequence_of(model: ModelWithDrafter, prompt: Sequence[int]) -> TokenSequence:
+    cache, beside = model.new_cache(CAPACITY), model.new_draft_cache(CAPACITY)
+    return TokenSequence(model.config, cache, Sampler(GREEDY), list(prompt), draft_cache=beside)
+
+
+def cycles_of(
+    model: ModelWithDrafter,
+    prompt: Sequence[int],
+    plan: str,
+    tokens: int = TOKENS,
+    batch: int = 512,
+) -> tuple[list[int], list[Cycle]]:
+    """The text and what decoding did, cycle by cycle, never short of room."""
+    sequence, policy = sequence_of(model, prompt), FixedPolicy(parse(plan), model.config)
+    drafters = policy.drafters(sequence)
+    drive(model, prefill(sequence, drafters, batch=batch))
+    cycles = []
+    while len(sequence.tokens) < len(prompt) + tokens:
+        cycles.append(drive(model, run_cycle(sequence, policy, drafters, 100))[0])
+    return sequence.tokens, cycles
+
+
+def finished(generation: Generation) -> Result:
+    for _ in generation:
+        pass
+    return generation.result
+
+
+def request(model: ModelWithDrafter, plan: str, prompt: Sequence[int], seed: int = 0) -> Request:
+    """Greedy for seed 0. `auto` sees a machine where rows are cheap, so that it drafts."""
+    sampling = GREEDY if seed == 0 else SamplingSettings(temperature=0.7, seed=seed)
+    policy: Policy = Timeless(0.01, model.config.block_size)
+    if plan != "auto":
+        policy = FixedPolicy(parse(plan), model.config)
+    return Request(tuple(prompt), sampling, policy, max_tokens=TOKENS)
+
+
+def drafted(result: Result) -> int:
+    """Accepted tokens of the block."""
+    return sum(right for source, _, _, right in result.statistics.sources if source.name == "mtp")
+
+
+# --- drafts ---
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_every_cycle(model: ModelWithDrafter, depth: int) -> None:
+    """Drafts, and how many of them are right, for prompts shorter and longer than the
+    convolution."""
+    accepted = cycles = 0
+    for prompt in PROMPTS:
+        text, found = cycles_of(model, prompt, f"two-pass@{depth}")
+        cache = model.new_cache(CAPACITY)
+        last = model.config.n_layers + 1
+        tapped = ar_segment(cache, text, 0, wanted=range(0), taps=(last,))
+        (hidden,) = model.forward([tapped])[0].taps  # type: ignore[misc]
+        expected = expected_cycles(text, hidden.astype(np.float64), len(prompt), depth)
+        assert len(expected) >= len(found) - 1
+        for ours, theirs in zip(found, expected, strict=False):
+            assert (ours.start, list(ours.draft.tokens), ours.accepted) == theirs
+        accepted += sum(cycle.accepted for cycle in found)
+        cycles += len(found)
+    assert accepted > 0.5 * cycles
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prompts_in_pieces(model: ModelWithDrafter, batch: int) -> None:
+    whole, pieces = (
+        cycles_of(model, PROMPTS[3], "two-pass", batch=rows)[1] for rows in (512, batch)
+    )
+    assert [c.draft.tokens for c in pieces] == [c.draft.tokens for c in whole]
+
+
+def test_a_block_in_a_file_of_its_own(model: ModelWithDrafter) -> None:
+    expected = cycles_of(model, PROMPTS[3], "two-pass@2")[1]
+    for target in (stock_model(), mtp_model()):
+        with loaded_mtp(target, RuntimeName.REFERENCE, mtp_block()) as other:
+            found = cycles_of(other, PROMPTS[3], "two-pass@2")[1]
+        assert [(c.draft.tokens, c.accepted) for c in found] == [
+            (c.draft.tokens, c.accepted) for c in expected
+        ]
+
+
+# --- the text ---
+
+
+def test_the_text_is_that_of_plain_decoding(model: ModelWithDrafter) -> None:
+    """Prompts and seeds, each plan on one session that goes on from pair to pair."""
+    sessions = {plan: Session(model, ENDLESS, CAPACITY) for plan in ("ar", *PLANS)}
+    accepted = dict.fromkeys(PLANS, 0)
+    for seed, prompt in ((0, PROMPTS[3]), (6, PROMPTS[1])):
+        plain = finished(sessions["ar"].generate(request(model, "ar", prompt, seed)))
+        for plan in PLANS:
+            found = finished(sessions[plan].generate(request(model, plan, prompt, seed)))
+            assert found.output == plain.output, (plan, seed, prompt)
+            accepted[plan] += drafted(found)
+    assert min(accepted.values()) > 4, accepted
+
+
+def test_a_damaged_block_costs_no_text(model: ModelWithDrafter) -> None:
+    rng = np.random.default_rng(0)
+
+    def change(tensor: gguf.ReaderTensor) -> NDArray[Any] | None:
+        if not tensor.name.startswith(f"blk.{LAYERS}.") or tensor.data.ndim < 2:
+            return None
+        return rng.integers(0, 2**32, tensor.data.shape, np.uint32).view(np.float32)
+
+    plain = cycles_of(model, PROMPTS[3], "ar")[0]
+    with loaded_mtp(stock_model(), RuntimeName.REFERENCE, mtp_block(change)) as other:
+        text, _ = cycles_of(other, PROMPTS[3], "two-pass")
+    assert text[: len(plain)] == plain
+
+
+def test_side_by_side(model: ModelWithDrafter) -> None:
+    """All prompts in every pass, chains of other lengths among them."""
+    plans = ("two-pass@1", "two-pass@5", "ar", "ar+mtp")
+    alone = [finished(Session(model, ENDLESS, 99).generate(request(model, "ar", p, i % 3)))
+             for i, p in enumerate(PROMPTS)]  # fmt: skip
+    together, running = Together(model), []
+    for i, prompt in enumerate(PROMPTS):
+        session = Session(model, ENDLESS, 99)
+        running.append(session.generate(request(model, plans[i], prompt, i % 3)))
+        together.join(running[-1])
+        together.step()
+    while len(together):
+        together.step()
+    assert [g.result.output for g in running] == [result.output for result in alone]
+    assert drafted(running[1].result) > 0
+
+
+# --- the cache ---
+
+
+def test_a_conversation_keeps_what_the_block_knows(model: ModelWithDrafter) -> None:
+    """Only new rows are processed, and the drafts are those of a session that starts afresh; after
+    a turn without the block, the rows that it missed run again."""
+    session, prompt, told = Session(model, ENDLESS, 256), list(PROMPTS[2]), 0
+    prompts: list[int] = []
+    for plan in ("two-pass", "two-pass", "ar", "two-pass"):
+        result = finished(session.generate(request(model, plan, prompt)))
+        again = finished(Session(model, ENDLESS, 256).generate(request(model, plan, prompt)))
+        assert result.output == again.output
+        assert [c.draft.tokens for c in result.cycles] == [c.draft.tokens for c in again.cycles]
+        if plan == "two-pass":
+            assert result.statistics.cached_tokens == told
+            told = len(prompt) + TOKENS - 1
+        else:
+            told = prompts[-1]  # the model's own state is kept there, and not where the block was
+        prompts.append(len(prompt))
+        prompt += [*result.output, *PROMPTS[1]]
+
+
+def test_it_goes_back_where_the_model_does(
+    model: ModelWithDrafter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edited end: both caches go on from the last place that both can come back to."""
+    monkeypatch.setattr("orthrus_gguf.runtime.checkpoints.CHECKPOINT_ROWS", 6)
+    session = Session(model, ENDLESS, 128)
+    first = finished(session.generate(request(model, "two-pass", PROMPTS[2])))
+    for edited, places in (
+        ([*PROMPTS[2], *first.output[:-3], 9, 8], range(3 + 6, 3 + TOKENS - 3)),
+        ([*PROMPTS[2][:2], 9, 8], [0]),
+    ):
+        result = finished(session.generate(request(model, "two-pass", edited)))
+        again = finished(Session(model, ENDLESS, 128).generate(request(model, "two-pass", edited)))
+        assert result.output == again.output
+        assert [c.draft.tokens for c in result.cycles] == [c.draft.tokens for c in again.cycles]
+        assert result.statistics.cached_tokens in places
+
+
+def test_rows_move_with_what_the_block_knows(model: ModelWithDrafter) -> None:
+    first, second = (Session(model, ENDLESS, 128) for _ in range(2))
+    finished(first.generate(request(model, "two-pass", PROMPTS[3])))
+    turn = (*first.held, 7, 9)
+    rows = first.take(first.held)
+    assert rows.drafted == len(first.held)
+    second.put(rows)
+    found, expected = (
+        finished(session.generate(request(model, "two-pass", turn))) for session in (second, first)
+    )
+    assert found.output == expected.output
+    assert [c.draft.tokens for c in found.cycles] == [c.draft.tokens for c in expected.cycles]
+    assert found.statistics.cached_tokens == len(rows.tokens)
+    with pytest.raises(ValueError, match="rows"):
+        second.put(rows._replace(drafter=rows.drafter[:-1]))
+
+
+# --- what is refused ---
+
+
+def refusal(block: Path, target: Path) -> str:
+    with ModelFile.open(target) as file, pytest.raises(OrthrusError) as caught:
+        MtpFile.open(block, file)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_blocks_of_other_models(tmp_path: Path) -> None:
+    def other_embedding(tensor: gguf.ReaderTensor) -> NDArray[Any] | None:
+        return tensor.data[::-1].copy() if tensor.name == "token_embd.weight" else None
+
+    def other_width(tensor: gguf.ReaderTensor) -> NDArray[Any] | None:
+        return tensor.data[:, :-1].copy() if "eh_proj" in tensor.name else None
+
+    assert "their embeddings are not alike" in refusal(mtp_block(other_embedding), stock_model())
+    assert "eh_proj.weight: expected shape (64, 128)" in refusal(
+        mtp_block(other_width), stock_model()
+    )
+    with pytest.raises(OrthrusError, match=r"holds only an MTP block .*with --drafter"):
+        ModelFile.open(mtp_block())
