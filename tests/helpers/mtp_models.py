@@ -118,7 +118,7 @@ class NumpyBlock:
     def step(self, token: int, hidden: Floats) -> Floats:
         """What the next row gives, [n_embd]."""
         w, layer, position = self._w, "mtp.layers.0", len(self._keys)
-        embedded = w["model.embed_tokens.weight"][token]
+        embedded: Floats = w["model.embed_tokens.weight"][token]
         joined = [
             self._norm(embedded, "mtp.pre_fc_norm_embedding"),
             self._norm(hidden, "mtp.pre_fc_norm_hidden"),
@@ -150,7 +150,8 @@ class NumpyBlock:
 
     def _norm(self, x: Floats, name: str) -> Floats:
         scale = np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
-        return x / scale * (1 + self._w[f"{name}.weight"])
+        normed: Floats = x / scale * (1 + self._w[f"{name}.weight"])
+        return normed
 
     @staticmethod
     def _rotated(x: Floats, position: int) -> Floats:
