@@ -62,13 +62,15 @@ def prefill(
     drafters: Sequence[Drafter] = (),
     *,
     batch: int | Callable[[], int] = PROMPT_BATCH,
+    places: Sequence[int] = (),
     on_progress: Callable[[int], None] | None = None,
 ) -> Steps[Choice]:
     """Commit the tokens that the cache lacks; append the token drawn after them.
 
     The cache must hold a proper prefix of the sequence's tokens. `batch`: rows of a pass, asked for
-    before each of them if it is a function. `on_progress` receives the number
-    of prompt tokens held after each pass.
+    before each of them if it is a function. `places`: ascending, where passes end besides, so that
+    caches can go back there. `on_progress` receives the number of prompt tokens held after each
+    pass.
     """
     prompt, cache, taps = len(sequence.tokens), sequence.cache, _taps(drafters)
     if cache.length >= prompt:
@@ -77,6 +79,7 @@ def prefill(
     while cache.length < prompt:
         rows_now = batch() if callable(batch) else batch
         stop = min(cache.length + rows_now, prompt)
+        stop = next((place for place in places if cache.length < place < stop), stop)
         done = yield [sequence.prompt_segment(stop, taps)]
         rows = range(stop - cache.length)
         cache.commit(rows)
@@ -84,6 +87,8 @@ def prefill(
             on_progress(stop)
         _tell(drafters, sequence, None, done.choices[0], rows)
         choice = done.choices[0][0] if stop == prompt else None
+        if stop in places:
+            sequence.checkpoint()
     if choice is None:
         raise _nothing_drawn(sequence, prompt)
     sequence.checkpoint()  # where the next turn of a conversation is likely to begin
@@ -141,14 +146,15 @@ def run_cycle(
     verified, *carried = done.choices
     chosen, path = follow(sequence, tree, verified)
     committed = tuple([choice.token for choice in chosen])
-    sequence.cache.commit(path)
+    kept = path[: sequence.ended(committed)]  # a cache may be unable to drop rows later
+    sequence.cache.commit(kept)
     sequence.tokens.extend(committed)
     accepted, seen = len(path) - 1, tree.likeliest(path)
     cycle = Cycle(
         start, seen, accepted, committed, draft, tuple(costs), tuple(guesses), clock() - began
     )
     policy.observe(cycle)
-    _tell(drafters, sequence, cycle, verified, path, tuple(carried))
+    _tell(drafters, sequence, cycle, verified, kept, tuple(carried))
     return cycle, chosen
 
 

@@ -36,6 +36,7 @@ class Request:
         it where that token is drawn.
     top: log-probabilities to report per token, of this many likeliest ones; 0: none at all.
     constraint: what may be drawn where (see `sequence.Constraint`).
+    places: of the prompt, where others are likely to part from it (`text.partings`).
     """
 
     prompt: tuple[int, ...]
@@ -45,6 +46,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top: int = 0
     constraint: Constraint | None = None
+    places: tuple[int, ...] = ()
 
 
 class Origin(Enum):
@@ -419,6 +421,7 @@ class Generation:
             request.top,
             request.constraint,
             session._draft_cache,
+            session.tokenizer.eog | self._named.keys(),
         )
         policy = request.policy
         drafters = list(policy.drafters(sequence))
@@ -428,7 +431,11 @@ class Generation:
         end = len(request.prompt) + limit
         with self._during_prompt:
             first = yield from prefill(
-                sequence, drafters, batch=lambda: session.prompt_batch, on_progress=self._progress
+                sequence,
+                drafters,
+                batch=lambda: session.prompt_batch,
+                places=request.places if session.model.config.hybrid is not None else (),
+                on_progress=self._progress,
             )
         self._first_token = time.perf_counter()
         yield first

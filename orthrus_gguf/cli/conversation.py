@@ -95,7 +95,7 @@ class Conversation:
     def _request(self, question: str, forgotten: int) -> Request:
         turns = self.turns[2 * forgotten :]
         messages = [*self.system, *turns, Message("user", question)]
-        return self.loaded.request(self.loaded.render(messages))
+        return self.loaded.turn(messages)
 
     def answered(self, question: str, result: Result) -> None:
         """Remember a turn."""

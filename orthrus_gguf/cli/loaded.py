@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_mod
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate, Message
+from orthrus_gguf.text.partings import partings
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
 
 #: Flags that shape drafts, beside --draft-width.
@@ -78,11 +80,32 @@ class Loaded:
 
     def render(self, messages: list[Message]) -> str:
         """The prompt text of a conversation; without a template, its last message as it is."""
-        guard = None if self.special_in_prompt else self.tokenizer.guard
         if self.template is None:
             content = messages[-1].content
-            return content if guard is None else guard(content)
-        return self.template.render(messages, thinking=self.thinking, guard=guard)
+            return content if self.special_in_prompt else self.tokenizer.guard(content)
+        return self.template.render(messages, **self._template_settings)
+
+    @property
+    def _template_settings(self) -> dict[str, Any]:
+        guard = {} if self.special_in_prompt else {"guard": self.tokenizer.guard}
+        return {"thinking": self.thinking, **guard}
+
+    def turn(self, messages: list[Message]) -> Request:
+        """A request to answer the last of these messages, such that the next turn can go on from
+        it."""
+        text = self.render(messages)
+        request = self.request(text)
+        if self.template is None or self.file.config.hybrid is None:
+            return request
+        places = partings(
+            self.template,
+            self.tokenizer,
+            text,
+            request.prompt,
+            messages,
+            **self._template_settings,
+        )
+        return replace(request, places=places)
 
     def request(self, prompt: str) -> Request:
         """A request to continue `prompt`, as render() gives it, with the settings of the command

@@ -21,12 +21,13 @@ from orthrus_gguf.cli.answering import (
     add_limit_options,
     add_thinking_options,
 )
-from orthrus_gguf.cli.loaded import Loaded, identity, load, say
+from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.drafting.plan import Plan
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.belong import fingerprint
 from orthrus_gguf.runtime.cache_layout import cache_layout
 from orthrus_gguf.runtime.load import RuntimeName
 
@@ -268,10 +269,10 @@ def _kept(loaded: Loaded, args: argparse.Namespace) -> int:
 
 
 def _cache_identity(loaded: Loaded, args: argparse.Namespace) -> str:
-    """Caches that may be exchanged have the same."""
-    kind = type(loaded.model).__name__
-    beside = "" if loaded.drafter is None else f" {identity(loaded.drafter)}"
-    return f"{identity(loaded.file)}{beside} {kind} {args.cache_type_k} {args.cache_type_v}"
+    """Caches that may be exchanged have the same: those of one file, whatever its name."""
+    files = [file for file in (loaded.file, loaded.drafter) if file is not None]
+    weights = " ".join(fingerprint(file.tensors, file.data) for file in files)
+    return f"{weights} {type(loaded.model).__name__} {args.cache_type_k} {args.cache_type_v}"
 
 
 def _listed(text: str | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from orthrus_gguf.drafting.tree import Tree
@@ -30,7 +30,7 @@ class TokenSequence:
     cache: of its committed tokens; behind a prompt it holds all of them but the last, the anchor.
     tokens: committed so far, the prompt's first. top: see `Draw.top`.
     constraint: what may be drawn (a grammar). draft_cache: of the drafter's network beside the
-    model, where there is one.
+    model, where there is one. ends: tokens behind which the text does not go on.
     """
 
     config: ModelConfig
@@ -40,6 +40,7 @@ class TokenSequence:
     top: int = 0
     constraint: Constraint | None = None
     draft_cache: DraftCache | None = None
+    ends: Collection[int] = ()
 
     @property
     def start(self) -> int:
@@ -91,6 +92,10 @@ class TokenSequence:
             raise ValueError("there is no drafter beside the model")
         draw = Draw(self.sampler, self.tokens, detail=True)
         return self.draft_cache.segment(self.tokens[-1], self.start, tokens, draw)
+
+    def ended(self, tokens: Sequence[int]) -> int:
+        """How many of these the text still has: up to the first that ends it."""
+        return next((i + 1 for i, token in enumerate(tokens) if token in self.ends), len(tokens))
 
     def checkpoint(self) -> None:
         """Let the caches be able to come back to where they stand."""

@@ -31,13 +31,13 @@ class DrafterReport:
     @property
     def rows(self) -> list[tuple[str, str]]:
         """Lines of a table: what, and what it is."""
-        layers = f"{self.config.n_layers} layer{'s' * (self.config.n_layers != 1)}"
+        count = self.config.n_layers
         drafts = f"blocks of {self.beside.block}"
         reads = f"the inputs of layers {', '.join(map(str, self.taps))}"
         if self.beside.chain:
             drafts, reads = f"chains of up to {self.beside.most}", "what the last layer gives"
         return [
-            ("network", f"{layers}, {drafts}"),
+            ("network", f"{count} layer{'s' * (count != 1)}, {drafts}"),
             ("reads", reads),
             ("weights", f"{self.weights:,} bytes"),
             ("cache", f"{1000 * self.cache_per_token:,.0f} bytes per 1,000 tokens"),
@@ -61,11 +61,10 @@ def inspect_drafter(
 ) -> DrafterReport:
     """Raises OrthrusError if it is no drafter of this model, or cannot use these cache types."""
     with open_beside(path, target) as file:
-        config = file.config
-        plan = cpu_memory(config, file.tensors, *cache_types)
+        plan = cpu_memory(file.config, file.tensors, *cache_types)
         return DrafterReport(
             file.paths[0],
-            config,
+            file.config,
             file.tensors,
             file.beside,
             file.taps,

@@ -142,8 +142,7 @@ class DraftCache:
             self._flush()
 
     def go_back(self, length: int) -> None:
-        """Forget what lies behind the first `length` rows; and of those, what lies behind the last
-        place that it can go back to."""
+        """Forget what lies behind the first `length` rows, or those that it can go back to."""
         if length < self.length:
             self._flush()
             place = self._cache.checkpoint(length)

@@ -77,6 +77,7 @@ class Job:
     constraint: Constraint | None = None
     slot: int | None = None
     reuse: bool = True
+    places: tuple[int, ...] = ()
     cancelled: bool = False
 
     def request(self, policy: Policy) -> Request:
@@ -89,4 +90,5 @@ class Job:
             self.stop,
             self.top,
             self.constraint,
+            self.places,
         )

@@ -23,6 +23,7 @@ from orthrus_gguf.server.scheduler import Scheduler
 from orthrus_gguf.server.splitter import THOUGHT
 from orthrus_gguf.server.thoughts import Bound, bounded
 from orthrus_gguf.text.chat import ChatTemplate
+from orthrus_gguf.text.partings import partings
 from orthrus_gguf.text.tokenizer import Tokenizer
 
 #: Characters for each token of the context, of which some text may consist (long runs of spaces);
@@ -67,10 +68,11 @@ class Sampling:
 
 
 class Prompt(NamedTuple):
-    """Ids; thinking: whether the answer begins within a thought."""
+    """Ids; thinking: whether the answer begins within a thought. places: see `engine.Request`."""
 
     ids: tuple[int, ...]
     thinking: bool = False
+    places: tuple[int, ...] = ()
 
 
 @dataclass
@@ -128,19 +130,23 @@ class Service:
         others = [m.get("content") or "" for m in messages if m.get("role") != "assistant"]
         if sum(map(len, others)) > self.n_ctx * CHARACTERS_PER_TOKEN:
             self.encoded("\n".join(others), "messages")
+        settings: dict[str, Any] = {
+            "thinking": self.thinking if thinking is None else thinking,
+            "tools": tools,
+            "guard": self.tokenizer.guard,
+            "more": more,
+        }
         try:
-            text = self.template.render(
-                messages,
-                thinking=self.thinking if thinking is None else thinking,
-                tools=tools,
-                guard=self.tokenizer.guard,
-                more=more,
-            )
+            text = self.template.render(messages, **settings)
         except OrthrusError as error:
             raise ApiError(str(error), param="messages") from error
         thinks = text.rstrip().endswith("<think>") and not begun
         text += self.tokenizer.guard(begun)
-        return text, Prompt(tuple(self.encoded(text, "messages", guarded=True)), thinks)
+        ids = tuple(self.encoded(text, "messages", guarded=True))
+        places: tuple[int, ...] = ()
+        if self.config.hybrid is not None and not begun:
+            places = partings(self.template, self.tokenizer, text, ids, messages, **settings)
+        return text, Prompt(ids, thinks, places)
 
     def encoded(self, text: str, param: str, *, guarded: bool = False) -> list[int]:
         """Ids of a prompt. Takes a moment: call it in a thread. Raises ApiError, which names
@@ -267,6 +273,7 @@ class Service:
             constraint,
             None if given.id_slot is None or given.id_slot < 0 else given.id_slot,
             given.cache_prompt,
+            prompt.places,
         )
 
     def submit_all(self, jobs: Sequence[Job]) -> list[Answer]:

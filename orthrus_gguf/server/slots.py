@@ -116,7 +116,7 @@ class Pool:
         """Put the rows that another slot shares with a prompt into the slot, if they are many."""
         if not slot.session.portable:
             return
-        own = common_prefix(slot.tokens, prompt)
+        own = slot.session.reachable(common_prefix(slot.tokens, prompt))
         others = [other for other in self.slots if other is not slot]
         shared = {
             other: other.session.reachable(common_prefix(other.tokens, prompt)) for other in others

@@ -39,8 +39,8 @@ from orthrus_gguf.together import Together
 
 GREEDY = SamplingSettings(temperature=0)
 PROMPTS: list[list[int]] = [[101], [130, 244], [92, 170, 241]]
-PROMPTS.append(np.random.default_rng(3).integers(0, 256, 40).tolist())
-TOKENS = 16
+PROMPTS.append(np.random.default_rng(3).integers(0, 256, 21).tolist())
+TOKENS = 12
 CAPACITY = 160
 PLANS = ("two-pass", "two-pass@8+lookup", "two-pass@4+tree=6", "ar+mtp+lookup", "auto")
 
