@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from orthrus_gguf.drafting.cycle import Cycle, Pass
@@ -34,6 +33,7 @@ from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.records import record
 from orthrus_gguf.runtime.protocol import Choices, Model, Segment, View
 from orthrus_gguf.sampling import Choice
 
@@ -45,7 +45,7 @@ Clock = Callable[[], float]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@record()
 class Done:
     """A pass that has run, as one sequence sees it: its choices, one per segment, and its cost."""
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.records import record
 
 MAX_SEED = 2**64 - 1
 
@@ -111,7 +112,7 @@ class LogProbs:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
+@record()
 class Choice:
     """The token drawn from one row of logits.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from orthrus_gguf.drafting.block import BLOCK
@@ -200,15 +200,12 @@ class Acceptance:
             reached *= value
             accepted[i] += reached
 
-    def relax(self, memory: float) -> None:
-        """Forget a little of everything, so that what failed is tried again one day."""
-        for counts in (
-            *self._by_confidence.values(),
-            *self._by_position.values(),
-            *self._seconds.values(),
-            *self._behind.values(),
-        ):
-            counts.forget(memory)
+    def relax(self, memory: float, but: Collection[Source] = ()) -> None:
+        """Forget a little of all sources but some, so that what failed is tried again one day."""
+        for table in (self._by_confidence, self._by_position, self._seconds, self._behind):
+            for source, counts in table.items():
+                if source not in but:
+                    counts.forget(memory)
 
 
 def _class(confidence: float) -> int:

@@ -34,6 +34,7 @@ from orthrus_gguf.auto.rate import (
     prospect,
     values,
 )
+from orthrus_gguf.auto.trees import MOST_NODES, Trees
 from orthrus_gguf.drafting import registry
 from orthrus_gguf.drafting.carried_blocks import SOURCES, hypotheses
 from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis, Pass
@@ -41,17 +42,11 @@ from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Source
 from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.plan import MOST_AT_HAND, block_rows
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.drafting.tree import Branches, Tree, best_first
+from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.runtime.protocol import View
 
 #: Blocks carried by one pass at most.
 MAX_BLOCKS = 8
-
-#: Draft tokens of a tree at most, and the probability that each must have at least.
-MOST_NODES, LEAST_NODE = 64, 0.01
-
-#: Weight of the newest draft in what the trees of its source promise.
-NEWEST_TREE = 0.1
 
 #: Time that drafts may lose against plain decoding: a share of all time, and at first as many
 #: single-row passes.
@@ -67,7 +62,7 @@ REFRESH = 8
 #: single-row passes, until one has run; and the weight of the newest one.
 NETWORK_GUESS, NEWEST = 0.4, 0.1
 
-#: What statistics keep per cycle of plain decoding (half is gone after 140).
+#: What statistics of a source keep per cycle of which it had no draft (half is gone after 140).
 RELAX = 0.995
 
 #: Where drafts cannot pay, cycles of plain decoding are counted, and learned from together after
@@ -119,14 +114,14 @@ class Controller:
         self._block = block_size or 0
         self._widest = max(self._block, MOST_AT_HAND)
         self._acceptance = Acceptance(self._widest)
+        self._trees = Trees(self._acceptance, self._widest)
         self._passes: dict[Source, DraftPass] = {}
-        self._promised: dict[Source, Floats] = {}
         self._networks: dict[Source, float] = {}  # seconds of their longest drafts
         self._carrying: Carrying | None = None
         self._added = 0.0
         self._lost = self._elapsed = self._host = 0.0
         self._tables: _Tables | None = None
-        self._age = 0
+        self._age, self._drafted = 0, set[Source]()
         self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
 
     def drafters(self, sequence: TokenSequence) -> list[Drafter]:
@@ -193,7 +188,7 @@ class Controller:
             guesses, added = self._carry(tables, draft, anchor, width, room)
             value += added
         if draft.second:
-            branches = self._branches(draft, accept)
+            branches = self._trees.branches(draft, accept)
             reached = [0.0, *itertools.accumulate(branches.probabilities[:most])]
             tree = _worths(reached, rate, tables.verify)
             nodes = max(range(len(tree)), key=tree.__getitem__)
@@ -201,23 +196,6 @@ class Controller:
                 self._added = 0.0
                 return draft.tree(branches, nodes), ()
         return Tree(draft.tokens[:width]), guesses
-
-    def _branches(self, draft: Draft, accept: Sequence[float]) -> Branches:
-        """What trees of a draft are made of. What they promise joins the mean of its source."""
-        source = draft.source
-        branches = best_first(
-            accept,
-            self._acceptance.seconds_of_draft(draft, len(accept)),
-            MOST_NODES,
-            LEAST_NODE,
-            self._acceptance.behind(source),
-        )
-        promised = np.zeros(MOST_NODES)
-        promised[: len(branches.probabilities)] = branches.probabilities
-        promised = promised.cumsum()
-        mean = self._promised.setdefault(source, promised)
-        mean += NEWEST_TREE * (promised - mean)
-        return branches
 
     def observe(self, cycle: Cycle) -> None:
         tables = self._current(cycle.start)
@@ -243,8 +221,7 @@ class Controller:
         self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
         if alone:
             self._costs.observe(Pass(1, 0, context, seconds / alone))
-        self._acceptance.relax(RELAX**cycles)
-        self._age = REFRESH
+        self._age = max(cycles, REFRESH)
 
     def _learn(self, cycle: Cycle, tables: _Tables) -> None:
         self._age += 1
@@ -254,9 +231,9 @@ class Controller:
                 self._observe_network(cycle.draft.source, done)
             else:
                 self._costs.observe(done)
-        if not cycle.drafts:
-            self._acceptance.relax(RELAX)
-        elif self._carrying is not None and cycle.guesses:
+        if cycle.drafts:
+            self._drafted.add(cycle.draft.source)
+        if cycle.drafts and self._carrying is not None and cycle.guesses:
             self._carrying.observe(cycle, self._added)
         if any(done.company for done in cycle.passes):
             return  # plain decoding in this company would have taken nobody knows how long
@@ -339,6 +316,8 @@ class Controller:
 
     def _current(self, context: int) -> _Tables:
         if self._tables is None or self._age >= REFRESH:
+            self._acceptance.relax(RELAX**self._age, self._drafted)
+            self._drafted.clear()
             self._tables, self._age = self._refresh(context), 0
         return self._tables
 
@@ -362,7 +341,7 @@ class Controller:
             passes={
                 source: self._drafting(offer, context) for source, offer in self._passes.items()
             },
-            trees=self._promised,
+            trees=self._trees.promised(),
             carried={guess: n[: width + 1] for guess, n in carried.items()},
             hits=hits,
             carrying=added,

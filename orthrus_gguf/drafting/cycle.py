@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Source
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
+from orthrus_gguf.records import record
 from orthrus_gguf.runtime.protocol import Segment
 
 
-@dataclass(frozen=True)
+@record()
 class Pass:
     """One forward pass of a cycle: its rows by view, the context it saw, how long it took.
 
@@ -73,7 +73,7 @@ class Hypothesis(NamedTuple):
         return self.guess is Guess.LAST or self.anchor == cycle.tokens[-1]
 
 
-@dataclass(frozen=True)
+@record()
 class Cycle:
     """One committed step.
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from orthrus_gguf.drafting.tree import Branches, Tree
+from orthrus_gguf.records import record
 from orthrus_gguf.sampling import Choice
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Where drafts come from: what their acceptance is counted under.
 
@@ -28,11 +29,8 @@ class Source:
     likely: float
     margin: float = 1.0
 
-    def __hash__(self) -> int:  # of all fields is slow, and counts are kept by source
-        return hash(self.name)
 
-
-@dataclass(frozen=True)
+@record()
 class Draft:
     """Tokens proposed for the positions after the anchor.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.records import record
 from orthrus_gguf.runtime.protocol import Choices, Segment, View
 
 
-@dataclass(frozen=True)
+@record()
 class DraftPass:
     """A pass that would bring a draft.
 
@@ -34,10 +34,14 @@ class DraftPass:
 
     def ordered(self, width: int) -> DraftPass:
         """The pass for `width` tokens, or as many as it can bring."""
-        return replace(self, width=min(width, self.most))
+        return DraftPass(
+            *(self.source, self.most, self.rows, self.segments, self.read),
+            width=min(width, self.most),
+            view=self.view,
+        )
 
 
-@dataclass(frozen=True)
+@record()
 class Results:
     """What a pass left for drafters.
 

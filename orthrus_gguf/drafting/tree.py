@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from orthrus_gguf.records import record
 
 
-@dataclass(frozen=True)
+@record()
 class Tree:
     """Draft tokens to verify in one pass.
 
@@ -65,7 +66,7 @@ class Tree:
 NO_TREE = Tree(())
 
 
-@dataclass(frozen=True)
+@record()
 class Branches:
     """The likeliest continuations of a draft, in the order in which a tree should take them.
 

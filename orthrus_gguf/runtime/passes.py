@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from orthrus_gguf.records import record
 from orthrus_gguf.runtime.protocol import Segment, View, path_to
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Piece:
     """`count` rows of a segment from its row `first` on, which run in one pass.
 

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import record
 from orthrus_gguf.sampling import Choice, Sampler
 
 Logits = NDArray[np.float32]
@@ -55,7 +56,7 @@ class View(Enum):
 OWN_VIEWS = (View.AR, View.DIFFUSION)
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Draw:
     """How tokens are drawn from the wanted rows of a segment.
 
@@ -76,7 +77,7 @@ class Draw:
     allowed: Masks | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Segment:
     """Rows of one view and one sequence, consecutive unless they are a tree.
 
@@ -122,7 +123,7 @@ class Segment:
         return self.start + (len(self) if self.parents is None else max(depths(self.parents)) + 1)
 
 
-@dataclass(frozen=True, eq=False)
+@record(eq=False)
 class Choices:
     """What a pass says of one segment.
 

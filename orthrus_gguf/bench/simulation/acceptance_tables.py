@@ -6,7 +6,7 @@ Papers count per forward: their tokens per forward are half of these (two passes
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orthrus_gguf.model.shapes import BLOCK_SIZE
 
@@ -14,12 +14,15 @@ from orthrus_gguf.model.shapes import BLOCK_SIZE
 @dataclass(frozen=True)
 class AcceptanceTable:
     """tokens_per_cycle: by domain. sources: where the figures come from, a sentence each.
-    block_size: of the blocks; network: drafted by a network of its own, for a stock model."""
+    block_size: of the blocks; network: drafted by a network of its own, for a stock model.
+    by_position: of domains where that is known, the share of cycles that accept the first, the
+    second, ... draft token; the rest of a block then makes up for what tokens_per_cycle say."""
 
     tokens_per_cycle: Mapping[str, float]
     sources: tuple[str, ...]
     block_size: int = BLOCK_SIZE
     network: bool = False
+    by_position: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 _PAPER_8B = (
@@ -44,9 +47,13 @@ TABLES = {
     ),
     "dflash-qwen3-4b": AcceptanceTable(
         {"maths": 5.90},
-        ("DFlash for Qwen3-4B (z-lab): 5.90 tokens per cycle on GSM8K, greedy",),
+        (
+            "DFlash for Qwen3-4B (z-lab): 5.90 tokens per cycle on GSM8K, greedy; its first seven"
+            " draft tokens are accepted in 87, 73, 62, 54, 45, 36 and 31 % of the cycles",
+        ),
         block_size=16,
         network=True,
+        by_position={"maths": (0.87, 0.73, 0.62, 0.54, 0.45, 0.36, 0.31)},
     ),
     "qwen3-1.7b": AcceptanceTable({"average": 7.78, "prose": 2.0}, (_PAPER_17B, _PROSE)),
 }

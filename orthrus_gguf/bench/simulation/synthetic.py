@@ -15,6 +15,7 @@ that matter here, with constants seen on a recording of the demo model:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -36,6 +37,9 @@ EASY, HARD, STRETCH = 32, 8, 1.2
 SHARED, OWN = 1.0, 0.7
 
 STALE, SECOND, SECOND_CLAIMED = 0.3, 0.5, 0.25
+
+#: Steps towards an acceptance that is published by position.
+STEPS = 60
 
 #: Domain whose texts change between the easiest and the hardest of the table, every TURN tokens.
 MIXED, TURN = "mixed", 64
@@ -60,11 +64,13 @@ def synthesize(name: str, table: AcceptanceTable, seed: int) -> Recording:
     """Texts of random tokens in every domain of `table`, and a mixed one."""
     rng, rows = np.random.default_rng(seed), table.block_size
     domains = dict(table.tokens_per_cycle)
-    shifts: dict[str, float] = {}
+    shifts: dict[str, float | Floats] = {}
     texts = []
     for domain, target in domains.items():
         processes = [_process(rng, rows) for _ in range(TEXTS)]
         shifts[domain] = _fit(processes, target)
+        if domain in table.by_position:
+            shifts[domain] = _fit_positions(processes, target, table.by_position[domain])
         texts += [_text(rng, domain, process, shifts[domain]) for process in processes]
     if len(domains) > 1:
         easiest, hardest = (shifts[pick(domains, key=domains.__getitem__)] for pick in (max, min))
@@ -127,24 +133,48 @@ def _fit(processes: list[_Process], target: float) -> float:
     low, high = -12.0, 12.0
     for _ in range(30):
         middle = (low + high) / 2
-        if _tokens_per_cycle(processes, middle) < target:
+        if 1 + _accepted(processes, middle).mean() < target:
             low = middle
         else:
             high = middle
     return (low + high) / 2
 
 
-def _tokens_per_cycle(processes: list[_Process], shift: float) -> float:
-    tokens = cycles = 0
+def _fit_positions(processes: list[_Process], target: float, shares: Sequence[float]) -> Floats:
+    """A shift for each row, at which two-pass decoding at full width accepts the first rows in
+    `shares` of its cycles, and gets `target` tokens per cycle.
+
+    Where a cycle ends decides where the next one begins, so every step shuffles all cycles anew:
+    the best of them counts.
+    """
+    rows, known = processes[0].odds.shape[1], len(shares)
+    shifts = best = np.full(rows, _fit(processes, target))
+    wanted, least = np.append(shares, target - 1 - sum(shares)), np.inf  # the last: all other rows
+    for _ in range(STEPS):
+        accepted = _accepted(processes, shifts)
+        reached = (accepted[:, None] > np.arange(rows)).mean(0)
+        found = np.append(reached[:known], reached[known:].sum())
+        if (off := np.abs(found - wanted).max()) < least:
+            best, least = shifts, off
+        # Each row by the log-odds of what it must keep of those that reach it.
+        keep, kept = (x[:known] / np.append(1.0, x[: known - 1]) for x in (wanted, found))
+        known_rows = np.log(keep / (1 - keep) * (1 - kept) / kept)
+        others = np.full(rows - known, np.log(wanted[-1] / found[-1]))
+        shifts = shifts + np.append(known_rows, others) / 2
+    return best
+
+
+def _accepted(processes: list[_Process], shift: float | Floats) -> NDArray[np.int64]:
+    """Draft tokens that each cycle of two-pass decoding at full width accepts."""
+    found = []
     for process in processes:
         wrong = process.luck >= _probability(process.odds + shift)
         wrong[:, -1] = True  # full width is a row less than the block
-        accepted, at = wrong.argmax(1), 0
+        accepted, at = wrong.argmax(1).tolist(), 0
         while at < len(accepted):
-            cycles += 1
-            at += int(accepted[at]) + 1
-        tokens += at
-    return tokens / cycles
+            found.append(accepted[at])
+            at += accepted[at] + 1
+    return np.array(found)
 
 
 def _probability(odds: Floats) -> Floats:

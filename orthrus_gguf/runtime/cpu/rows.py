@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orthrus_gguf.records import record
 from orthrus_gguf.runtime.trees import TreeLayout
 
 Ints = NDArray[np.int64]
@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 ANGLES = 1024
 
 
-@dataclass(frozen=True)
+@record()
 class Place:
     """Of the rows of one piece.
 

@@ -190,7 +190,7 @@ def test_what_its_network_drafts_is_replayed_exactly(
     prompt = golden["cases"][CASES[1]]["prompt_ids"]
     plain, _ = run_beside(pair, prompt, "ar")
     output = plain[len(prompt) :]
-    text = record_text(pair, Sampler(GREEDY), "golden", prompt, output, range(2, 9))
+    text = record_text(pair, Sampler(GREEDY), "golden", prompt, output, range(2, 10))
     assert text.drafter is not None
     assert text.drafter.shape == (len(output) - 1, 7, 4)
     drafted = 0

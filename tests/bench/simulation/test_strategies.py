@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from orthrus_gguf.auto.costs import CostCurve
+from orthrus_gguf.auto.controller import Controller
+from orthrus_gguf.auto.costs import CostCurve, RunningCosts
 from orthrus_gguf.bench.prediction.cards import CARDS
 from orthrus_gguf.bench.prediction.passes import PredictedCurve
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
-from orthrus_gguf.bench.simulation.recording import COLUMNS, Origin, Recording, Text
+from orthrus_gguf.bench.simulation.recording import (
+    COLUMNS,
+    Origin,
+    RecordedRows,
+    Recording,
+    Text,
+)
+from orthrus_gguf.bench.simulation.replay import (
+    ReplayModel,
+    ReplayNetwork,
+    ReplayWithDrafter,
+    VirtualClock,
+)
 from orthrus_gguf.bench.simulation.strategies import (
     CONTROL,
     Outcome,
     Simulator,
     default_strategies,
+    replay,
     runs,
 )
 from orthrus_gguf.bench.simulation.synthetic import synthesize
@@ -96,6 +110,58 @@ def test_the_controller_keeps_its_promises() -> None:
     assert sum(check.beside_best for check in on_card) / len(on_card) >= BESIDE_BEST
     where_dear = checks(Simulation("x", "y", simulate(CurveCosts(dear, 0), drafts, ["auto"]), []))
     assert min(check.beside_plain for check in where_dear) >= BESIDE_PLAIN
+
+
+def beside_each_other(heads: Callable[[int], float], network: Callable[[int], float]) -> Recording:
+    """A text of 1600 tokens that both draft: right that often at a position."""
+    rng, length = np.random.default_rng(0), 1600
+    output = rng.integers(100, 90_000, length)
+
+    def drafted(rows: int, right: Callable[[int], float]) -> RecordedRows:
+        choices = np.full((length - 1, rows, COLUMNS), 7, np.float32)
+        for anchor, row in np.ndindex(length - 1, rows):
+            at = anchor + 1 + row
+            choices[anchor, row, 1::2] = right(at) ** 2, 0.01
+            if at < length and rng.random() < right(at):
+                choices[anchor, row, 0] = output[at]
+        return choices
+
+    blocks = {16: drafted(16, heads)}
+    text = Text("toy", (1, 2), tuple(output.tolist()), blocks, drafted(7, network))
+    return Recording(Origin("toy", False, "by hand"), 16, (text,), 8)
+
+
+@pytest.mark.parametrize("first", ["heads", "network"])
+def test_auto_drafts_with_whichever_promises_most(first: str) -> None:
+    """Heads and a drafter's network beside each other: the one that is right by now, although the
+    other was for long."""
+    costs = CostCurve((1, 16, 128), (1e-3, 1.05e-3, 1.5e-3), 0, (0.0, 0.0), 8, 1e-3, 1.1e-3)
+    costs = replace(costs, drafter=3e-4)
+
+    def early(at: int) -> float:
+        return 0.9 if at < 800 else 0.2
+
+    def late(at: int) -> float:
+        return 0.2 if at < 800 else 0.9
+
+    drafts = beside_each_other(*((early, late) if first == "heads" else (late, early)))
+    clock = VirtualClock()
+    stock = ReplayModel(CurveCosts(costs, 0), clock, 16)
+    model = ReplayWithDrafter(stock, ReplayNetwork(stock, CurveCosts(costs, 0), clock, 8))
+    policy = Controller(RunningCosts(costs), 16)
+    used = {"heads": [0, 0], "network": [0, 0]}
+    for cycle in replay(model, clock, drafts.texts[0], policy):
+        which = "network" if cycle.draft.source.name == "dflash" else "heads"
+        if cycle.drafts and cycle.draft.source.name != "tail":
+            used[which][cycle.start >= 800] += len(cycle.tokens)
+    second = "network" if first == "heads" else "heads"
+    assert used[first][0] > 20 * used[second][0]
+    assert used[second][1] > 2 * used[first][1]
+    assert sum(map(sum, used.values())) > 800
+    # Half of the text is left to either: both together are faster than the heads alone.
+    found = simulate(CurveCosts(costs, 0), drafts, ["auto+no-dflash"])
+    (alone,) = (each for each in found if each.strategy == "auto+no-dflash")
+    assert clock.now < 0.75 * alone.seconds
 
 
 def outcome(strategy: str, seconds: float) -> Outcome:
