@@ -6,8 +6,9 @@
 //   delta = beta (v - decay S^T k)      S <- decay S + k delta^T      o = S^T q
 //
 // The columns j do not meet: a task takes a tile of them through all rows of the pass, in the first
-// cache, and reads and writes the state once. Sums over i are two chains, of the even and of the odd
-// i, whatever the number of rows: so a row's bits depend on the rows before it and on nothing else.
+// cache, and reads and writes the state once. Sums over i are two chains, of the even and of the
+// odd i, whatever the number of rows: so a row's bits depend on the rows before it and on nothing
+// else.
 //
 // What a row does to the state is kept beside it (a record), and the state stays as it was: rows
 // that are accepted become part of it at the beginning of the next pass, with the same
@@ -28,7 +29,7 @@
 #else
 #define TOGETHER 0
 #endif
-#define L2_EPS 1e-6f     // what the squared length of q and k is raised by
+#define L2_EPS 1e-6f // what the squared length of q and k is raised by
 
 // Offsets within a record, and its size, in floats.
 typedef struct {
@@ -155,8 +156,10 @@ INLINE void recur(Sums *known, float *tile, int d, const int wide, float decay, 
             }
         }
     for (int w = 0; w < wide; w++) f_store(o + w * LANES, f_add(told.of[0][w], told.of[1][w]));
-    if (TOGETHER) *known = ahead;
-    else if (next) ask(known, tile, d, wide, next);
+    if (TOGETHER)
+        *known = ahead;
+    else if (next)
+        ask(known, tile, d, wide, next);
 }
 
 // What the records at `index` do to a tile.
@@ -202,7 +205,8 @@ INLINE void run_tile(const Step *s, const Run *run, int head, int number, const 
         float decay = gate[head], beta = gate[padded(s->n_head) + (size_t)head];
         if (row + 1 < stop && here[1].follows)
             recur(&known, tile, d, wide, decay, beta, q, k, v, delta, o, k + s->x_stride);
-        else recur(&known, tile, d, wide, decay, beta, q, k, v, delta, o, 0);
+        else
+            recur(&known, tile, d, wide, decay, beta, q, k, v, delta, o, 0);
     }
     if (run->advance) memcpy(memory, tile, floats * sizeof(float));
 }
@@ -213,8 +217,10 @@ void recur_task(const Step *s, int task, Scratch *scratch) {
     const Run *run = &s->run[task / (s->n_head * tiles)];
     int head = task / tiles % s->n_head, number = task % tiles;
     float *tile = reserve(scratch, (size_t)(d * wide * LANES));
-    if (wide == WIDE) run_tile(s, run, head, number, WIDE, tile);
-    else run_tile(s, run, head, number, 1, tile);
+    if (wide == WIDE)
+        run_tile(s, run, head, number, WIDE, tile);
+    else
+        run_tile(s, run, head, number, 1, tile);
 }
 
 // Task: one row.

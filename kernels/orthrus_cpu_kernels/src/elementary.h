@@ -4,7 +4,8 @@
 
 #include "isa.h"
 
-// 2^n * p(r) with |r| <= ln(2)/2. Relative error below 2e-7 for -87 <= x <= 88; smaller x give about 1e-38, not zero.
+// 2^n * p(r) with |r| <= ln(2)/2. Relative error below 2e-7 for -87 <= x <= 88; smaller x give
+// about 1e-38, not zero.
 INLINE vf f_exp(vf x) {
     x = f_min(f_max(x, f_set(-87.0f)), f_set(88.0f));
     vi n = i_round(f_mul(x, f_set(1.44269504f)));

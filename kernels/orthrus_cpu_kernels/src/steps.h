@@ -52,9 +52,9 @@ typedef struct {
 // A row of a pass as gated DeltaNet layers see it.
 //
 // back: the three rows before it on its way, the nearest first: row `back` of the pass, or record
-// -1 - back of its sequence. state: which of the pass's states is its sequence's. record: where what
-// it does to that is kept; -1 if nowhere. follows: whether the state before it is the one behind
-// the row before; else it is the committed one, changed by records replay[0 .. replays-1].
+// -1 - back of its sequence. state: which of the pass's states is its sequence's. record: where
+// what it does to that is kept; -1 if nowhere. follows: whether the state before it is the one
+// behind the row before; else it is the committed one, changed by records replay[0 .. replays-1].
 typedef struct {
     int32_t back[3], state, record, follows, replays, unused;
     const int32_t *replay;
@@ -90,8 +90,8 @@ typedef struct {
 //
 // Of a DeltaNet layer, of n_head value heads and n_head_kv key heads:
 //
-//   CONVOLVE   x = inputs | gates of outputs | alpha | beta of a row -> y = q | k | v | decay | beta
-//   RECUR      x = y of CONVOLVE, y = what the state tells of each row; one task a tile of it
+//   CONVOLVE   x = inputs | gates of outputs | alpha | beta of a row -> y = q | k | v | decay |
+//   beta RECUR      x = y of CONVOLVE, y = what the state tells of each row; one task a tile of it
 //   GATED_NORM q = RMSNorm(y; weight) of heads * silu(x), quantized
 typedef struct {
     int32_t op, tasks, first, rows, width, form, count, add;
