@@ -260,6 +260,8 @@ def _tell(
     blocks: tuple[Choices, ...] = (),
 ) -> None:
     """Let every drafter learn what was committed. rows: of the AR segment, those that stay."""
+    if not drafters:
+        return
     planes, start = _taps(drafters), sequence.cache.length - len(rows)
     for drafter in drafters:
         taps = None

@@ -53,7 +53,13 @@ class _Counts:
     def shares(self) -> list[float]:
         """Of all classes. (Asked for several times between two changes.)"""
         if self._shares is None:
-            self._shares = [self.share(i) for i in range(len(self.prior))]
+            weight = self.weight
+            self._shares = [
+                (accepted + weight * known) / (offered + weight)
+                for accepted, offered, known in zip(
+                    self.accepted, self.offered, self.prior, strict=True
+                )
+            ]
         return self._shares
 
     def add(self, i: int, accepted: float, offered: float = 1.0) -> None:

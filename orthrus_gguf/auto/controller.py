@@ -346,7 +346,8 @@ class Controller:
             hits=hits,
             carrying=added,
         )
-        steady = prospect(estimates, blocks=blocks, width=width)
+        near = 0.0 if self._tables is None else self._tables.steady.rate
+        steady = prospect(estimates, blocks=blocks, width=width, near=near)
         worth = values(estimates, steady.rate)
         idle = max(worth.drafting, worth.lead) <= worth.plain + MARGIN - 1
         return _Tables(verify.tolist(), steady, worth, width, context, idle)

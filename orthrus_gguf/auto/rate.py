@@ -172,16 +172,16 @@ def _onward(
     return onward
 
 
-def prospect(estimates: Estimates, *, blocks: int, width: int) -> Prospect:
+def prospect(estimates: Estimates, *, blocks: int, width: int, near: float = 0.0) -> Prospect:
     """The rate, and the strategy that promises it. blocks, width: of carried blocks, as they have
-    been."""
+    been. near: the rate that was found last, if any."""
     plain = 1 / float(estimates.verify[1])
 
     def surplus(rate: float) -> float:
         found = values(estimates, rate)
         return max(found.lead, found.drafting)
 
-    rate = _root(surplus, plain, plain * len(estimates.verify))
+    rate = _root(surplus, plain, plain * len(estimates.verify), near)
     if rate < MARGIN * plain:
         return Prospect(PLAIN, plain)
     found = values(estimates, rate)
@@ -191,16 +191,27 @@ def prospect(estimates: Estimates, *, blocks: int, width: int) -> Prospect:
     return Prospect(Plan(Strategy.TWO_PASS, found.width, tree=tree), rate, found.source)
 
 
-def _root(falling: Callable[[float], float], low: float, high: float) -> float:
-    """Where a falling function is 0, to one part in a thousand; `low` if it is negative there."""
-    if falling(low) <= 0:
+def _root(falling: Callable[[float], float], low: float, high: float, near: float) -> float:
+    """Where a falling function is 0, to one part in a thousand; `low` if it is negative there.
+
+    near: where it may be. The largest of falling lines falls ever less steeply, so a line through
+    two points in front of the root meets 0 in front of it, too: a few steps will do. Where it does
+    not (worth carried onward is no line), the root is between two points, and halves are taken.
+    """
+    value = falling(low)
+    if value <= 0:
         return low
+    at = near if low < near < high else 1.2 * low
     while high > 1.001 * low:
-        middle = (low * high) ** 0.5
-        if falling(middle) > 0:
-            low = middle
+        found = falling(at)
+        if found > 0:
+            slope = (value - found) / (at - low)
+            low, value = at, found
+            at = low + max(value / slope, 0.0005 * low) if slope > 0 else high
         else:
-            high = middle
+            high = at
+        if not low < at < high:
+            at = (low * high) ** 0.5
     return low
 
 

@@ -19,8 +19,6 @@ from orthrus_gguf.cli.answering import (
     add_limit_options,
     add_thinking_options,
 )
-from orthrus_gguf.cli.chat import chat_loop
-from orthrus_gguf.cli.chat_commands import Statistics
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.finished import explain, explanation_json, result_json, statistics_block
 from orthrus_gguf.cli.llama_flags import HelpLlama
@@ -182,24 +180,26 @@ def _run(args: argparse.Namespace) -> int:
         loaded = load(path, args, resources)
         system = [] if args.system_prompt is None else [Message("system", args.system_prompt)]
         if prompt is None:
-            code = chat_loop(
-                loaded,
-                system,
-                seed=None if args.seed < 0 else args.seed,
-                statistics=_statistics(args),
-                show_drafts=args.show_drafts,
-            )
-            if args.explain:
-                say(explain(loaded.plan, loaded.policy))
-            return code
+            return _chat(loaded, system, args)
         return _answer(loaded, [*system, Message("user", prompt)], args)
 
 
-def _statistics(args: argparse.Namespace) -> Statistics:
-    """What the chat tells of each answer."""
-    if args.no_perf:
-        return Statistics.OFF
-    return Statistics.ALL if args.verbose else Statistics.LINE
+def _chat(loaded: Loaded, system: list[Message], args: argparse.Namespace) -> int:
+    """A conversation in the terminal; what it needs is not imported for one answer."""
+    from orthrus_gguf.cli.chat import chat_loop
+    from orthrus_gguf.cli.chat_commands import Statistics
+
+    statistics = Statistics.ALL if args.verbose else Statistics.LINE
+    code = chat_loop(
+        loaded,
+        system,
+        seed=None if args.seed < 0 else args.seed,
+        statistics=Statistics.OFF if args.no_perf else statistics,
+        show_drafts=args.show_drafts,
+    )
+    if args.explain:
+        say(explain(loaded.plan, loaded.policy))
+    return code
 
 
 def _prompt(args: argparse.Namespace) -> str | None:

@@ -51,24 +51,21 @@ def hypotheses(
     the token before the draft. Guess A of "none accepted" is a block at that anchor, and left out
     where the draft came from one.
     """
-    survival = 1.0
+    survival, before = 1.0, anchor
     seconds = draft.second_shares(width)
-    for accepted in range(width + 1):
-        following: tuple[int, float] | None = None
-        if accepted < width:
-            ends, survival = survival * (1 - accept[accepted]), survival * accept[accepted]
-            if draft.second:
-                following = draft.second[accepted][0], seconds[accepted]
-        else:
-            ends = survival
-            if width < len(draft):
-                following = draft.tokens[width], accept[width]
-        if accepted:
-            yield Hypothesis(Guess.LAST, accepted, draft.tokens[accepted - 1], ends)
-        elif not len(draft) or draft.source not in (BLOCK, NEXT):
-            yield Hypothesis(Guess.LAST, 0, anchor, ends)
-        if following is not None:
-            yield Hypothesis(Guess.NEXT, accepted, following[0], ends * following[1])
+    last, next_ = Guess.LAST, Guess.NEXT  # members of enums are slow to look up
+    at_anchor = not draft.tokens or draft.source not in (BLOCK, NEXT)
+    for accepted, token in enumerate(draft.tokens[:width]):
+        ends, survival = survival * (1 - accept[accepted]), survival * accept[accepted]
+        if accepted or at_anchor:
+            yield Hypothesis(last, accepted, before, ends)
+        if draft.second:
+            yield Hypothesis(next_, accepted, draft.second[accepted][0], ends * seconds[accepted])
+        before = token
+    if width or at_anchor:
+        yield Hypothesis(last, width, before, survival)
+    if width < len(draft.tokens):
+        yield Hypothesis(next_, width, draft.tokens[width], survival * accept[width])
 
 
 class CarriedBlocks:

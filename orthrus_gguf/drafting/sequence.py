@@ -67,7 +67,8 @@ class TokenSequence:
         draw = Draw(self.sampler, self.tokens, top=self.top, allowed=allowed)
         rows = (self.tokens[-1], *tree.tokens)
         parents = None if tree.parents is None else (-1, *tree.parents)
-        return ar_segment(self.cache, rows, self.start, parents=parents, draw=draw, taps=taps)
+        wanted = range(len(rows))
+        return Segment(self.cache, View.AR, rows, self.start, wanted, parents, draw, taps)
 
     def block_segment(self, rows: int, ahead: tuple[int, ...] = ()) -> Segment:
         """A block of up to `rows` rows whose row i predicts the token i + 1 positions behind the

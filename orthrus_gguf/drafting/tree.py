@@ -57,9 +57,10 @@ class Tree:
         if self.parents is None:
             return self.tokens
         rows = list(path)
-        while children := self.children(rows[-1]):
-            rows.append(children[0])
-        return tuple(self.tokens[row - 1] for row in rows[1:])
+        for row in range(rows[-1] + 1, len(self.parents) + 1):  # the likeliest child comes first
+            if self.parents[row - 1] == rows[-1]:
+                rows.append(row)
+        return tuple([self.tokens[row - 1] for row in rows[1:]])
 
 
 #: What plain decoding verifies.

@@ -12,7 +12,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.runtime.cache_layout import CacheLayout
 from orthrus_gguf.runtime.passes import check_path
 from orthrus_gguf.runtime.protocol import Checkpoint, is_chain
-from orthrus_gguf.runtime.trees import TreeLayout, tree_layout
+from orthrus_gguf.runtime.trees import TreeLayout, fitting_rows
 
 
 class HostCache(ABC):
@@ -104,12 +104,9 @@ class HostCache(ABC):
 
     def fit(self, parents: Sequence[int]) -> int:
         """See `Cache.fit`. Branches take groups of rows beyond those in use."""
-        count = len(parents)
         if is_chain(parents):
-            return count
-        while count > 1 and tree_layout(parents[:count], self._length).columns > self.rows:
-            count -= 1
-        return count
+            return len(parents)
+        return fitting_rows(parents, self._length, self.rows)
 
     def hold(self, rows: int, tree: TreeLayout | None = None) -> None:
         """Have that many rows, which a pass has written, wait for `commit`."""

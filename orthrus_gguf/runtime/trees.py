@@ -10,8 +10,8 @@ sees the cache up to that edge, and its region. Plain bookkeeping, no ggml.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from orthrus_gguf.records import record
 from orthrus_gguf.runtime.cache_layout import COLUMNS
 from orthrus_gguf.runtime.protocol import depths, path_to
 
@@ -19,7 +19,7 @@ from orthrus_gguf.runtime.protocol import depths, path_to
 STORES = 32
 
 
-@dataclass(frozen=True)
+@record()
 class TreeLayout:
     """A tree on a cache of `start` rows.
 
@@ -73,6 +73,29 @@ def tree_layout(parents: Sequence[int], start: int) -> TreeLayout:
         tuple(stores),
         end,
     )
+
+
+def fitting_rows(parents: Sequence[int], start: int, columns: int) -> int:
+    """How many rows of a tree, from the first on, have a layout behind `start` rows that needs no
+    more than so many columns; at least 1.
+
+    A row either follows a leaf, whose region grows, or begins a branch, which takes a new one.
+    """
+    behind, deepest, regions = start % COLUMNS, 0, 0
+    depth, is_leaf, in_trunk = [0], [True], [True]
+    for row, parent in enumerate(parents[1:], 1):
+        length = behind + depth[parent] + 2  # of the region that ends with this row
+        trunk = is_leaf[parent] and in_trunk[parent]
+        if not trunk:
+            regions += _groups(length) - (_groups(length - 1) if is_leaf[parent] else 0)
+        is_leaf[parent] = False
+        depth.append(depth[parent] + 1)
+        is_leaf.append(True)
+        in_trunk.append(trunk)
+        deepest = max(deepest, depth[row])
+        if _groups(start + deepest + 1) + regions > columns:
+            return row
+    return len(parents)
 
 
 def _groups(columns: int) -> int:

@@ -22,7 +22,7 @@ from orthrus_gguf.runtime.cache_layout import CACHE_TYPES, COLUMNS
 from orthrus_gguf.runtime.ggml.cache import GgmlCache
 from orthrus_gguf.runtime.ggml.model import GgmlModel
 from orthrus_gguf.runtime.protocol import ar_segment, depths, diffusion_segment, path_to
-from orthrus_gguf.runtime.trees import tree_layout
+from orthrus_gguf.runtime.trees import fitting_rows, tree_layout
 
 CACHE_PAIRS = list(product(CACHE_TYPES, CACHE_TYPES))
 
@@ -162,6 +162,11 @@ def test_layouts(parents: list[int], start: int) -> None:
         first = home + start - layout.edge
         path = [stored[column] for column in range(first, layout.column(row) + 1)]
         assert path == path_to(row, parents)
+    needs = [tree_layout(parents[:count], start).columns for count in range(1, len(parents) + 1)]
+    for columns in {*needs, needs[0] - 1, needs[-1] - 1}:
+        fitting = sum(need <= columns for need in needs)
+        assert fitting_rows(parents, start, columns) == max(fitting, 1)
+    assert needs == sorted(needs)
     used = start + max(depth) + 1
     assert all(region >= used for region in layout.regions)
     assert layout.columns >= max(stored) + 1

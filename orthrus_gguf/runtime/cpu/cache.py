@@ -81,14 +81,18 @@ class CpuCache(HostCache):
             lines[:, :, start * per_row : self.length * per_row : mmap.PAGESIZE] = 0
 
     def _copy(self, source: int, target: int, count: int) -> None:
-        columns = np.arange(count)
-        from_panel, from_lane = np.divmod(source + columns, LANES)
-        to_panel, to_lane = np.divmod(target + columns, LANES)
-        for name in self.keys.dtype.names or ():
-            part = self.keys[name]
-            # Indices around slices come first in the result, on both sides alike.
-            part[:, :, to_panel, :, :, to_lane] = part[:, :, from_panel, :, :, from_lane]
         self.values[:, :, target : target + count] = self.values[:, :, source : source + count]
+        parts = [self.keys[name] for name in self.keys.dtype.names or ()]
+        while count:  # panel by panel
+            (from_panel, from_lane), (to_panel, to_lane) = (
+                divmod(source, LANES),
+                divmod(target, LANES),
+            )
+            run = min(count, LANES - max(from_lane, to_lane))
+            for part in parts:
+                copied = part[:, :, from_panel, :, :, from_lane : from_lane + run]
+                part[:, :, to_panel, :, :, to_lane : to_lane + run] = copied
+            source, target, count = source + run, target + run, count - run
 
     def _views(self, rows: int) -> list[NDArray[np.uint8]]:
         panels = whole_panels(rows) // LANES
