@@ -137,7 +137,7 @@ def test_the_stream_tells_how_tokens_came_about(server: Live) -> None:
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
-        lines = [line.decode().removeprefix("data: ") for line in answer if line.strip()]
+        lines = [line.decode().removeprefix("data: ") for line in answer if line[:1] == b"d"]
     events = [json.loads(line) for line in lines if line.strip() != "[DONE]"]
     told = [e["choices"][0]["drafting"] for e in events if "drafting" in e["choices"][0]]
     timings = events[-1]["timings"]
