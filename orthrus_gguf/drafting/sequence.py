@@ -13,6 +13,7 @@ from orthrus_gguf.runtime.protocol import (
     Draw,
     Masks,
     Segment,
+    View,
     ar_segment,
     diffusion_segment,
 )
