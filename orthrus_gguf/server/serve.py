@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,7 +46,9 @@ class Address:
         return f"{scheme}://{host}:{self.port}"
 
     def listen(self) -> socket.socket:
-        """A socket that listens. Raises OrthrusError."""
+        """A socket that listens. Raises OrthrusError, also where TLS could not be offered there."""
+        if self.certificate is not None:
+            self._check_certificate()
         try:
             if self.host.endswith(".sock"):
                 return _unix_socket(Path(self.host))
@@ -55,6 +58,22 @@ class Address:
             why = getattr(error, "strerror", None) or str(error)
             raise OrthrusError(
                 f"{self.url}: cannot listen there: {why}; choose another --host or --port"
+            ) from error
+
+    def release(self) -> None:
+        """Nobody listens there any more."""
+        if self.host.endswith(".sock"):
+            Path(self.host).unlink(missing_ok=True)
+
+    def _check_certificate(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # A key with a password would be asked for on the terminal.
+            context.load_cert_chain(str(self.certificate), self.key, password=lambda: "")
+        except (OSError, ssl.SSLError) as error:
+            raise OrthrusError(
+                f"--ssl-cert-file {self.certificate}, --ssl-key-file {self.key}: no certificate and"
+                f" its key in PEM, without a password ({error.strerror or error})"
             ) from error
 
 
@@ -150,7 +169,10 @@ def serve(
             server_header=False,
         )
         server = _Server(config, say)
-        asyncio.run(_serve(server, listening, app, load))
+        try:
+            asyncio.run(_serve(server, listening, app, load))
+        finally:
+            address.release()
     service = app.settings.service
     if service is not None:
         service.scheduler.stop(now=server.force_exit)
