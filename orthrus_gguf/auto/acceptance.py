@@ -67,6 +67,13 @@ class _Counts:
         self.accepted[i] += accepted
         self._shares = None
 
+    def forgive(self, memory: float) -> None:
+        """Forget a little of those that did worse than was thought at first."""
+        for i, (accepted, offered) in enumerate(zip(self.accepted, self.offered, strict=True)):
+            if accepted < self.prior[i] * offered:
+                self.accepted[i], self.offered[i] = memory * accepted, memory * offered
+        self._shares = None
+
     def forget(self, memory: float) -> None:
         self.accepted = [value * memory for value in self.accepted]
         self.offered = [value * memory for value in self.offered]
@@ -207,11 +214,11 @@ class Acceptance:
             accepted[i] += reached
 
     def relax(self, memory: float, but: Collection[Source] = ()) -> None:
-        """Forget a little of all sources but some, so that what failed is tried again one day."""
+        """Forget a little of what failed, of all sources but some: it is tried again one day."""
         for table in (self._by_confidence, self._by_position, self._seconds, self._behind):
             for source, counts in table.items():
                 if source not in but:
-                    counts.forget(memory)
+                    counts.forgive(memory)
 
 
 def _class(confidence: float) -> int:
