@@ -1,6 +1,6 @@
 """Run the kernels' launch code with a driver that compiles for one card and launches nothing.
 
-    python launch_without_gpu.py products|passes|needed|cached
+    python launch_without_gpu.py products|passes|needed|cached|early
 
 The interpreter binds arguments in its own way, and the offline compiler takes signatures from the
 cases: only this shows that what the wrappers pass is what the real launcher takes, and that it
@@ -26,6 +26,7 @@ import triton
 from gguf import GGMLQuantizationType as T
 from orthrus_kernels.elementwise.activation_rows import new_int8_rows
 from orthrus_kernels.elementwise.activations import interleave
+from orthrus_kernels.elementwise.ops import residual_norm
 from orthrus_kernels.packing.pack import pack
 from orthrus_kernels.packing.quant_tensor import Layout
 from orthrus_kernels.products.dequantize import dequantize
@@ -165,6 +166,19 @@ def cached() -> None:
     print(*counts, held())
 
 
+def early() -> None:
+    """A kernel that may start before its predecessor has ended: how it is launched, and what of its
+    PTX comes in which order."""
+    with recorded(90) as launches:
+        x = torch.zeros(2, 256)
+        residual_norm(None, x, x[0], 1e-6, interleave(x.half()))
+    (launch,) = launches
+    ptx = launch.compile().asm["ptx"]
+    words = ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "ld.global", "st.global")
+    found = sorted((ptx.index(word), word) for word in words if word in ptx)
+    print(launch.options["launch_pdl"], *(word for _, word in found))
+
+
 RUNS: dict[str, tuple[int, Callable[[], None]]] = {
     "products": (86, products),
     "passes": (90, passes),
@@ -185,7 +199,7 @@ def watch_launches(capability: int) -> None:
 
 
 def main() -> None:
-    others = {"needed": needed, "cached": cached}
+    others = {"needed": needed, "cached": cached, "early": early}
     if sys.argv[1] in others:
         others[sys.argv[1]]()
         return

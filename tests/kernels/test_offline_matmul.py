@@ -203,6 +203,18 @@ def test_launches_find_what_was_compiled_ahead(
     assert run_python(compiler_path, LAUNCHES, "cached") == "_dequantize_a16\n1 1\n"
 
 
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_kernels_that_start_early_wait_first(
+    compiler_path: list[str], switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORTHRUS_PDL", switch)
+    early, *found = run_python(compiler_path, LAUNCHES, "early").split()
+    assert early == str(switch == "1")
+    waits = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
+    assert found[-2:] == ["ld.global", "st.global"]
+    assert found[:-2] == (waits if switch == "1" else [])
+
+
 def test_the_oldest_compiler_keeps_its_budgets() -> None:
     if not (OLDEST_TRITON / "triton").is_dir():
         pytest.skip(f"{OLDEST_TRITON} is missing: `make test` installs triton 3.6.0 there")

@@ -6,6 +6,7 @@ kept in triton's cache between runs. Two cards stand for all; the whole table ta
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -118,6 +119,29 @@ def test_constants_agree() -> None:
         tile, warps = attention.attention_tile(head_dim)
         assert tile % 16 == 0
         assert warps in (4, 8)
+
+
+def test_whoever_starts_early_waits_first() -> None:
+    """The kernels that are launched with `overlapped` are those that begin with `begin`."""
+    begin, launched = set(), set()
+    for path in Path(orthrus_kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[ast.get_docstring(node) is not None :]
+                if ast.unparse(body[0]) == "begin()":
+                    begin.add(node.name)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                options = [ast.unparse(word.value) for word in node.keywords if word.arg is None]
+                if "overlapped()" in options:
+                    launched.add(ast.unparse(node.func.value))
+    assert (
+        begin
+        == launched
+        == {
+            *("_residual_norm", "_finish_qkv", "_parts", "_combine"),
+            *(f"{part}_{form}" for part in ("matmul", "gate_up", "head") for form in ("a16", "a8")),
+        }
+    )
 
 
 def test_no_atomics() -> None:

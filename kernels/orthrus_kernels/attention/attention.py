@@ -50,6 +50,7 @@ from orthrus_kernels.elementwise.activation_rows import (
     store_columns,
 )
 from orthrus_kernels.elementwise.rows import Rows
+from orthrus_kernels.overlap import begin, overlapped
 
 CHUNK = 64
 """Positions that a lane takes at a time. Small, so that short contexts keep all lanes at work: from
@@ -201,6 +202,7 @@ def attention(
             num_warps=warps,
             num_stages=STAGES,
             enable_fp_fusion=False,
+            **overlapped(),
         )
         _combine[(n_head, count)](
             scratch.sums,
@@ -220,6 +222,7 @@ def attention(
             INT8=isinstance(out, Int8Rows),
             num_warps=1,
             enable_fp_fusion=False,
+            **overlapped(),
         )
 
 
@@ -284,6 +287,7 @@ def _parts(
     V_FORMAT: tl.constexpr,
 ):
     """Program (kv head, tile, lane): one lane's softmax; the last one is the block's."""
+    begin()
     head = tl.program_id(0)
     lane = tl.program_id(2)
     at_tile = tiles + tl.program_id(1) * 6
@@ -387,6 +391,7 @@ def _combine(
     INT8: tl.constexpr,
 ):
     """Program (query head, row): merge the lanes that the row uses, in order, the block last."""
+    begin()
     query_head = tl.program_id(0)
     row = tl.program_id(1)
     head = query_head // GROUP

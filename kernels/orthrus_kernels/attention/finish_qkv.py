@@ -11,6 +11,7 @@ from torch import Tensor
 from orthrus_kernels.attention.kv_cache import FORMATS, Caches, KvPlanes, planes_of, store_head
 from orthrus_kernels.elementwise.ops import part_sizes, split_sum
 from orthrus_kernels.elementwise.rows import Rows
+from orthrus_kernels.overlap import begin, overlapped
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def finish_qkv(
         ADJACENT=weights.adjacent,
         num_warps=1,
         enable_fp_fusion=False,
+        **overlapped(),
     )
 
 
@@ -123,6 +125,7 @@ def _finish_qkv(
     ADJACENT: tl.constexpr,
 ):
     """Program (row, head), heads counted over q, k and v."""
+    begin()
     row = tl.program_id(0)
     head = tl.program_id(1)
     view = tl.load(views + row)

@@ -20,6 +20,7 @@ from orthrus_kernels.elementwise.activation_rows import (
     row_strides,
     store_columns,
 )
+from orthrus_kernels.overlap import begin, overlapped
 
 
 def residual_norm(
@@ -53,6 +54,7 @@ def residual_norm(
         INDEXED=index is not None,
         num_warps=8,
         enable_fp_fusion=False,
+        **overlapped(),
     )
 
 
@@ -145,6 +147,7 @@ def _residual_norm(
     INT8: tl.constexpr,
     INDEXED: tl.constexpr,
 ):
+    begin()
     row = tl.program_id(0)
     source = row
     if INDEXED:

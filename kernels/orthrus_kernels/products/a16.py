@@ -12,6 +12,7 @@ mean a plane of F16 or BF16.
 import triton
 import triton.language as tl
 
+from orthrus_kernels.overlap import begin
 from orthrus_kernels.products.outputs import store_best, store_gated, store_partial
 from orthrus_kernels.products.weights import weights_half
 
@@ -165,6 +166,7 @@ def matmul_a16(
     Grid (tiles of A + tiles of B, SPLIT, row tiles). `B` None: one matrix. The parts of a split
     lie `split_stride` numbers apart and are summed, in order, by the kernel that comes next.
     """
+    begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
     mask_m = rows_m < rows
@@ -217,6 +219,7 @@ def gate_up_a16(
     BN: tl.constexpr,
 ):
     """out [rows, n_rows / 2] = silu(gate) * up; the matrix alternates 8 gate rows and 8 up rows."""
+    begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
     mask_m = rows_m < rows
@@ -249,6 +252,7 @@ def head_a16(
     BN: tl.constexpr,
 ):
     """Largest logit of each tile of the vocabulary: best f32 and best_at i32, [tiles, rows]."""
+    begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
     mask_m = rows_m < rows

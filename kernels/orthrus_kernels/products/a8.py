@@ -13,6 +13,7 @@ integer to float conversion (|dot| <= 32 * 127 * 128 < 2^22).
 import triton
 import triton.language as tl
 
+from orthrus_kernels.overlap import begin
 from orthrus_kernels.products.outputs import store_best, store_gated, store_partial
 from orthrus_kernels.products.weights import half_bits, small_half
 from orthrus_kernels.products.weights_a8 import (
@@ -196,6 +197,7 @@ def matmul_a8(
     STAGES: tl.constexpr,
 ):
     """out f32 [SPLIT, rows, a_n + b_n]: as `matmul_a16`, with int8 activations."""
+    begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
     mask_m = rows_m < rows
@@ -259,6 +261,7 @@ def gate_up_a8(
     STAGES: tl.constexpr,
 ):
     """out [rows, n_rows / 2] = silu(gate) * up: as `gate_up_a16`, with int8 activations."""
+    begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
     mask_m = rows_m < rows
@@ -300,6 +303,7 @@ def head_a8(
     STAGES: tl.constexpr,
 ):
     """Largest logit of each tile of the vocabulary: as `head_a16`, with int8 activations."""
+    begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
     mask_m = rows_m < rows

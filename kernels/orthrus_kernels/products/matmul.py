@@ -21,6 +21,7 @@ from orthrus_kernels.elementwise.activation_rows import (
     row_pointers,
     row_strides,
 )
+from orthrus_kernels.overlap import overlapped
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, STEP, TRAITS, Layout, QuantTensor
 from orthrus_kernels.products.a8 import gate_up_a8, head_a8, matmul_a8
 from orthrus_kernels.products.a16 import gate_up_a16, head_a16, matmul_a16
@@ -94,13 +95,14 @@ def matmul(
             *row_pointers(x), *planes, out, *sizes, *_int8_sizes(x), out.stride(0),
             A=a, B=b, K_TAIL=weight.k % STEP != 0, ASM=use_asm(), BM=tile.rows, BN=tile.n,
             SPLIT=split, STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False, **overlapped(),
         )  # fmt: skip
     else:
         matmul_a16[grid](
             x, *planes, out, *sizes, x.stride(0), out.stride(0),
             A=a, B=b, ASM=use_asm(), BM=tile.rows, BN=tile.n,
-            SPLIT=split, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            SPLIT=split, num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=False, **overlapped(),
         )  # fmt: skip
     return out
 
@@ -127,13 +129,15 @@ def gate_up(
             *row_pointers(x), *plane_arguments(weight), *targets, *sizes, *_int8_sizes(x),
             *target_strides, KIND=kind_of(weight.type), INT8=int8, K_TAIL=weight.k % STEP != 0,
             ASM=use_asm(), BM=tile.rows, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
-            num_stages=tile.stages, enable_fp_fusion=False,
+            num_stages=tile.stages,
+            enable_fp_fusion=False, **overlapped(),
         )  # fmt: skip
     else:
         gate_up_a16[grid](
             x, *plane_arguments(weight), *targets, *sizes, x.stride(0), *target_strides,
             KIND=kind_of(weight.type), INT8=int8, ASM=use_asm(), BM=tile.rows, BN=tile.n,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=False, **overlapped(),
         )  # fmt: skip
     return out
 
@@ -155,13 +159,15 @@ def head_argmax(x: Activations, weight: QuantTensor, tile: Tile) -> Best:
             *row_pointers(x), *plane_arguments(weight), out.values, out.tokens, *sizes,
             *_int8_sizes(x), KIND=kind_of(weight.type), K_TAIL=weight.k % STEP != 0, ASM=use_asm(),
             BM=tile.rows, BN=tile.n, STAGES=tile.stages, num_warps=tile.warps,
-            num_stages=tile.stages, enable_fp_fusion=False,
+            num_stages=tile.stages,
+            enable_fp_fusion=False, **overlapped(),
         )  # fmt: skip
     else:
         head_a16[grid](
             x, *plane_arguments(weight), out.values, out.tokens, *sizes, x.stride(0),
             KIND=kind_of(weight.type), ASM=use_asm(), BM=tile.rows, BN=tile.n,
-            num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=False,
+            num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=False, **overlapped(),
         )  # fmt: skip
     return out
 

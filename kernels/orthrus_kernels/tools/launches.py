@@ -20,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from orthrus_kernels.overlap import PDL
+
 
 def cache_folder() -> Path:
     """Where triton keeps what it has compiled."""
@@ -27,8 +29,8 @@ def cache_folder() -> Path:
 
 
 def kernels_digest() -> str:
-    """Of the kernels' sources, the compiler and the Python that launches: others compile anew."""
-    found = hashlib.sha256(repr((triton.__version__, sys.version_info[:2])).encode())
+    """Of what decides how kernels compile: sources, compiler, Python, ORTHRUS_PDL."""
+    found = hashlib.sha256(repr((triton.__version__, sys.version_info[:2], PDL.value)).encode())
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         found.update(path.read_bytes())
     return found.hexdigest()
