@@ -127,7 +127,7 @@ def result_json(plan: Plan, request: Request, result: Result) -> dict[str, Any]:
         "accepted": [cycle.accepted for cycle in result.cycles],
         "stats": result.statistics.to_json(),
         "timings": result.timings.to_json(),
-        "prefill": None if result.selection is None else result.selection.to_json(),
+        **({} if result.selection is None else {"prefill": result.selection.to_json()}),
         "settings": {
             **_plan_json(plan),
             "max_tokens": request.max_tokens,

@@ -137,7 +137,8 @@ class Loaded:
         if selection is None:
             return request
         say(f"prompt shortened: {selection.words}")
-        return replace(request, prompt=selection.tokens, selection=selection)
+        places = selection.places(request.places)
+        return replace(request, prompt=selection.tokens, places=places, selection=selection)
 
     def start(self, request: Request) -> Generation:
         """Begin a generation, with a progress bar while its prompt takes long."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -46,10 +47,12 @@ class Compression:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept of a prompt. tokens: those. full: tokens of the whole prompt. scored: tokens
-    that the scorer read for it, and seconds that it took. scorer: its name."""
+    """What was kept of a prompt. tokens: those, at the positions `kept` of the whole prompt, which
+    has `full`. scored: tokens that the scorer read for it, and seconds that it took. scorer: its
+    name."""
 
     tokens: tuple[int, ...]
+    kept: tuple[int, ...]
     full: int
     scored: int
     seconds: float
@@ -64,6 +67,10 @@ class Selection:
             f" {self.scorer} in {self.seconds:.2f} s; the answer may differ from that to all of it"
         )
 
+    def places(self, places: Iterable[int]) -> tuple[int, ...]:
+        """Where places of the whole prompt are in what was kept of it, in order."""
+        return tuple(sorted({bisect_left(self.kept, place) for place in places}))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "lossy": True,
@@ -77,9 +84,9 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Known:
-    """A prompt, what was kept of it at which share, and where the text of its last message ends."""
+    """A prompt, what was kept of it and how, and where the text of its last message ends."""
 
-    keep: float
+    compression: Compression
     tokens: NDArray[np.int32]
     kept: NDArray[np.int32]
     end: int
@@ -123,7 +130,7 @@ class Compressor:
     ) -> Selection | None:
         began = time.perf_counter()
         inside = within(self.scorer.target, prompt.tolist(), contents)
-        before, kept = self._before(prompt, compression.keep)
+        before, kept = self._before(prompt, compression)
         droppable = may_go(inside)
         droppable[:before] = False
         read = np.zeros(0, np.int32)
@@ -139,18 +146,21 @@ class Compressor:
         if before < len(prompt):
             end = int(np.flatnonzero(inside)[-1]) + 1 if inside.any() else len(prompt)
             positions = np.flatnonzero(stay).astype(np.int32)
-            self._known.append(_Known(compression.keep, prompt, positions, end))
+            self._known.append(_Known(compression, prompt, positions, end))
         if stay.all():
             return None
         return Selection(
             tuple(prompt[stay].tolist()),
+            tuple(np.flatnonzero(stay).tolist()),
             len(prompt),
             len(read),
             time.perf_counter() - began,
             self.scorer.name,
         )
 
-    def _before(self, prompt: NDArray[np.int32], keep: float) -> tuple[int, NDArray[np.int32]]:
+    def _before(
+        self, prompt: NDArray[np.int32], compression: Compression
+    ) -> tuple[int, NDArray[np.int32]]:
         """How many tokens at the beginning are an earlier prompt's, and which were kept of them.
 
         All messages of the earlier prompt must be there: another question about the same text has
@@ -161,7 +171,7 @@ class Compressor:
             most = min(len(known.tokens), len(prompt))
             unlike = np.flatnonzero(known.tokens[:most] != prompt[:most])
             common = int(unlike[0]) if len(unlike) else most
-            if known.keep == keep and common >= known.end and common > best:
+            if known.compression == compression and common >= known.end and common > best:
                 best, found = common, known.kept[known.kept < common]
         return best, found
 
