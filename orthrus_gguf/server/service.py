@@ -326,7 +326,7 @@ class Service:
             None if given.id_slot is None or given.id_slot < 0 else given.id_slot,
             given.cache_prompt,
             prompt.places,
-            prompt.selection,
+            selection=prompt.selection,
         )
 
     def submit_all(self, jobs: Sequence[Job]) -> list[Answer]:
