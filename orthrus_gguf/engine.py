@@ -19,6 +19,7 @@ from orthrus_gguf.drafting.forced import ForcedDrafter, Forcing
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.prefill.compression import Selection
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import Model, Portable, Segment
 from orthrus_gguf.sampling import Choice, LogProbs, Sampler, SamplingSettings
@@ -37,6 +38,7 @@ class Request:
     top: log-probabilities to report per token, of this many likeliest ones; 0: none at all.
     constraint: what may be drawn where (see `sequence.Constraint`).
     places: of the prompt, where others are likely to part from it (`text.partings`).
+    selection: how the prompt was shortened, if it was; results say so.
     """
 
     prompt: tuple[int, ...]
@@ -47,6 +49,7 @@ class Request:
     top: int = 0
     constraint: Constraint | None = None
     places: tuple[int, ...] = ()
+    selection: Selection | None = None
 
 
 class Origin(Enum):
@@ -78,6 +81,7 @@ class Result:
         context) or "cancelled".
     logprobs: per output token, where they were asked for.
     stop_string: the stop string that ended it, if one did.
+    selection: how the prompt was shortened, if it was.
     """
 
     output: tuple[int, ...]
@@ -88,6 +92,7 @@ class Result:
     timings: Timings
     logprobs: tuple[LogProbs, ...] = ()
     stop_string: str | None = None
+    selection: Selection | None = None
 
 
 class Piece(NamedTuple):
@@ -364,6 +369,7 @@ class Generation:
             ),
             logprobs=tuple(self._logprobs),
             stop_string=self._stop.hit or self._ended_by,
+            selection=self._request.selection,
         )
 
     def _run(self) -> Work:

@@ -46,11 +46,12 @@ ALLOWED: dict[str, set[str]] = {
     "auto": {"__init__", "drafting", "model", "runtime", "sampling", "this_machine"},
     "decode": {"drafting", "errors", "records", "runtime", "sampling"},
     "stats": {"drafting"},
-    "engine": {"decode", "drafting", "errors", "runtime", "sampling", "stats", "text"},
+    "prefill": {"errors", "model", "runtime", "text"},
+    "engine": {"decode", "drafting", "errors", "prefill", "runtime", "sampling", "stats", "text"},
     "together": {"decode", "engine", "runtime"},
     "server": {
-        *("__init__", "decode", "drafting", "engine", "errors", "model", "runtime", "sampling"),
-        *("text", "together"),
+        *("__init__", "decode", "drafting", "engine", "errors", "model", "prefill"),
+        *("runtime", "sampling", "text", "together"),
     },
     "training": {
         *("drafting", "engine", "errors", "gguf", "model", "orthrus_converters", "runtime"),
@@ -64,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {
         *("auto", "bench", "command", "decode", "drafting", "engine", "entry", "errors", "gguf"),
         *("hub", "server", "signals"),
-        *("inspection", "model", "runtime", "sampling", "text"),
+        *("inspection", "model", "prefill", "runtime", "sampling", "text"),
         *("this_machine", "training"),
     },
     "cluster": {"cli", "errors", "server"},

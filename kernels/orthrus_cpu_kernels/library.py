@@ -23,7 +23,8 @@ FOLDER = Path(__file__).with_name("objects")
 FORM_FLOAT, FORM_BLOCK, FORM_K = range(3)
 
 EMBED, NORM, QUANTIZE, PRODUCT, GATED, HEADS, ATTENTION, PICK, SILU = range(9)
-SIGMOID, CONVOLVE, RECUR, GATED_NORM = range(9, 13)
+SIGMOID, CONVOLVE, RECUR, GATED_NORM, WEIGHTS = range(9, 14)
+OPERATIONS = 14
 """Operations of a step."""
 
 PANELS_PER_TASK = 4
@@ -127,7 +128,7 @@ GROUP = np.dtype([("first", np.int32), ("count", np.int32)])
 SIZES = (
     *(ctypes.sizeof(Step), ROW.itemsize, ctypes.sizeof(Matrix)),
     *(LAYER_CACHE.itemsize, GROUP.itemsize, STATE_ROW.itemsize, LAYER_STATE.itemsize),
-    *(RUN.itemsize, PANELS_PER_TASK),
+    *(RUN.itemsize, PANELS_PER_TASK, OPERATIONS),
 )
 """What `orthrus_sizes` says of an object that was built with this module."""
 

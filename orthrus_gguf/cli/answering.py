@@ -8,6 +8,7 @@ from collections.abc import Callable
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.drafter import add_drafter_option
 from orthrus_gguf.cli.llama_flags import foreign
+from orthrus_gguf.cli.prefill import add_prefill_options
 from orthrus_gguf.command import Parser
 
 
@@ -20,6 +21,7 @@ def add_answering_options(
     add_drafter_option(parser)
     add_own(parser)
     options.add_decoding_options(parser)
+    add_prefill_options(parser)
     options.add_sampling_options(parser)
     parser.foreign = foreign(parser)
 

@@ -112,4 +112,6 @@ def statistics_line(result: Result) -> str:
             f"prompt {timings.prompt_tokens} new of {stats.prompt_tokens} tokens in"
             f" {timings.prompt:.2f} s"
         )
+    if result.selection is not None:
+        parts.append(f"kept {result.selection.words}")
     return ", ".join(parts)

@@ -73,6 +73,10 @@ class Conversation:
             else (self.seed + self._tries) % (MAX_SEED + 1)
         )
         self.loaded = replace(self.loaded, sampling=replace(self.loaded.sampling, seed=seed))
+        return self.loaded.shortened(self._fitting(question), self._with(question))
+
+    def _fitting(self, question: str) -> Request:
+        """The whole request, with as many of the turns as leave room for an answer."""
         request, n_ctx = self._request(question, 0), self.loaded.session.n_ctx
         share = n_ctx // ANSWER_SHARE
         most = self.loaded.max_tokens
@@ -93,9 +97,11 @@ class Conversation:
         return self._request(question, 0)
 
     def _request(self, question: str, forgotten: int) -> Request:
-        turns = self.turns[2 * forgotten :]
-        messages = [*self.system, *turns, Message("user", question)]
-        return self.loaded.turn(messages)
+        return self.loaded.turn(self._with(question, forgotten))
+
+    def _with(self, question: str, forgotten: int = 0) -> list[Message]:
+        """The messages and a question, without the oldest turns."""
+        return [*self.system, *self.turns[2 * forgotten :], Message("user", question)]
 
     def answered(self, question: str, result: Result) -> None:
         """Remember a turn."""

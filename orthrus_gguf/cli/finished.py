@@ -66,6 +66,8 @@ def statistics_block(
     cached = f", {stats.cached_tokens} of them cached" if stats.cached_tokens else ""
     unread = len(request.prompt) - stats.prompt_tokens
     missing = f" ({unread} more were not processed)" if unread else ""
+    if result.selection is not None:
+        lines += [f"kept:    {result.selection.words}"]
     lines += [
         f"prompt:  {_count(stats.prompt_tokens, 'token')}{cached}"
         f"{_speed(timings.prompt, timings.prompt_per_second)}{missing}",
@@ -125,6 +127,7 @@ def result_json(plan: Plan, request: Request, result: Result) -> dict[str, Any]:
         "accepted": [cycle.accepted for cycle in result.cycles],
         "stats": result.statistics.to_json(),
         "timings": result.timings.to_json(),
+        **({} if result.selection is None else {"prefill": result.selection.to_json()}),
         "settings": {
             **_plan_json(plan),
             "max_tokens": request.max_tokens,

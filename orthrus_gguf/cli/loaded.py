@@ -7,7 +7,7 @@ import hashlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +19,7 @@ from orthrus_gguf.auto.choice import policy_for
 from orthrus_gguf.cli import options
 from orthrus_gguf.cli.drafter import open_drafter
 from orthrus_gguf.cli.heads import open_model
+from orthrus_gguf.cli.prefill import check_prefill_options, open_compressor
 from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy, widths
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.registry import lacks, optional_names
@@ -28,6 +29,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.prefill.compression import COMPRESSIBLE, Compressor
 from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
@@ -53,7 +55,7 @@ class Loaded:
     settings: how it runs, with the runtime that was chosen.
     template: None for a completion model and with `--raw`. plan: what the flags ask for, with the
     defaults of this model; policy: what follows it, for all of its generations. costs: what
-    passes cost here, as far as it is known.
+    passes cost here, as far as it is known. compressor: what shortens prompts, if anything does.
     """
 
     file: ModelFile
@@ -72,6 +74,7 @@ class Loaded:
     thinking: bool | None
     special_in_prompt: bool
     seconds: float
+    compressor: Compressor | None = None
 
     @property
     def banner(self) -> str:
@@ -118,6 +121,25 @@ class Loaded:
             stop=self.stop,
         )
 
+    def shortened(self, request: Request, messages: Sequence[Message]) -> Request:
+        """The same request with as much of its prompt as is to be read, and a line about it.
+
+        messages: that it was made of. Raises OrthrusError.
+        """
+        if self.compressor is None:
+            return request
+        contents = None
+        if self.template is not None:
+            contents = [m.content for m in messages if m.role in COMPRESSIBLE]
+        bar = PromptBar(len(request.prompt), "scoring")
+        with bar:
+            selection = self.compressor.select(request.prompt, contents, on_progress=bar.update)
+        if selection is None:
+            return request
+        say(f"prompt shortened: {selection.words}")
+        places = selection.places(request.places)
+        return replace(request, prompt=selection.tokens, places=places, selection=selection)
+
     def start(self, request: Request) -> Generation:
         """Begin a generation, with a progress bar while its prompt takes long."""
         bar = PromptBar(len(request.prompt))
@@ -141,6 +163,7 @@ def load(
     _check_template_flags(args, template, file)
     sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
     settings = resolve(options.runtime_settings(args), say)
+    check_prefill_options(args, settings)
     mtp = args.mtp if args.mtp is not None else _strategy_name(args) != Strategy.AR.value
     drafter, config = open_drafter(args.drafter, file, settings.name, resources, say, mtp=mtp)
     plan = _plan(args, config)
@@ -154,6 +177,9 @@ def load(
     resources.enter_context(closing(model))
     costs = MachineCosts(model, identity(file), say)
     costs.recall()  # the number of threads that was measured serves every strategy
+    compressor = open_compressor(
+        args, file, model, tokenizer, replace(settings, context=n_ctx), resources
+    )
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
     if n_ctx > file.config.n_ctx_train:
         say(
@@ -177,6 +203,7 @@ def load(
         thinking=args.think,
         special_in_prompt=args.special_in_prompt,
         seconds=time.perf_counter() - started,
+        compressor=compressor,
     )
 
 
@@ -187,8 +214,8 @@ class PromptBar:
     clock run. `with` it, while the prompt is processed.
     """
 
-    def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+    def __init__(self, total: int, what: str = "prompt") -> None:
+        self._total, self._done, self._what = total, 0, what
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
@@ -208,7 +235,7 @@ class PromptBar:
     def _show(self) -> None:
         if self._over.wait(PATIENCE):
             return
-        with tqdm(total=self._total, desc="prompt", unit=" tokens", leave=False) as bar:
+        with tqdm(total=self._total, desc=self._what, unit=" tokens", leave=False) as bar:
             while not self._over.wait(REFRESH):
                 bar.n = self._done
                 bar.refresh()

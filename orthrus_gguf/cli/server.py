@@ -253,6 +253,7 @@ def make_service(loaded: Loaded, args: argparse.Namespace) -> Service:
         n_ctx=n_ctx,
         thought_tokens=max(args.reasoning_budget, -1),
         thought_end=args.reasoning_budget_message,
+        compressor=loaded.compressor,
     )
 
 

@@ -183,32 +183,35 @@ class DraftCache:
 
 
 class ModelWithDrafter:
-    """See `protocol.Model`. The drafter's blocks run behind the model's pass."""
+    """See `protocol.Model`. The drafter's blocks run behind the model's pass.
+
+    model: without the drafter.
+    """
 
     def __init__(self, model: Model, network: Network) -> None:
         """Owns both."""
-        self._model, self._network = model, network
+        self.model, self._network = model, network
         self.config = replace(model.config, beside=network.beside)
 
     @property
     def description(self) -> str:
-        return f"{self._model.description}, with drafter {self._network.config.name}"
+        return f"{self.model.description}, with drafter {self._network.config.name}"
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
         """See `Threaded`; empty where the runtime is none."""
-        return getattr(self._model, "thread_counts", ())
+        return getattr(self.model, "thread_counts", ())
 
     def use_threads(self, count: int) -> None:
         """See `Threaded.use_threads`. The network runs on the model's threads."""
-        self._model.use_threads(count)  # type: ignore[attr-defined]
+        self.model.use_threads(count)  # type: ignore[attr-defined]
 
     def close(self) -> None:
         self._network.close()
-        self._model.close()
+        self.model.close()
 
     def new_cache(self, capacity: int) -> Any:
-        return self._model.new_cache(capacity)
+        return self.model.new_cache(capacity)
 
     def new_draft_cache(self, capacity: int) -> DraftCache:
         """What the drafter will know of a sequence of up to `capacity` tokens; nothing yet."""
@@ -217,16 +220,16 @@ class ModelWithDrafter:
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         """See `Model.forward`."""
         if all(segment.view is not View.DRAFTER for segment in segments):
-            return self._model.forward(segments)
+            return self.model.forward(segments)
         blocks = [_of_network(s) for s in segments if s.view is View.DRAFTER]
         others = [s for s in segments if s.view is not View.DRAFTER]
-        rest = iter(self._model.forward(others) if others else ())
+        rest = iter(self.model.forward(others) if others else ())
         drafted = iter(self._network.forward(blocks))
         return [next(drafted if s.view is View.DRAFTER else rest) for s in segments]
 
     def logits(self, segments: Sequence[Segment]) -> list[Logits]:
         """See `Model.logits`; of the model alone."""
-        return self._model.logits(segments)
+        return self.model.logits(segments)
 
 
 def _of_network(segment: Segment) -> Segment:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from gguf.quants import dequantize
+from numpy.typing import NDArray
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
@@ -22,6 +23,7 @@ from orthrus_gguf.model.architectures import LayerKind, Pairing
 from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
+from orthrus_gguf.runtime.attention import check_attention
 from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
@@ -105,6 +107,32 @@ class ReferenceModel:
     def logits(self, segments: Sequence[Segment]) -> list[Logits]:
         """See `Model.logits`."""
         return self._pass(segments, lambda segment, results: results.logits.numpy())
+
+    @torch.inference_mode()
+    def attention(self, segment: Segment, layers: Sequence[int]) -> NDArray[np.float32]:
+        """See `Attentive.attention`."""
+        cache = _cache_of(segment)
+        cache.pend(())
+        check_attention(segment, layers, self.config)
+        self._check(segment)
+        cache.pend(tuple(range(-1, len(segment) - 1)))
+        told = np.zeros((len(segment.wanted), segment.stop), np.float32)
+        for row, token in enumerate(segment.tokens):
+            start, x = cache.make_way(), self.embedding[[token]]
+            for index, layer in enumerate(self.layers[: max(layers) + 1]):
+                if index in layers and row in segment.wanted:
+                    line = told[row - segment.wanted.start, : start + 1]
+                    np.maximum(line, self._weights(x, layer, cache, start).numpy(), out=line)
+                x = self._layer(x, layer, cache, View.AR, start)
+            cache.add_row()
+        return told
+
+    def _weights(self, x: Tensor, layer: Layer, cache: ReferenceCache, start: int) -> Tensor:
+        """The largest weight that a head gives to each key [start + 1]; x: a row at a layer."""
+        h = self._norm(x, layer.attn_norm)
+        q, k, _ = self._qkv(h, layer.attention[View.AR], torch.arange(start, start + 1))
+        keys = torch.cat([cache.k[layer.place, :start], k])
+        return attention_weights(q, keys)[:, 0].amax(0)
 
     @torch.inference_mode()
     def _pass(
@@ -262,12 +290,16 @@ def _choices(segment: Segment, results: Results) -> Choices:
 
 def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Every query sees every key: q [rows, n_head, d], k/v [n, n_head_kv, d] → [rows, n_head·d]."""
-    group = q.shape[1] // keys.shape[1]
-    keys = keys.repeat_interleave(group, dim=1)
-    values = values.repeat_interleave(group, dim=1)
-    scores = torch.einsum("rhd,nhd->hrn", q, keys) / math.sqrt(q.shape[2])
-    mixed = torch.einsum("hrn,nhd->rhd", scores.softmax(-1), values)
+    values = values.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
+    mixed = torch.einsum("hrn,nhd->rhd", attention_weights(q, keys), values)
     return mixed.reshape(q.shape[0], -1)
+
+
+def attention_weights(q: Tensor, keys: Tensor) -> Tensor:
+    """What every query gives to every key: [n_head, rows, n]; 1 per head and row."""
+    keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
+    scores = torch.einsum("rhd,nhd->hrn", q, keys) / math.sqrt(q.shape[2])
+    return scores.softmax(-1)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> tuple[Tensor, float]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from orthrus_gguf.prefill.compression import COMPRESSIBLE
 from orthrus_gguf.server.api_errors import wrong
 from orthrus_gguf.server.events import Job
 from orthrus_gguf.server.fields import Within
@@ -209,12 +210,15 @@ def prepare(service: Service, request: ChatRequest) -> Chat:
     thought_tokens = _thought_tokens(service, request)
     thinking, more = _thinking(request, thought_tokens)
     tools = request.tools if request.tool_choice != "none" else None
+    messages = template_messages(request.messages)
     _, prompt = service.chat_prompt(
-        template_messages(request.messages),
+        messages,
         tools=[tool_json(tool) for tool in tools] if tools else None,
         thinking=thinking,
         more=more,
     )
+    contents = [str(m.get("content") or "") for m in messages if m["role"] in COMPRESSIBLE]
+    prompt = service.shortened(prompt, request, contents)
     grammar = _grammar(service, request, prompt, thinking)
     top = (request.top_logprobs or 0) if request.logprobs else None
     if request.top_logprobs and not request.logprobs:

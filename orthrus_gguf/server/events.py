@@ -10,6 +10,7 @@ from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint
 from orthrus_gguf.engine import Origin, Request, Result
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.prefill.compression import Selection
 from orthrus_gguf.sampling import LogProbs, SamplingSettings
 
 
@@ -64,7 +65,7 @@ class Job:
 
     plan: how to draft. listener: is called with every event, in the scheduler's thread; End or
     Failed comes last, and nothing after `Scheduler.cancel`. slot: that must serve it; None: any.
-    reuse: whether rows that are held may serve it.
+    reuse: whether rows that are held may serve it. selection: how the prompt was shortened.
     """
 
     prompt: tuple[int, ...]
@@ -79,6 +80,7 @@ class Job:
     reuse: bool = True
     places: tuple[int, ...] = ()
     cancelled: bool = False
+    selection: Selection | None = None
 
     def request(self, policy: Policy) -> Request:
         """What the engine gets."""
@@ -91,4 +93,5 @@ class Job:
             self.top,
             self.constraint,
             self.places,
+            self.selection,
         )

@@ -59,12 +59,8 @@ class TemplateRequest:
 
 async def completion(service: Service, request: NativeRequest) -> dict[str, Any] | Stream:
     """The answer, or events, in llama-server's shape."""
-    given = request.prompt
-    ids: list[int] = (
-        await http.in_thread(service.encoded, given, "prompt") if isinstance(given, str) else given
-    )
     job = service.job(
-        Prompt(tuple(ids)),
+        await http.in_thread(_prompt, service, request),
         request,
         max_tokens=request.n_predict,
         stop=request.stop,
@@ -83,6 +79,12 @@ async def completion(service: Service, request: NativeRequest) -> dict[str, Any]
             for one in tokens_json(service.tokenizer, [event], request.n_probs)
         ]
     return found
+
+
+def _prompt(service: Service, request: NativeRequest) -> Prompt:
+    given = request.prompt
+    ids = service.encoded(given, "prompt") if isinstance(given, str) else given
+    return service.shortened(Prompt(tuple(ids)), request)
 
 
 async def _stream(

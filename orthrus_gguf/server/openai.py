@@ -252,17 +252,20 @@ async def _chat_stream(
     yield DONE
 
 
-def _prompts(service: Service, given: str | list[int] | list[str]) -> list[Prompt]:
+def _prompts(service: Service, request: CompletionRequest) -> list[Prompt]:
     """Ids of the prompts of a completion."""
+    given = request.prompt
     if isinstance(given, list) and given and isinstance(given[0], int):
-        return [Prompt(tuple(int(token) for token in given))]
-    texts = [given] if isinstance(given, str) else given
-    return [Prompt(tuple(service.encoded(str(text), "prompt"))) for text in texts]
+        found = [[int(token) for token in given]]
+    else:
+        texts = [given] if isinstance(given, str) else given
+        found = [service.encoded(str(text), "prompt") for text in texts]
+    return [service.shortened(Prompt(tuple(ids)), request) for ids in found]
 
 
 async def completion(service: Service, request: CompletionRequest) -> dict[str, Any] | Stream:
     """POST /v1/completions: the answer, or events."""
-    prompts: list[Prompt] = await http.in_thread(_prompts, service, request.prompt)
+    prompts: list[Prompt] = await http.in_thread(_prompts, service, request)
     if not prompts:
         raise wrong("prompt", "is empty")
     grammar = await http.in_thread(service.grammar, request)

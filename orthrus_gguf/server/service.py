@@ -13,6 +13,7 @@ from orthrus_gguf.drafting.plan import PLAIN, Plan, parse
 from orthrus_gguf.drafting.sequence import Constraint
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.prefill.compression import Compression, Compressor, Selection
 from orthrus_gguf.sampling import MAX_SEED, SamplingSettings
 from orthrus_gguf.server.answers import Answer, cancel
 from orthrus_gguf.server.api_errors import ApiError, wrong
@@ -44,6 +45,26 @@ class Speculative:
 
 
 @dataclass(kw_only=True)
+class Prefill:
+    """How much of a long prompt to read, on a server with --prefill-drafter. May change the text.
+    keep: share; threshold: tokens up to which prompts are read whole."""
+
+    enabled: bool = True
+    keep: Annotated[float, Within(0, 1)] | None = None
+    threshold: Annotated[int, Within(0)] | None = None
+
+    def over(self, usual: Compression, n_ctx: int) -> Compression:
+        """What is asked for, over what is usual here. Raises OrthrusError."""
+        if self.threshold is not None and self.threshold >= n_ctx:
+            raise OrthrusError(
+                f"threshold {self.threshold}: no prompt is longer, since the context of a"
+                f" conversation has {n_ctx} tokens"
+            )
+        keep = usual.keep if self.keep is None else self.keep
+        return Compression(keep, usual.threshold if self.threshold is None else self.threshold)
+
+
+@dataclass(kw_only=True)
 class Sampling:
     """Fields that all generating endpoints share. Those not given are as the server was started."""
 
@@ -59,6 +80,7 @@ class Sampling:
     ignore_eos: bool = False
     logit_bias: dict[str, Annotated[float, Within(-100, 100)]] | None = None
     speculative: Speculative | None = None
+    prefill: Prefill | None = None
     cache_prompt: bool = True
     id_slot: Annotated[int, Within(-1)] | None = None
     return_progress: bool = False
@@ -68,11 +90,13 @@ class Sampling:
 
 
 class Prompt(NamedTuple):
-    """Ids; thinking: whether the answer begins within a thought. places: see `engine.Request`."""
+    """Ids; thinking: whether the answer begins within a thought. places, selection: see
+    `engine.Request`."""
 
     ids: tuple[int, ...]
     thinking: bool = False
     places: tuple[int, ...] = ()
+    selection: Selection | None = None
 
 
 @dataclass
@@ -97,6 +121,7 @@ class Service:
     n_ctx: int
     thought_tokens: int = -1
     thought_end: str = ""
+    compressor: Compressor | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -147,6 +172,33 @@ class Service:
         if self.config.hybrid is not None and not begun:
             places = partings(self.template, self.tokenizer, text, ids, messages, **settings)
         return text, Prompt(ids, thinks, places)
+
+    def shortened(
+        self, prompt: Prompt, given: Sampling, contents: Sequence[str] | None = None
+    ) -> Prompt:
+        """As much of a prompt as is to be read. May take long: call it in a thread. Raises
+        ApiError.
+
+        contents: texts of its messages that may be shortened; None: it is one text.
+        """
+        asked = given.prefill
+        if self.compressor is None:
+            if asked is not None and asked.enabled:
+                raise wrong("prefill", "this server was started without --prefill-drafter")
+            return prompt
+        known = all(0 <= token < self.tokenizer.n_vocab for token in prompt.ids)
+        if (asked is not None and not asked.enabled) or not known or not prompt.ids:
+            return prompt  # `job` refuses what makes no sense
+        usual = self.compressor.compression
+        try:
+            compression = usual if asked is None else asked.over(usual, self.n_ctx)
+            selection = self.compressor.select(prompt.ids, contents, compression)
+        except OrthrusError as error:
+            raise wrong("prefill", str(error)) from error
+        if selection is None:
+            return prompt
+        places = selection.places(prompt.places)
+        return prompt._replace(ids=selection.tokens, places=places, selection=selection)
 
     def encoded(self, text: str, param: str, *, guarded: bool = False) -> list[int]:
         """Ids of a prompt. Takes a moment: call it in a thread. Raises ApiError, which names
@@ -274,6 +326,7 @@ class Service:
             None if given.id_slot is None or given.id_slot < 0 else given.id_slot,
             given.cache_prompt,
             prompt.places,
+            selection=prompt.selection,
         )
 
     def submit_all(self, jobs: Sequence[Job]) -> list[Answer]:

@@ -135,6 +135,10 @@ class Tokenizer:
         """Whether `id` is a control token (or the unknown token) rather than a piece of text."""
         return id in self._vocabulary.special
 
+    def same_ids(self, other: Tokenizer) -> bool:
+        """Whether ids mean the same in another vocabulary."""
+        return self._vocabulary.tokens == other._vocabulary.tokens
+
     def special_id(self, text: str) -> int | None:
         """The control token that is spelt `text`, if there is one."""
         id = self._vocabulary.index.get(text)

@@ -43,7 +43,7 @@ def small_object(build: ModuleType, folder: Path, sizes: str, usable: int) -> No
     """An object with nothing but what is asked first."""
     source = folder / "small.c"
     source.write_text(
-        f"void orthrus_sizes(int s[9]) {{ int all[9] = {{{sizes}}}; for (int i = 0; i < 9; i++)"
+        f"void orthrus_sizes(int s[10]) {{ int all[10] = {{{sizes}}}; for (int i = 0; i < 10; i++)"
         f" s[i] = all[i]; }} int orthrus_usable(void) {{ return {usable}; }}"
     )
     command = [build.compiler(), "-shared", "-fPIC", str(source), "-o", str(folder / "avx2.so")]

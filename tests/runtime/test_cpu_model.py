@@ -15,7 +15,6 @@ from synthetic_model import model_shape
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cpu.model import CpuModel
-from orthrus_gguf.runtime.cpu.steps import Shape
 from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import Cache, Draw, Model, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
@@ -187,11 +186,11 @@ def test_interrupted_prompts_leave_the_caches_as_they_were(
         model.logits([ar_segment(other, [1], 3)])
         compute, calls = model._compute, []
 
-        def interrupted(shape: Shape) -> None:
-            calls.append(shape)
+        def interrupted(filled: Any, **more: Any) -> None:
+            calls.append(filled)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            compute(shape)
+            compute(filled, **more)
 
         monkeypatch.setattr(model, "_compute", interrupted)
         with pytest.raises(KeyboardInterrupt):

@@ -198,7 +198,7 @@ class Card(Machine):
 def test_the_plan_counts_it(demo_file: DemoFile) -> None:
     """Weights, buffers and a cache of its own: what was planned is what is allocated."""
     with stand_in_pair(demo_file("f16"), drafter_file("q4_k_m"), capability=86) as model:
-        target, network = model._model, model._network
+        target, network = model.model, model._network
         assert isinstance(target, CudaModel)
         assert isinstance(network, CudaNetwork)
         own, theirs = network.runner, target.runner

@@ -241,23 +241,28 @@ static void chunk(const Head *h, int panel, int panels, int first, int from, flo
     }
 }
 
+static Head head_of(const Step *step, const Group *group, int kv_head) {
+    int d = step->head_dim, rows = step->n_head / step->n_head_kv;
+    const LayerCache *cache = &step->cache[step->row[group->first].cache];
+    size_t before = (size_t)kv_head * (size_t)cache->columns;
+    return (Head){d,
+                  group->count * rows,
+                  rows,
+                  cache->keys + before * column_bytes(cache->type_k, d),
+                  cache->values + before * column_bytes(cache->type_v, d),
+                  cache->type_k,
+                  cache->type_v,
+                  step,
+                  group,
+                  kv_head};
+}
+
 // Task: one kv head of one group.
 void attention_task(const Step *step, int task, Scratch *scratch) {
     const Group *group = &step->group[task / step->n_head_kv];
     int kv_head = task % step->n_head_kv, d = step->head_dim;
-    const LayerCache *cache = &step->cache[step->row[group->first].cache];
-    size_t before = (size_t)kv_head * (size_t)cache->columns;
     int rows = step->n_head / step->n_head_kv;
-    Head h = {d,
-              group->count * rows,
-              rows,
-              cache->keys + before * column_bytes(cache->type_k, d),
-              cache->values + before * column_bytes(cache->type_v, d),
-              cache->type_k,
-              cache->type_v,
-              step,
-              group,
-              kv_head};
+    Head h = head_of(step, group, kv_head);
     size_t packed = (size_t)h.packed;
     float *scores = reserve(scratch, packed * (CHUNK * LANES + 2 + (size_t)d));
     float *tops = scores + packed * CHUNK * LANES, *totals = tops + packed, *acc = totals + packed;
@@ -275,4 +280,43 @@ void attention_task(const Step *step, int task, Scratch *scratch) {
         vf total = f_set(totals[m]);
         for (int i = 0; i < d; i += LANES) f_store(to + i, f_div(f_load(acc + m * d + i), total));
     }
+}
+
+// Scores of `columns` columns -> their softmax, brought into y wherever it is larger.
+static void weigh(float *scores, int columns, float *y) {
+    int panels = (columns + LANES - 1) / LANES;
+    for (int i = columns; i < panels * LANES; i++) scores[i] = -1e30f;
+    vf most = f_set(-1e30f), sum = f_set(0.0f);
+    for (int p = 0; p < panels; p++) most = f_max(f_load(scores + p * LANES), most);
+    vf peak = f_set(f_largest(most));
+    for (int p = 0; p < panels; p++) {
+        f_store(scores + p * LANES, f_exp(f_sub(f_load(scores + p * LANES), peak)));
+        for (int i = columns; i < (p + 1) * LANES; i++) scores[i] = 0.0f;
+        sum = f_add(sum, f_load(scores + p * LANES));
+    }
+    vf total = f_set(f_sum(sum));
+    for (int p = 0; p < panels; p++) {
+        vf w = f_div(f_load(scores + p * LANES), total);
+        f_store(y + p * LANES, f_max(w, f_load(y + p * LANES)));
+    }
+}
+
+// Task: one kv head. Its rows are those of a chain: they see columns 0 .. sees-1.
+void weights_task(const Step *step, int task, Scratch *scratch) {
+    Group group = {0, step->rows};
+    Head h = head_of(step, &group, task);
+    int most = 0;
+    for (int i = 0; i < step->rows; i++)
+        if (step->row[i].sees > most) most = step->row[i].sees;
+    int panels = (most + LANES - 1) / LANES;
+    size_t stride = (size_t)panels * LANES;
+    float *scores = reserve(scratch, (size_t)h.packed * stride);
+    float *y = step->y + (size_t)task * (size_t)step->rows * step->y_stride;
+    for (int p = 0; p < panels; p += 4) { // so few that they stay in the first cache for all rows
+        int run = panels - p < 4 ? panels - p : 4;
+        const uint8_t *keys = h.keys + (size_t)p * LANES * column_bytes(h.type_k, h.d);
+        score_panels(&h, run, keys, scores + p * LANES, stride);
+    }
+    for (int m = 0; m < h.packed; m++)
+        weigh(scores + m * stride, row_of(&h, m)->sees, y + (size_t)(m / h.rows) * step->y_stride);
 }

@@ -7,7 +7,7 @@
 // Panels of one task of a product: small enough to share out, large enough to be worth taking.
 #define PANELS_PER_TASK 4
 
-void orthrus_sizes(int32_t sizes[9]) {
+void orthrus_sizes(int32_t sizes[10]) {
     sizes[0] = (int32_t)sizeof(Step);
     sizes[1] = (int32_t)sizeof(Row);
     sizes[2] = (int32_t)sizeof(Matrix);
@@ -17,6 +17,7 @@ void orthrus_sizes(int32_t sizes[9]) {
     sizes[6] = (int32_t)sizeof(LayerState);
     sizes[7] = (int32_t)sizeof(Run);
     sizes[8] = PANELS_PER_TASK;
+    sizes[9] = STEPS;
 }
 
 static void embed(const Step *s, int task) {
@@ -161,5 +162,6 @@ void run_task(const Step *step, int task, Scratch *scratch) {
     case STEP_CONVOLVE: convolve_task(step, task); break;
     case STEP_RECUR: recur_task(step, task, scratch); break;
     case STEP_GATED_NORM: gated_norm_task(step, task); break;
+    case STEP_WEIGHTS: weights_task(step, task, scratch); break;
     }
 }

@@ -24,6 +24,8 @@ enum {
     STEP_CONVOLVE,
     STEP_RECUR,
     STEP_GATED_NORM,
+    STEP_WEIGHTS,
+    STEPS,
 };
 
 // One row of a pass.
@@ -87,6 +89,8 @@ typedef struct {
 //   PICK       y row i = x row index[i]
 //   SILU       y = silu(y) * x
 //   SIGMOID    y = y * sigmoid(x)
+//   WEIGHTS    y plane h = the larger of y and what the query heads of kv head h weigh each column
+//              with; x = queries of `rows` rows, y = [n_head_kv][rows][y_stride]
 //
 // Of a DeltaNet layer, of n_head value heads and n_head_kv key heads:
 //
@@ -122,9 +126,10 @@ void orthrus_pool_free(Pool *pool);
 int orthrus_run(Pool *pool, const Step *steps, int count);
 // Runs one step on the caller's thread.
 void orthrus_run_here(const Step *step);
-// Bytes of a Step, a Row, a Matrix, a LayerCache, a Group, a StateRow, a LayerState and a Run, and
-// panels per task of a product, so that a caller can check its own idea of them.
-void orthrus_sizes(int32_t sizes[9]);
+// Bytes of a Step, a Row, a Matrix, a LayerCache, a Group, a StateRow, a LayerState and a Run, panels
+// per task of a product, and how many operations there are, so that a caller can check its own idea
+// of them.
+void orthrus_sizes(int32_t sizes[10]);
 
 // What the pool runs (steps.c): task number `task` of a step. scratch: of the thread, grows as
 // needed.
@@ -139,6 +144,7 @@ float inverse_rms(const float *x, int width, float epsilon);
 void convolve_task(const Step *step, int task);
 void recur_task(const Step *step, int task, Scratch *scratch);
 void gated_norm_task(const Step *step, int task);
+void weights_task(const Step *step, int task, Scratch *scratch);
 void store_head(const LayerCache *cache, int head, int d, int column, const float *k,
                 const float *v);
 

@@ -6,6 +6,9 @@ import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +17,19 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Step
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
+from orthrus_gguf.runtime.attention import check_attention
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout, cache_layout
 from orthrus_gguf.runtime.cpu.buffers import Buffers
-from orthrus_gguf.runtime.cpu.cache import CpuCache
+from orthrus_gguf.runtime.cpu.cache import CpuCache, whole_panels
 from orthrus_gguf.runtime.cpu.rows import Angles, Place, place_block, place_chain, place_tree
 from orthrus_gguf.runtime.cpu.state import HybridCpuCache, StateLayout
-from orthrus_gguf.runtime.cpu.steps import Builder, Shape
+from orthrus_gguf.runtime.cpu.steps import Builder, Shape, Watch
 from orthrus_gguf.runtime.cpu.weights import Weights
 from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.passes import Piece
-from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.protocol import Segment, View
 from orthrus_gguf.runtime.results import Outputs
-from orthrus_gguf.runtime.sequences import OneSequence
+from orthrus_gguf.runtime.sequences import OneSequence, check_call, sequences_of
 
 #: Lists of steps that are kept.
 SHAPES = 64
@@ -106,6 +110,29 @@ class CpuModel(HostModel[CpuCache]):
         state = StateLayout.of(self.config)
         return HybridCpuCache(self._layout, capacity, self._block_rows, state, self._kernels)
 
+    def attention(self, segment: Segment, layers: Sequence[int]) -> NDArray[np.float32]:
+        """See `Attentive.attention`."""
+        with self._lock:
+            self._check_open()
+            sequences = sequences_of([segment], CpuCache, self._layout)
+            check_call([segment], self.config, self._block_rows)
+            check_attention(segment, layers, self.config)
+            wanted, count = len(segment.wanted), len(segment)
+            planes = self.config.n_head_kv, wanted, whole_panels(segment.stop)
+            weights = np.zeros(planes, np.float32)
+            # The wanted rows in a pass of their own, which knows nothing of a head.
+            edges = [*range(0, count - wanted, self._batch_rows), count - wanted]
+            asked = replace(segment, wanted=range(0))
+            ranges = [*pairwise(edges), *([(count - wanted, count)] if wanted else [])]
+            for first, stop in ranges:
+                watch = Watch(tuple(layers), weights) if first == count - wanted else None
+                filled = self._fill([Piece(0, asked, first, stop - first)], sequences)
+                self._compute(filled, layers=max(layers) + 1, watch=watch)
+            for own in sequences.values():
+                own.finish()
+        largest: NDArray[np.float32] = weights.max(axis=0)
+        return largest[:, : segment.stop]
+
     def _run_pass(
         self,
         pieces: Sequence[Piece],
@@ -113,6 +140,19 @@ class CpuModel(HostModel[CpuCache]):
         *,
         with_taps: bool,
     ) -> Outputs:
+        filled = self._fill(pieces, sequences)
+        b, row, wanted = self._buffers, filled.shape.rows, filled.shape.wanted
+        taps = {tap for piece in pieces for tap in piece.segment.taps} if with_taps else ()
+        self._compute(filled, taps=tuple(sorted(taps)))
+        return Outputs(
+            b.logits[:wanted, : self.config.n_vocab],
+            {tap: b.tap(tap)[:row, : self.config.n_embd] for tap in taps},
+        )
+
+    def _fill(
+        self, pieces: Sequence[Piece], sequences: dict[int, OneSequence[CpuCache]]
+    ) -> _Filled:
+        """Tell the kernels about the rows of a pass."""
         count = sum(piece.count for piece in pieces)
         if count > self._buffers.rows:  # a tree of more rows than a pass has otherwise
             self._shapes.clear()
@@ -145,25 +185,34 @@ class CpuModel(HostModel[CpuCache]):
                 ar += piece.count
         b.group[: len(groups)] = groups
         b.index[: len(wanted)] = wanted
-        taps = {tap for piece in pieces for tap in piece.segment.taps} if with_taps else ()
         sizes = ar, row - ar, len(wanted), len(groups)
-        self._compute(Shape(*sizes, tuple(sorted(taps)), len(hybrids)))
-        for cache in hybrids:
-            cache.ran()
-        return Outputs(
-            b.logits[: len(wanted), : self.config.n_vocab],
-            {tap: b.tap(tap)[:row, : self.config.n_embd] for tap in taps},
-        )
+        return _Filled(Shape(*sizes, runs=len(hybrids)), hybrids, keep)
 
-    def _compute(self, shape: Shape) -> None:
+    def _compute(self, filled: _Filled, **more: Any) -> None:
+        """Run a pass. more: what else its shape has."""
+        shape = replace(filled.shape, **more)
         steps = self._shapes.get(shape)
         if steps is None:
             builder = Builder(self._kernels, self.config, self._weights, self._buffers, shape)
-            steps = self._shapes[shape] = builder.build()
+            steps = builder.build()
+        if shape.watch is None:  # else it is of this pass alone
+            self._shapes[shape] = steps
+            self._shapes.move_to_end(shape)
             if len(self._shapes) > SHAPES:
                 self._shapes.popitem(last=False)
-        self._shapes.move_to_end(shape)
         self._pool.run(steps)
+        for cache in filled.hybrids:
+            cache.ran()
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """A pass that the kernels have been told about. hybrids: caches whose states it moves. alive:
+    arrays that must be until it ends."""
+
+    shape: Shape
+    hybrids: list[HybridCpuCache]
+    alive: list[NDArray[np.int32]]
 
 
 class _Pool:

@@ -21,13 +21,25 @@ from orthrus_gguf.runtime.cpu.weights import Attention, DeltaNet, Floats, Layer,
 from orthrus_gguf.runtime.protocol import View
 
 
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Attention of the last rows of a pass that is asked for, in these layers.
+
+    weights: where it is brought into, [n_head_kv, rows, columns in whole panels].
+    """
+
+    layers: tuple[int, ...]
+    weights: Floats
+
+
 @dataclass(frozen=True)
 class Shape:
     """What passes have in common that can use the same steps.
 
     ar_rows, diffusion_rows: rows by view. wanted: rows that the head is for. groups: of rows that
     attend together. taps: layers whose input is kept. runs: rows of one sequence that go through
-    DeltaNet layers.
+    DeltaNet layers. layers: that run, unless all do. watch: what the attention of the last rows is
+    asked of.
     """
 
     ar_rows: int
@@ -36,6 +48,8 @@ class Shape:
     groups: int
     taps: tuple[int, ...] = ()
     runs: int = 0
+    layers: int | None = None
+    watch: Watch | None = None
 
     @property
     def rows(self) -> int:
@@ -65,16 +79,16 @@ class Builder:
         self.add(
             k.EMBED, shape.rows, matrices=[self.weights.token_embd], y=b.x, row=b.row.ctypes.data
         )
-        last = config.n_layers - 1
+        last = (shape.layers or config.n_layers) - 1
         whole = any(tap > last for tap in shape.taps)  # rows that nobody wants are looked at
         x, rows = b.x, shape.rows
-        for index, layer in enumerate(self.weights.layers):
+        for index, layer in enumerate(self.weights.layers[: last + 1]):
             if index in shape.taps:
                 self._keep(b.tap(index), b.x)
             # Behind the last layer's keys and values, only rows that somebody asks about count.
             stop = index == last and not shape.wanted and not whole
             if layer.delta_net is None:
-                self._attend(layer, store_only=stop)
+                self._attend(layer, index, store_only=stop)
             else:
                 self._remember(layer, layer.delta_net, store_only=stop)
             if stop:
@@ -102,7 +116,7 @@ class Builder:
             self.products(forms, [(self.weights.output, None)], 0, rows, b.logits)
         return k.steps_array(self.steps)
 
-    def _attend(self, layer: Layer, *, store_only: bool) -> None:
+    def _attend(self, layer: Layer, index: int, *, store_only: bool) -> None:
         b, shape, c = self.buffers, self.shape, self.config
         used = [layer.attention[view] for view, _, _ in shape.views()]
         forms = self.norm(
@@ -117,6 +131,8 @@ class Builder:
             matrices += [(a.gate, None)] if a.gate else []
             self.products(forms, matrices, first, rows, b.qkv)
             self.heads(a, layer.place, first, rows)
+        if shape.watch is not None and index in shape.watch.layers:
+            self._weigh(shape.watch.weights, layer.place)
         if store_only:
             return
         self.add(
@@ -132,6 +148,16 @@ class Builder:
         for view, first, rows in shape.views():
             output = layer.attention[view].output
             self.products(forms, [(output, None)], first, rows, b.x, add=True)
+
+    def _weigh(self, weights: Floats, place: int) -> None:
+        """What the last rows attend to in a layer."""
+        b, (_, rows, _) = self.buffers, weights.shape
+        first = self.shape.rows - rows
+        self.add(
+            k.WEIGHTS, self.config.n_head_kv, x=b.qkv[first:], y=weights[0], rows=rows,
+            row=b.row[first:].ctypes.data, cache=b.caches[place].ctypes.data,
+            scale=1 / math.sqrt(self.config.head_dim),
+        )  # fmt: skip
 
     def _remember(self, layer: Layer, w: DeltaNet, *, store_only: bool) -> None:
         """What a gated DeltaNet adds to the rows, and does to the state of their sequences."""
