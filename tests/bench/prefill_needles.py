@@ -86,8 +86,8 @@ def own_positions(kept: tuple[int, ...], full: int) -> Iterator[None]:
     """Kept tokens turn as in the whole prompt, and what follows as it would behind that."""
     place, table = cpu_model._place, np.array([*kept, *range(full, full + 4096)])
 
-    def placed(*arguments: Any) -> Any:
-        found = place(*arguments)
+    def placed(piece: Any, own: Any) -> Any:
+        found = place(piece, own)
         return replace(found, positions=table[found.positions])
 
     cpu_model._place = placed

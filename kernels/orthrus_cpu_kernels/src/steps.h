@@ -126,9 +126,9 @@ void orthrus_pool_free(Pool *pool);
 int orthrus_run(Pool *pool, const Step *steps, int count);
 // Runs one step on the caller's thread.
 void orthrus_run_here(const Step *step);
-// Bytes of a Step, a Row, a Matrix, a LayerCache, a Group, a StateRow, a LayerState and a Run, panels
-// per task of a product, and how many operations there are, so that a caller can check its own idea
-// of them.
+// Bytes of a Step, a Row, a Matrix, a LayerCache, a Group, a StateRow, a LayerState and a Run,
+// panels per task of a product, and how many operations there are, so that a caller can check its
+// own idea of them.
 void orthrus_sizes(int32_t sizes[10]);
 
 // What the pool runs (steps.c): task number `task` of a step. scratch: of the thread, grows as
