@@ -144,8 +144,8 @@ class Trainer:
             self.network.set_heads(now)
 
     def heads(self) -> dict[str, NDArray[np.float32]]:
-        """What comes of training: the mean of the heads over the last steps, which drafts better
-        than those of any one."""
+        """What comes of training: the mean of the heads over the last steps, so that it does not
+        depend on which texts came last."""
         names = (name for name, _ in self.network.named_heads())
         return {name: mean.cpu().numpy() for name, mean in zip(names, self._means, strict=True)}
 
