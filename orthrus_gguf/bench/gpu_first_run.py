@@ -35,11 +35,13 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Stage:
-    """name: of `gpu_stage`. seconds: its limit. model: whether it needs the file that is timed."""
+    """name: of `gpu_stage`. seconds: its limit. model: whether it needs the file that is timed.
+    switch: an environment variable that is 1 in it."""
 
     name: str
     seconds: int
     model: bool = False
+    switch: str = ""
 
 
 STAGES = (
@@ -50,6 +52,7 @@ STAGES = (
     Stage("profile", 40, model=True),
     Stage("checks", 120),
     Stage("drafter", 60),
+    Stage("overlap", 120, model=True, switch="ORTHRUS_PDL"),
     Stage("tiles", 120, model=True),
     Stage("sanitizer", 130),
 )
@@ -94,15 +97,16 @@ class Runner:
         if cpu:
             self._environment["TRITON_INTERPRET"] = "1"
 
-    def start(self, log: str, *words: str) -> subprocess.Popen[bytes]:
+    def start(self, log: str, *words: str, switch: str = "") -> subprocess.Popen[bytes]:
         """`python -m words`, in a process group of its own."""
+        environment = self._environment | ({switch: "1"} if switch else {})
         with (self.folder / f"{log}.log").open("wb") as out:
             return subprocess.Popen(
                 [sys.executable, "-m", *words],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=self._environment,
+                env=environment,
                 cwd=ROOT,
                 start_new_session=True,
             )
@@ -131,7 +135,7 @@ def run_stage(
     words = ["orthrus_gguf.bench.gpu_stage", stage.name, "--items", str(items), *flags]
     words += ["--inject", inject] if inject else []
     began = time.monotonic()
-    process = runner.start(stage.name, *words)
+    process = runner.start(stage.name, *words, switch=stage.switch)
     try:
         code = process.wait(timeout=limit)
         state = "ok" if code == 0 else "FAILED" if code == 1 else f"died (exit code {code})"

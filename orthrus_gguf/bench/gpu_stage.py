@@ -15,11 +15,12 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import triton
+from orthrus_kernels.overlap import CAPABILITY, PDL
 from orthrus_kernels.tools import gpu_check_matmul, gpu_check_ops, gpu_check_times
 from orthrus_kernels.tools.gpu_check_report import Check, Figure, Item, find_machine
 
@@ -82,6 +83,17 @@ def checks(options: argparse.Namespace) -> Iterator[Item]:
     yield from gpu_check_matmul.other_checks(machine)
 
 
+def overlap(options: argparse.Namespace) -> Iterator[Item]:
+    """The demo model's text and the passes of a short context again, with kernels that start before
+    their predecessor has ended (its process has ORTHRUS_PDL=1)."""
+    begins = PDL.value and find_machine(options.cpu, options.quick).capability >= CAPABILITY
+    yield Check("kernels start early", True, "yes" if begins else "no: not on this card")
+    yield from _runtime_checks(options, ("f16",))
+    contexts = gpu_figures.CONTEXTS[:1]
+    for figure in gpu_figures.figures(options.model, _device(options), contexts):
+        yield replace(figure, name=f"starting early: {figure.name}")
+
+
 def tiles(options: argparse.Namespace) -> Iterator[Item]:
     """What other tiles and chunks would give, and times of single kernels."""
     machine = find_machine(options.cpu, options.quick)
@@ -99,7 +111,16 @@ def sanitizer(options: argparse.Namespace) -> Iterator[Item]:
 STAGES: dict[str, Stage] = {
     stage.__name__: stage
     for stage in (
-        *(environment, demo, drafter, generation, contexts, profile, checks, tiles, sanitizer),
+        environment,
+        demo,
+        drafter,
+        generation,
+        contexts,
+        profile,
+        checks,
+        overlap,
+        tiles,
+        sanitizer,
     )
 }
 

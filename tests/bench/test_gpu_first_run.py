@@ -40,6 +40,25 @@ def test_stages_that_raise_hang_and_print_garbage(tmp_path: Path) -> None:
     assert all(json.loads(line)["kind"] in ("check", "figure") for line in items)
 
 
+@pytest.mark.slow
+def test_every_stage(tmp_path: Path) -> None:
+    """All of them, of which one hangs and one raises."""
+    words = ["--cpu", "--folder", str(tmp_path), "--inject", "contexts=hang,tiles=raise"]
+    words += [
+        "--limits",
+        ",".join(f"{s.name}={25 if s.name == 'contexts' else 1200}" for s in STAGES),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "orthrus_gguf.bench.gpu_first_run", *words],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = {line.split(" | ")[0].strip("| "): line for line in done.stdout.splitlines()}
+    for stage in STAGES:
+        ends = {"contexts": "cut off after 25 s", "tiles": "died"}.get(stage.name, "ok")
+        assert f"| {ends} |" in rows[stage.name], rows[stage.name]
+
+
 def test_a_budget_drops_the_last_stages() -> None:
     assert within(STAGES, None) == list(STAGES)
     kept = within(STAGES, 600)

@@ -280,16 +280,16 @@ def test_row_counts(rows: int) -> None:
     assert torch.equal(run(case, window=7), found), "windows of rows change nothing"
 
 
-@pytest.mark.parametrize(("rows", "room", "lanes"), [(9, 8, 7), (64, 8, 1)])
+@pytest.mark.parametrize(("rows", "room", "lanes"), [(3, 2, 7), (16, 2, 1)])
 def test_prompts_take_fewer_lanes(rows: int, room: int, lanes: int) -> None:
     """More rows at a time than the scratch has all lanes for."""
-    case = make("f16", 64, [700 + i for i in range(rows)], heads=2, group=8)
-    scratch = new_attention_scratch(room, 16, 2, 64, "cpu")
+    case = make("f16", 64, [700 + i for i in range(rows)], heads=1, group=4)
+    scratch = new_attention_scratch(room, 4, 1, 64, "cpu")
     assert scratch.lanes(rows)[0] == lanes
     assert scratch.lanes(room) == (LANES, 64)
-    out = interleave(torch.full((rows, 16 * 64), NAN, dtype=torch.float16))
+    out = interleave(torch.full((rows, 4 * 64), NAN, dtype=torch.float16))
     case.call(attention, rows, out, scratch)
-    assert nmse(deinterleave(out, 16 * 64), exact(case)) < 1e-6
+    assert nmse(deinterleave(out, 4 * 64), exact(case)) < 1e-6
 
 
 def test_extreme_scores() -> None:
@@ -316,7 +316,8 @@ def test_int8_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("type_name", "length"), [("f16", 30), ("q8_0", 254), ("q4_0", 510), ("f16", PERIOD - 2)]
+    ("type_name", "length"),
+    mostly_slow([("q8_0", 254), ("f16", PERIOD - 2)], [("f16", 30), ("q4_0", 510)]),
 )
 @pytest.mark.usefixtures("ordered_products")
 def test_bitwise_row_invariance(type_name: str, length: int) -> None:
