@@ -151,6 +151,9 @@ def test_record_and_simulate(
     more = ["--no-heads", "--drafter", str(drafter_file()), "-o", new, "--rows", "4"]
     assert bench.main(["record", stock, *more]) == 1
     assert "--rows: of blocks of diffusion heads" in capsys.readouterr().err
+    hybrid = [str(stock_model()), "--drafter", str(mtp_block()), "--runtime", "reference"]
+    assert bench.main(["record", *hybrid, "-o", new]) == 1
+    assert "recordings are of drafters that draft blocks" in capsys.readouterr().err
     argv = ["simulate", str(path), "--costs", "flat", "--drafter", "d.gguf"]
     assert bench.main(argv) == 1
     assert "--drafter goes with --costs FILE.gguf" in capsys.readouterr().err
