@@ -147,7 +147,7 @@ def test_trees_near_the_end_of_the_context(model: CudaModel) -> None:
     with pytest.raises(ValueError, match="ask `fit` first"):
         model.logits([ar_segment(tight, [1] * (room + 1), 8, parents=comb[: room + 1])])
     roomy = model.new_cache(400)
-    long = [-1, *range(80)]
+    long = [-1, 0, *range(79)]
     assert roomy.fit(long) == 64
     with pytest.raises(ValueError, match="tree of 81 rows, at most 64 fit"):
         model.logits([ar_segment(roomy, [1] * 81, 0, parents=long)])

@@ -114,7 +114,7 @@ def test_the_table_counts_a_drafter(
     assert "drafter" not in found[0]
     assert found[1]["drafter"]
     with stand_in_pair(target, drafter, capability=89) as model:
-        memory = model._model.memory  # type: ignore[attr-defined]
+        memory = model.model.memory  # type: ignore[attr-defined]
     assert both["row"] == memory.cache_row > alone["row"]
     assert both["needs"] - both["row"] * 5000 == memory.fixed + TAKEN_BYTES
     assert both["needs"] - alone["needs"] > memory.drafter > 1.4e6
