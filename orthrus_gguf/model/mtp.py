@@ -50,8 +50,8 @@ ROWS, ALIKE = 64, 0.7
 class MtpFile:
     """An MTP block, checked against its model. Use as a context manager, or close it.
 
-    config: its sizes, those of a model of one layer. tensors: by the names of layer 0, whatever the
-    file calls it; the norm behind it is always there.
+    config: its sizes, those of a model of one layer. tensors: by the names of such a model,
+    whatever the file calls them: layer 0, and the norm behind it.
     """
 
     beside = Beside("mtp", MOST + 1, USUAL, chain=True)
@@ -77,16 +77,15 @@ class MtpFile:
         )
         block = f"blk.{config.n_layers}."
         self._names = {
-            f"blk.0.{name.removeprefix(block)}": name
+            OUTPUT_NORM if name == block + MTP_NORM else f"blk.0.{name.removeprefix(block)}": name
             for name in file.tensors
             if name.startswith(block)
         }
         self.tensors: Mapping[str, TensorInfo] = {
             name: replace(file.tensors[stored], name=name) for name, stored in self._names.items()
         }
-        norm = f"blk.0.{MTP_NORM}"
-        if norm not in self.tensors:
-            self.tensors = {**self.tensors, norm: replace(target.tensors[OUTPUT_NORM], name=norm)}
+        if f"{block}{MTP_NORM}" not in file.tensors:
+            self.tensors = {**self.tensors, OUTPUT_NORM: target.tensors[OUTPUT_NORM]}
 
     @classmethod
     def inside(cls, target: ModelFile) -> MtpFile:

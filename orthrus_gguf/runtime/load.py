@@ -17,7 +17,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
-from orthrus_gguf.runtime.beside import ModelWithDrafter
+from orthrus_gguf.runtime.beside import ModelWithDrafter, Network
 from orthrus_gguf.runtime.cpu.weights import why_not
 from orthrus_gguf.runtime.cuda.presence import (
     INSTALL,
@@ -44,7 +44,7 @@ class RuntimeName(Enum):
 
 
 #: Those that run MTP blocks.
-MTP_RUNTIMES = (RuntimeName.REFERENCE,)
+MTP_RUNTIMES = (RuntimeName.REFERENCE, RuntimeName.CPU)
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ def load_model(
         )
     if settings.name is RuntimeName.REFERENCE:
         return _load_reference(file, settings, drafter)
+    if settings.name is RuntimeName.CPU:
+        return _load_cpu(file, settings, say or _to_stderr, drafter)
     if isinstance(drafter, MtpFile):
         raise OrthrusError(
             f"{drafter.paths[0]}: MTP blocks do not run on --runtime {settings.name.value} yet; use"
-            " --runtime reference, or --no-mtp"
+            " --runtime cpu, or --no-mtp"
         )
-    if settings.name is RuntimeName.CPU:
-        return _load_cpu(file, settings, say or _to_stderr, drafter)
     if settings.name is RuntimeName.CUDA:
         return _load_cuda(file, settings, on_progress, say or _to_stderr, drafter)
     if drafter is not None:
@@ -178,7 +178,7 @@ def _load_cpu(
     file: ModelFile,
     settings: RuntimeSettings,
     say: Callable[[str], None],
-    drafter: DrafterFile | None,
+    drafter: DrafterFile | MtpFile | None,
 ) -> Model:
     """The native kernels, or ggml in their place, with a line that says why; it runs no drafter."""
     kernels = kernels_for(file.config, file.tensors)
@@ -211,10 +211,15 @@ def _load_cpu(
     if drafter is None:
         return model
     from orthrus_gguf.runtime.cpu.drafter import CpuNetwork
+    from orthrus_gguf.runtime.cpu.mtp import CpuBlock
 
     with ExitStack() as stack:
         stack.callback(model.close)
-        network = CpuNetwork(drafter, model)
+        network: Network
+        if isinstance(drafter, MtpFile):
+            network = MtpNetwork(CpuBlock(drafter, model), drafter.beside, drafter.taps)
+        else:
+            network = CpuNetwork(drafter, model)
         stack.pop_all()
     return ModelWithDrafter(model, network)
 

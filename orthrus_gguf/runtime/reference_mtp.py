@@ -14,9 +14,9 @@ from orthrus_gguf.model.tensors import (
     MTP_EMBD,
     MTP_EMBD_NORM,
     MTP_HIDDEN_NORM,
-    MTP_NORM,
     MTP_OUTPUT,
     MTP_PROJECTION,
+    OUTPUT_NORM,
 )
 from orthrus_gguf.runtime.mtp import Entry
 from orthrus_gguf.runtime.protocol import Logits, View
@@ -40,7 +40,7 @@ class ReferenceBlock(ReferenceModel):
         self.embedding = own_or(MTP_EMBD, target.embedding)
         self.output = own_or(MTP_OUTPUT, target.output)
         self.layers = [layer_weights(file, 0, {View.AR: ""})]
-        self.output_norm, self.projection = own(MTP_NORM), own(MTP_PROJECTION)
+        self.output_norm, self.projection = weight(file, OUTPUT_NORM), own(MTP_PROJECTION)
         self.embd_norm, self.hidden_norm = own(MTP_EMBD_NORM), own(MTP_HIDDEN_NORM)
         self.inv_freq, self.rope_scale = rope_frequencies(file.config.rope, file.config.rotary_dim)
 

@@ -181,7 +181,7 @@ def test_inspect(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err.count("\n") == 1
 
 
-MTP = ("--runtime", "reference", "-n", "12", "-c", "64")
+MTP = ("-n", "12", "-c", "64")
 
 
 def test_mtp_drafts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ class Endless(ToyTokenizer):
 ENDLESS: Any = Endless()
 
 
-@pytest.fixture(scope="module", params=[RuntimeName.REFERENCE])
+@pytest.fixture(scope="module", params=[RuntimeName.REFERENCE, RuntimeName.CPU])
 def model(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
     """In float32 all through."""
     with loaded_mtp(mtp_model(), request.param, cache_type_k="f32", cache_type_v="f32") as found:
@@ -164,6 +164,22 @@ def test_the_text_is_that_of_plain_decoding(model: ModelWithDrafter) -> None:
             assert found.output == plain.output, (plan, seed, prompt)
             accepted[plan] += drafted(found)
     assert min(accepted.values()) > 4, accepted
+
+
+@pytest.mark.parametrize(("weights", "cache"), [("q8_0", "q8_0"), ("q4_k_m", "f16")])
+def test_quantized(weights: str, cache: str) -> None:
+    """On the native kernels, whatever the types are: the text of plain decoding, and drafts that
+    are nearly as often right as in float32."""
+    types: dict[str, Any] = {"cache_type_k": cache, "cache_type_v": cache}
+    accepted = cycles = 0
+    with loaded_mtp(mtp_model(weights), RuntimeName.CPU, **types) as model:
+        for prompt in PROMPTS:
+            plain, _ = cycles_of(model, prompt, "ar", 40)
+            text, found = cycles_of(model, prompt, "two-pass@1", 40)
+            assert text[: len(plain)] == plain
+            accepted += sum(cycle.accepted for cycle in found)
+            cycles += len(found)
+    assert accepted > 0.45 * cycles
 
 
 def test_a_damaged_block_costs_no_text(model: ModelWithDrafter) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,16 +12,12 @@ from orthrus_cpu_kernels.library import Kernels, Step
 
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import WeightFile
-from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.model.tensors import FEATURES, FEATURES_NORM
-from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout
-from orthrus_gguf.runtime.cpu.buffers import Buffers
+from orthrus_gguf.runtime.cpu.beside import CpuBeside
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.model import CpuModel
-from orthrus_gguf.runtime.cpu.rows import Angles, place_chain
 from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Weights, vector
-from orthrus_gguf.runtime.host_model import HostModel
 from orthrus_gguf.runtime.protocol import View
 
 
@@ -44,31 +38,19 @@ class DraftWeights(Weights):
         self._arrange_layers(file, {View.DIFFUSION: ""})
 
 
-class CpuNetwork(CpuModel):
-    """See `beside.Network`. Runs on the threads of its target, one pass of either at a time."""
+class CpuNetwork(CpuBeside):
+    """See `beside.Network`."""
 
     def __init__(self, file: DrafterFile, target: CpuModel) -> None:
         """Raises OrthrusError when memory does not suffice."""
-        ours, config = target._layout, file.config
-        layout = CacheLayout(
-            ours.type_k, ours.type_v, config.n_layers, config.n_head_kv, config.head_dim
-        )
-        HostModel.__init__(self, config, layout, BATCH_ROWS)
-        self._lock, self._pool, self._kernels = target._lock, target._pool, target._kernels
-        self.taps, self.beside, self.thread_counts = file.target_layers, file.beside, ()
-        weights = DraftWeights(file, self._kernels, self._pool.threads, target._weights)
-        self._weights = self._draft_weights = weights
-        stack = ExitStack()
-        stack.callback(weights.close)
-        self._own(stack)
-        self._buffers = Buffers(self._kernels, config, BATCH_ROWS + self._block_rows)
-        self._shapes = OrderedDict()
-        self._angles = Angles(*frequencies(config.rope, config.head_dim))
+        config, kernels = file.config, target._kernels
+        weights = DraftWeights(file, kernels, target._pool.threads, target._weights)
+        super().__init__(config, weights, target)
+        self.taps, self.beside, self._draft_weights = file.target_layers, file.beside, weights
         wide = weights.features
-        form = self._kernels.form(wide.type)
+        form = kernels.form(wide.type)
         assert form is not None
-        self._joined = np.zeros((BATCH_ROWS, wide.k), np.float32)
-        self._quantized = np.zeros((BATCH_ROWS, self._kernels.row_bytes(form, wide.k)), np.uint8)
+        self._joined, self._quantized = self._room_for(wide.k, form)
         # Those that cycles need are there from the start: the first draft is to be no dearer.
         rows = range(1, (config.block_size or 0) + 1)
         self._injections = {count: self._injection(count) for count in rows}
@@ -77,14 +59,9 @@ class CpuNetwork(CpuModel):
         """See `Network.inject`. At most BATCH_ROWS rows."""
         with self._lock:
             self._check_open()
-            b, rows = self._buffers, taps.shape[1]
+            rows = taps.shape[1]
             self._joined[:rows] = np.concatenate(list(taps), axis=1)
-            b.caches[:, 0] = cache.layers
-            table = b.row[:rows]
-            table["cache"] = 0
-            place = place_chain(cache.length, rows)
-            place.fill(table, [])
-            self._angles.point(table, place.positions)
+            self._put(0, 0, cache, cache.length, rows)
             if rows not in self._injections:
                 self._injections[rows] = self._injection(rows)
             self._pool.run(self._injections[rows])

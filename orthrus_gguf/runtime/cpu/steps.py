@@ -74,11 +74,18 @@ class Builder:
     steps: list[Step] = field(default_factory=list)
 
     def build(self) -> ctypes.Array[Step]:
+        """The rows of tokens through the model."""
+        self.embed()
+        return self.through()
+
+    def embed(self) -> None:
+        """Begin with the tokens' embeddings."""
+        b, matrices = self.buffers, [self.weights.token_embd]
+        self.add(k.EMBED, self.shape.rows, matrices=matrices, y=b.x, row=b.row.ctypes.data)
+
+    def through(self) -> ctypes.Array[Step]:
         """All layers; the head where rows are wanted."""
         b, shape, config = self.buffers, self.shape, self.config
-        self.add(
-            k.EMBED, shape.rows, matrices=[self.weights.token_embd], y=b.x, row=b.row.ctypes.data
-        )
         last = (shape.layers or config.n_layers) - 1
         whole = any(tap > last for tap in shape.taps)  # rows that nobody wants are looked at
         x, rows = b.x, shape.rows
