@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ def computed(case: Case, count: int, type_name: str) -> tuple[Floats, Floats]:
         step.cache, step.scale, step.width = cache.layers.ctypes.data, SCALE, DIM
         for name, value in values.items():
             setattr(step, name, value)
-        library.orthrus_run_here(step)
+        library.orthrus_run_here(ctypes.addressof(step))
 
     first = qkv[-ROWS:]
     stride = qkv.shape[1]
@@ -123,7 +124,7 @@ def test_they_are_plain_numpys(type_name: str, columns: int, count: int) -> None
     chosen = case(columns, leaning=(4, 2, 3))
     mixed, weights = computed(chosen, count, type_name)
     wanted_mixed, wanted_weights = expected(chosen, count)
-    near = {"f32": 1e-5, "f16": 3e-3, "q8_0": 3e-2, "q4_0": 0.7}[type_name]
+    near = {"f32": 1e-5, "f16": 3e-3, "q8_0": 3e-2, "q4_0": 0.25}[type_name]
     np.testing.assert_allclose(mixed, wanted_mixed, rtol=0, atol=near)
     np.testing.assert_allclose(weights, wanted_weights, rtol=0, atol=near)
 
