@@ -124,7 +124,11 @@ def test_they_are_plain_numpys(type_name: str, columns: int, count: int) -> None
     chosen = case(columns, leaning=(4, 2, 3))
     mixed, weights = computed(chosen, count, type_name)
     wanted_mixed, wanted_weights = expected(chosen, count)
-    near = {"f32": 1e-5, "f16": 3e-3, "q8_0": 3e-2, "q4_0": 0.25}[type_name]
+    if type_name == "q4_0":  # so coarse that single rows say little
+        assert np.abs(mixed - wanted_mixed).mean() < 0.06
+        assert np.abs(weights - wanted_weights).sum(axis=2).mean() < 0.5
+        return
+    near = {"f32": 1e-5, "f16": 3e-3, "q8_0": 3e-2}[type_name]
     np.testing.assert_allclose(mixed, wanted_mixed, rtol=0, atol=near)
     np.testing.assert_allclose(weights, wanted_weights, rtol=0, atol=near)
 
