@@ -80,14 +80,14 @@ def open_compressor(
 
     Raises OrthrusError.
     """
-    asked, threshold = args.prefill_drafter, args.prefill_threshold
+    asked = args.prefill_drafter
     if asked is None:
         return None
     compression = _compression(args)
-    if threshold is not None and threshold >= (settings.context or 0):
+    if compression.threshold >= (settings.context or 0):
         raise OrthrusError(
-            f"--prefill-threshold {threshold}: no prompt is longer, since the context has"
-            f" {settings.context} tokens; use less, or raise -c"
+            f"--prefill-threshold {compression.threshold}: no prompt is longer, since the context"
+            f" has {settings.context} tokens; use less, or raise -c"
         )
     if asked.startswith(SELF):
         own = model.model if isinstance(model, ModelWithDrafter) else model

@@ -93,12 +93,13 @@ class _Known:
 
 
 class Compressor:
-    """Shortens prompts; safe to use from several threads, one of which scores at a time."""
+    """Shortens prompts; safe to use from several threads, one of which scores at a time: the cache
+    for a long prompt takes much memory. What is not to be scored waits for nobody."""
 
     def __init__(self, scorer: Scorer, compression: Compression) -> None:
         self.scorer, self.compression = scorer, compression
         self._known: deque[_Known] = deque(maxlen=REMEMBERED)
-        self._lock = threading.Lock()
+        self._scoring, self._memory = threading.Lock(), threading.Lock()
 
     def select(
         self,
@@ -116,19 +117,16 @@ class Compressor:
         compression = compression or self.compression
         if compression.keep == 1:
             return None
-        with self._lock:
-            return self._select(
-                np.array(prompt, np.int32), contents, compression, on_progress or _nobody
-            )
+        return self._select(np.array(prompt, np.int32), contents, compression, on_progress)
 
     def _select(
         self,
         prompt: NDArray[np.int32],
         contents: Iterable[str] | None,
         compression: Compression,
-        on_progress: Callable[[int], None],
+        on_progress: Callable[[int], None] | None,
     ) -> Selection | None:
-        began = time.perf_counter()
+        seconds = 0.0
         inside = within(self.scorer.target, prompt.tolist(), contents)
         before, kept = self._before(prompt, compression)
         droppable = may_go(inside)
@@ -139,14 +137,18 @@ class Compressor:
             # What is kept of the turns before, and what is new.
             read = np.concatenate([kept, np.arange(before, len(prompt), dtype=np.int32)])
             scores = np.zeros(len(prompt), np.float32)
-            scores[read] = self.scorer.scores(prompt[read].tolist(), on_progress)
+            with self._scoring:
+                began = time.perf_counter()
+                scores[read] = self.scorer.scores(prompt[read].tolist(), on_progress)
+                seconds = time.perf_counter() - began
             stay = choose(scores, droppable, compression.keep)
         stay[:before] = False
         stay[kept] = True
         if before < len(prompt):
             end = int(np.flatnonzero(inside)[-1]) + 1 if inside.any() else len(prompt)
             positions = np.flatnonzero(stay).astype(np.int32)
-            self._known.append(_Known(compression, prompt, positions, end))
+            with self._memory:
+                self._known.append(_Known(compression, prompt, positions, end))
         if stay.all():
             return None
         return Selection(
@@ -154,7 +156,7 @@ class Compressor:
             tuple(np.flatnonzero(stay).tolist()),
             len(prompt),
             len(read),
-            time.perf_counter() - began,
+            seconds,
             self.scorer.name,
         )
 
@@ -167,14 +169,12 @@ class Compressor:
         other answers in it.
         """
         best, found = 0, np.zeros(0, np.int32)
-        for known in self._known:
+        with self._memory:
+            everything = list(self._known)
+        for known in everything:
             most = min(len(known.tokens), len(prompt))
             unlike = np.flatnonzero(known.tokens[:most] != prompt[:most])
             common = int(unlike[0]) if len(unlike) else most
             if known.compression == compression and common >= known.end and common > best:
                 best, found = common, known.kept[known.kept < common]
         return best, found
-
-
-def _nobody(read: int) -> None:
-    """Is told nothing."""

@@ -26,8 +26,10 @@ class Attentive(Protocol):
 
         Returns [len(segment.wanted), segment.stop]: the largest weight that any head of these
         layers gives to a key, where the weights of a row and head sum up to 1; 0 for keys that the
-        row does not see. Nothing is drawn. What the cache holds then is good for nothing but more
-        of this, through the same layers. Raises ValueError for layers without attention.
+        row does not see. Nothing is drawn. Rows that nobody asks about may attend to the most
+        promising parts only of a text of more than 4096 tokens (the CPU runtime's do). What the
+        cache holds then is good for nothing but more of this, through the same layers. Raises
+        ValueError for layers without attention.
         """
         ...
 

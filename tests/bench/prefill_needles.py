@@ -5,8 +5,8 @@ file of its library.
     python tests/bench/prefill_needles.py MODEL.gguf --file textwrap
 
 For every share that is kept: how many answers are right, and the time to the first token, scoring
-included, beside the whole prompt's in the same run. --positions own lets the kept tokens stay at
-their positions of the whole prompt (as in arXiv 2502.02789), which the runtime does not offer.
+included, beside the whole prompt's in the same run. --own: also what is right where the kept tokens
+stay at their positions of the whole prompt (as in arXiv 2502.02789), which the product does not do.
 """
 
 from __future__ import annotations
@@ -107,14 +107,13 @@ def answer(loaded: Loaded, request: Any) -> tuple[str, float]:
 
 
 def run_case(loaded: Loaded, case: Case, keeps: tuple[float, ...], *, own: bool) -> dict[Any, Any]:
-    """By share: seconds to the first token, those of scoring, tokens, and right words of all."""
+    """By share: seconds to the first token, those of scoring, tokens, right words of all, and those
+    with the kept tokens at their own positions (`own`; else NaN)."""
     text, words = case
-    messages = [Message("user", text)]
-    request, compressor = loaded.turn(messages), loaded.compressor
+    request, compressor = loaded.turn([Message("user", text)]), loaded.compressor
     assert compressor is not None
     scored: list[Any] = []
     score = compressor.scorer.scores
-    found = {}
 
     def once(tokens: Any, on_progress: Callable[[int], None] | None = None) -> Any:
         if not scored:
@@ -122,20 +121,22 @@ def run_case(loaded: Loaded, case: Case, keeps: tuple[float, ...], *, own: bool)
             scored.extend((score(tokens, on_progress), time.perf_counter() - before))
         return scored[0]
 
+    def right(said: str) -> float:
+        return sum(word in said for word in words) / len(words)
+
+    said, seconds = answer(loaded, request)
+    found = {1.0: (seconds, 0.0, len(request.prompt), right(said), right(said))}
     object.__setattr__(compressor.scorer, "scores", once)
-    for keep in (1.0, *keeps):
+    for keep in keeps:
         selection = compressor.select(request.prompt, [text], Compression(keep, 0))
-        if selection is None:
-            said, seconds = answer(loaded, request)
-            scoring = 0.0
-        else:
-            shorter = replace(request, prompt=selection.tokens)
-            with own_positions(selection.kept, selection.full) if own else ExitStack():
-                said, seconds = answer(loaded, shorter)
-            scoring = scored[1]
-        count = len(request.prompt) if selection is None else len(selection.tokens)
-        right = sum(word in said for word in words) / len(words)
-        found[keep] = (seconds + scoring, scoring, count, right)
+        assert selection is not None
+        shorter = replace(request, prompt=selection.tokens)
+        said, seconds = answer(loaded, shorter)
+        there = np.nan
+        if own:
+            with own_positions(selection.kept, selection.full):
+                there = right(answer(loaded, shorter)[0])
+        found[keep] = (seconds + scored[1], scored[1], len(selection.tokens), right(said), there)
     object.__setattr__(compressor.scorer, "scores", score)
     return found
 
@@ -149,10 +150,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--file", choices=list(QUESTIONS))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
-    parser.add_argument("--positions", choices=["shorter", "own"], default="shorter")
+    parser.add_argument("--own", action="store_true", help="also at their own positions")
     parser.add_argument("--threads", default="2")
     args = parser.parse_args()
-    flags = f"-t {args.threads} --temp 0 -n 40 --strategy ar -c 8192"
+    flags = f"-t {args.threads} --temp 0 -n 24 --strategy ar -c 8192"
     words = [args.model, *flags.split(), "--prefill-drafter", args.scorer]
     keeps = tuple(float(part) for part in args.keeps.split(","))
     with ExitStack() as resources:
@@ -162,17 +163,18 @@ def main() -> None:
         else:
             shape = args.length, args.needles
             cases = [needle_case(loaded, *shape, i, args.prompts) for i in range(args.prompts)]
-        own = args.positions == "own"
-        found = [run_case(loaded, case, keeps, own=own) for case in cases]
+        cases = cases[: args.prompts]
+        found = [run_case(loaded, case, keeps, own=args.own) for case in cases]
     what = args.file or f"{args.needles} needle(s), about {args.length} tokens"
-    print(f"{what}, {len(cases)} prompts, {args.scorer}, positions: {args.positions}")
-    print("| keep | right | tokens | to the first token | of it scoring | times as fast |")
-    print("|--:|--:|--:|--:|--:|--:|")
+    print(f"{what}, {len(cases)} prompts, scored by {args.scorer}")
+    print("| keep | right | at own positions | tokens | first token | scoring | times as fast |")
+    print("|--:|--:|--:|--:|--:|--:|--:|")
     whole = np.mean([case[1.0][0] for case in found])
     for keep in (1.0, *keeps):
-        seconds, scoring, count, right = np.mean([case[keep] for case in found], axis=0)
+        rows = [case[keep] for case in found]
+        seconds, scoring, count, right, own = np.mean(rows, axis=0)
         print(
-            f"| {keep:g} | {100 * right:.0f} % | {count:.0f} | {seconds:.2f} s"
+            f"| {keep:g} | {100 * right:.0f} % | {100 * own:.0f} % | {count:.0f} | {seconds:.2f} s"
             f" | {100 * scoring / seconds:.0f} % | {whole / seconds:.2f} |",
             flush=True,
         )

@@ -13,6 +13,9 @@
 #include "steps.h"
 
 #define CHUNK 16 // panels: 256 columns
+#define BLOCK 8  // panels: 128 columns, which sparse attention takes or leaves
+#define SINKS 1  // blocks at the beginning, and
+#define WINDOW 4 // before the rows' own, which it always takes
 
 // Chains of sums that run side by side, so that none waits for its last step: packed rows times
 // panels, or times vectors of a value. EACH_SPLIT: of rows and those others, more rows first.
@@ -149,11 +152,30 @@ INLINE void mix_all(const int type, const Head *h, const uint8_t *values, int co
 #undef ROWS
 }
 
+// Mean of the keys of BLOCK panels: [d].
+INLINE void mean(const int type, const Head *h, const uint8_t *keys, float *to) {
+    const size_t bytes = LANES * column_bytes(type, h->d);
+    for (int block = 0; block < h->d; block += 32) {
+        int stop = block + 32 < h->d ? block + 32 : h->d;
+        vf scale[BLOCK];
+        for (int p = 0; p < BLOCK; p++) scale[p] = key_scale(type, keys + p * bytes, block);
+        for (int i = block; i < stop; i++) {
+            vf sum = f_set(0.0f);
+            for (int p = 0; p < BLOCK; p++)
+                sum = f_add(sum, key_elements(type, keys + p * bytes, i, scale[p]));
+            to[i] = f_sum(sum) / (BLOCK * LANES);
+        }
+    }
+}
+
 // Functions of their own per type, so that the type is a constant inside.
 #define OF_TYPE(T)                                                                                 \
     static void score_##T(const Head *h, int panels, const uint8_t *keys, float *to,               \
                           size_t stride) {                                                         \
         score_all(T_##T, h, panels, keys, to, stride);                                             \
+    }                                                                                              \
+    static void mean_##T(const Head *h, const uint8_t *keys, float *to) {                          \
+        mean(T_##T, h, keys, to);                                                                  \
     }                                                                                              \
     static void mix_##T(const Head *h, const uint8_t *values, int columns, const float *weights,   \
                         size_t stride, float *acc) {                                               \
@@ -170,6 +192,15 @@ static void score_panels(const Head *h, int panels, const uint8_t *keys, float *
     case T_F16: score_F16(h, panels, keys, to, stride); break;
     case T_Q8_0: score_Q8_0(h, panels, keys, to, stride); break;
     default: score_Q4_0(h, panels, keys, to, stride); break;
+    }
+}
+
+static void mean_keys(const Head *h, const uint8_t *keys, float *to) {
+    switch (h->type_k) {
+    case T_F32: mean_F32(h, keys, to); break;
+    case T_F16: mean_F16(h, keys, to); break;
+    case T_Q8_0: mean_Q8_0(h, keys, to); break;
+    default: mean_Q4_0(h, keys, to); break;
     }
 }
 
@@ -241,6 +272,50 @@ static void chunk(const Head *h, int panel, int panels, int first, int from, flo
     }
 }
 
+// Which blocks of columns sparse attention takes: the first SINKS, those from `stop` on, and of those
+// between the `count` that all rows together lean on most. A row leans on a block as it would on a
+// key that is the mean of the block's. work: floats [work_floats(blocks, d)].
+static size_t work_floats(int blocks, int d) {
+    return (size_t)blocks * (size_t)d + 3 * (size_t)(blocks + LANES);
+}
+static const char *take_blocks(const Head *h, int count, int stop, int blocks, float *work) {
+    int padded = (blocks + LANES - 1) / LANES * LANES;
+    float *line = work, *mass = line + padded, *means = mass + padded;
+    char *taken = (char *)(means + (size_t)blocks * (size_t)h->d);
+    size_t bytes = (size_t)BLOCK * LANES * column_bytes(h->type_k, h->d);
+    for (int b = 0; b < blocks; b++) taken[b] = b < SINKS || b >= stop;
+    for (int b = 0; b < padded; b++) mass[b] = 0.0f;
+    for (int b = SINKS; b < stop; b++)
+        mean_keys(h, h->keys + (size_t)b * bytes, means + (size_t)b * h->d);
+    for (int m = 0; m < h->packed; m++) {
+        const float *q = query(h, m);
+        for (int b = 0; b < padded; b++) line[b] = -1e30f;
+        for (int b = SINKS; b < stop; b++) {
+            vf sum = f_set(0.0f);
+            for (int i = 0; i < h->d; i += LANES)
+                sum = f_fma(f_load(q + i), f_load(means + (size_t)b * h->d + i), sum);
+            line[b] = f_sum(sum) * h->step->scale;
+        }
+        vf most = f_set(-1e30f), total = f_set(0.0f);
+        for (int b = 0; b < padded; b += LANES) most = f_max(f_load(line + b), most);
+        vf peak = f_set(f_largest(most));
+        for (int b = 0; b < padded; b += LANES) {
+            f_store(line + b, f_exp(f_sub(f_load(line + b), peak)));
+            total = f_add(total, f_load(line + b));
+        }
+        vf share = f_set(1.0f / f_sum(total));
+        for (int b = 0; b < padded; b += LANES)
+            f_store(mass + b, f_fma(f_load(line + b), share, f_load(mass + b)));
+    }
+    for (int i = 0; i < count; i++) {
+        int best = -1;
+        for (int b = SINKS; b < stop; b++)
+            if (!taken[b] && (best < 0 || mass[b] > mass[best])) best = b;
+        taken[best] = 1;
+    }
+    return taken;
+}
+
 static Head head_of(const Step *step, const Group *group, int kv_head) {
     int d = step->head_dim, rows = step->n_head / step->n_head_kv;
     const LayerCache *cache = &step->cache[step->row[group->first].cache];
@@ -264,13 +339,27 @@ void attention_task(const Step *step, int task, Scratch *scratch) {
     int rows = step->n_head / step->n_head_kv;
     Head h = head_of(step, group, kv_head);
     size_t packed = (size_t)h.packed;
-    float *scores = reserve(scratch, packed * (CHUNK * LANES + 2 + (size_t)d));
+    int first, second, from;
+    extent(&h, &first, &second, &from);
+    int blocks = (first + BLOCK - 1) / BLOCK;
+    int stop = (step->row[group->first].sees - 1) / (BLOCK * LANES) - WINDOW;
+    int sparse = step->count && stop - SINKS > step->count;
+    size_t work = sparse ? work_floats(blocks, d) : 0;
+    float *scores = reserve(scratch, packed * (CHUNK * LANES + 2 + (size_t)d) + work);
     float *tops = scores + packed * CHUNK * LANES, *totals = tops + packed, *acc = totals + packed;
     for (size_t i = 0; i < packed; i++) tops[i] = -1e30f;
     memset(totals, 0, packed * (1 + (size_t)d) * sizeof(float));
-    int first, second, from;
-    extent(&h, &first, &second, &from);
-    for (int panel = 0; panel < first + second; panel += CHUNK) {
+    if (sparse) {
+        float *free = acc + packed * (size_t)d;
+        const char *taken = take_blocks(&h, step->count, stop, blocks, free);
+        for (int b = 0; b < blocks; b++) {
+            int left = first - b * BLOCK;
+            if (taken[b])
+                chunk(&h, b * BLOCK, left < BLOCK ? left : BLOCK, first, from, scores, tops, totals,
+                      acc);
+        }
+    }
+    for (int panel = 0; !sparse && panel < first + second; panel += CHUNK) {
         int panels = first + second - panel < CHUNK ? first + second - panel : CHUNK;
         chunk(&h, panel, panels, first, from, scores, tops, totals, acc);
     }

@@ -85,7 +85,8 @@ typedef struct {
 //   GATED      y = silu(q times matrix 0) * (q times matrix 1)
 //   HEADS      x = q | k | v of a row: norms, RoPE of the first `width` elements of each head; q
 //              stays, k and v go to the cache
-//   ATTENTION  x = queries, y = their weighted values
+//   ATTENTION  x = queries, y = their weighted values; if `count`, chains see no more than so many
+//              blocks of columns, beside the first ones and those before themselves (attention.c)
 //   PICK       y row i = x row index[i]
 //   SILU       y = silu(y) * x
 //   SIGMOID    y = y * sigmoid(x)

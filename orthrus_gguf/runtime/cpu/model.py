@@ -34,6 +34,10 @@ from orthrus_gguf.runtime.sequences import OneSequence, check_call, sequences_of
 #: Lists of steps that are kept.
 SHAPES = 64
 
+#: `CpuModel.attention`: the position from which rows that nobody asks about attend sparsely, to so
+#: many blocks of 128 columns beside the first one and their neighbours, so many rows together.
+EXACT, BLOCKS, TOGETHER = 4096, 16, 32
+
 
 class CpuModel(HostModel[CpuCache]):
     """See `HostModel`."""
@@ -127,11 +131,22 @@ class CpuModel(HostModel[CpuCache]):
             for first, stop in ranges:
                 watch = Watch(tuple(layers), weights) if first == count - wanted else None
                 filled = self._fill([Piece(0, asked, first, stop - first)], sequences)
-                self._compute(filled, layers=max(layers) + 1, watch=watch)
+                more: dict[str, Any] = {"layers": max(layers) + 1, "watch": watch}
+                if watch is None and segment.start + first >= EXACT:
+                    more |= {"blocks": BLOCKS, "groups": self._split(filled.shape.rows)}
+                self._compute(filled, **more)
             for own in sequences.values():
                 own.finish()
         largest: NDArray[np.float32] = weights.max(axis=0)
         return largest[:, : segment.stop]
+
+    def _split(self, rows: int) -> int:
+        """Let the rows of a chain attend in groups, which sparse attention chooses for; returns how
+        many there are."""
+        firsts = range(0, rows, TOGETHER)
+        groups = [(first, min(TOGETHER, rows - first)) for first in firsts]
+        self._buffers.group[: len(groups)] = groups
+        return len(groups)
 
     def _run_pass(
         self,

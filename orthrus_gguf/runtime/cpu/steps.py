@@ -38,8 +38,8 @@ class Shape:
 
     ar_rows, diffusion_rows: rows by view. wanted: rows that the head is for. groups: of rows that
     attend together. taps: layers whose input is kept. runs: rows of one sequence that go through
-    DeltaNet layers. layers: that run, unless all do. watch: what the attention of the last rows is
-    asked of.
+    DeltaNet layers. layers: that run, unless all do. blocks: of columns that attention takes
+    at most, if it is to be sparse. watch: what the attention of the last rows is asked of.
     """
 
     ar_rows: int
@@ -49,6 +49,7 @@ class Shape:
     taps: tuple[int, ...] = ()
     runs: int = 0
     layers: int | None = None
+    blocks: int = 0
     watch: Watch | None = None
 
     @property
@@ -145,7 +146,7 @@ class Builder:
         self.add(
             k.ATTENTION, shape.groups * c.n_head_kv, x=b.qkv, y=b.mixed, groups=shape.groups,
             row=b.row.ctypes.data, cache=b.caches[layer.place].ctypes.data,
-            group=b.group.ctypes.data, scale=1 / math.sqrt(c.head_dim),
+            group=b.group.ctypes.data, scale=1 / math.sqrt(c.head_dim), count=shape.blocks,
         )  # fmt: skip
         width = c.n_head * c.head_dim
         if c.architecture.hybrid:
