@@ -272,9 +272,9 @@ static void chunk(const Head *h, int panel, int panels, int first, int from, flo
     }
 }
 
-// Which blocks of columns sparse attention takes: the first SINKS, those from `stop` on, and of those
-// between the `count` that all rows together lean on most. A row leans on a block as it would on a
-// key that is the mean of the block's. work: floats [work_floats(blocks, d)].
+// Which blocks of columns sparse attention takes: the first SINKS, those from `stop` on, and of
+// those between the `count` that all rows together lean on most. A row leans on a block as it would
+// on a key that is the mean of the block's. work: floats [work_floats(blocks, d)].
 static size_t work_floats(int blocks, int d) {
     return (size_t)blocks * (size_t)d + 3 * (size_t)(blocks + LANES);
 }
