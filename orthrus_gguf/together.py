@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from orthrus_gguf.decode import Done, run_together
-from orthrus_gguf.engine import Generation, Piece
+from orthrus_gguf.engine import Generation
+from orthrus_gguf.request import Piece
 from orthrus_gguf.runtime.protocol import Model, Segment
 
 

@@ -17,7 +17,8 @@ from toy_model import ToyTokenizer
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.engine import Generation, Request, Result, Session
+from orthrus_gguf.engine import Generation, Session
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
 from orthrus_gguf.sampling import SamplingSettings

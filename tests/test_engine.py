@@ -24,8 +24,9 @@ from toy_model import (
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.engine import Generation, Request, Session, common_prefix
+from orthrus_gguf.engine import Generation, Session, common_prefix
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.protocol import Masks
 from orthrus_gguf.sampling import SamplingSettings
 

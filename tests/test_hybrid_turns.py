@@ -14,9 +14,10 @@ from mtp_models import loaded_mtp, mtp_model
 
 from orthrus_gguf.cli.server import _cache_identity
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.engine import Request, Result, Session, common_prefix
+from orthrus_gguf.engine import Session, common_prefix
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
 from orthrus_gguf.sampling import SamplingSettings

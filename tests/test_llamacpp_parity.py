@@ -11,8 +11,9 @@ import torch
 import xllamacpp
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.reference import ReferenceModel
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer

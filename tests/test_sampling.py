@@ -18,9 +18,10 @@ from toy_model import ToyModel, ar_logits
 
 from orthrus_gguf.decode import decode, drive, prefill
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.sampling import (
     TILE,

@@ -15,8 +15,9 @@ from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, Plan, Strategy
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.engine import Request, Result, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer

@@ -21,9 +21,10 @@ from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.engine import Generation, Request, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Choices, Masks, Segment
 from orthrus_gguf.sampling import SamplingSettings

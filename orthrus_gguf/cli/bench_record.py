@@ -18,9 +18,10 @@ from orthrus_gguf.cli.heads import open_model
 from orthrus_gguf.cli.loaded import say
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy
-from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.writer import check_target
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.load import load_model
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.text.chat import ChatTemplate

@@ -10,8 +10,8 @@ from orthrus_gguf.cli.conversation import Conversation
 from orthrus_gguf.cli.drafts_view import has_colours, painted, summary
 from orthrus_gguf.cli.finished import statistics_block
 from orthrus_gguf.cli.loaded import Loaded, say
-from orthrus_gguf.engine import Request, Result
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.text.chat import Message
 
 HINT = "Ctrl-C stops an answer, Ctrl-D leaves, /help tells more"

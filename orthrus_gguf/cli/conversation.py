@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from orthrus_gguf.cli.loaded import Loaded, say
-from orthrus_gguf.engine import Request, Result
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.sampling import MAX_SEED
 from orthrus_gguf.text.chat import Message
 

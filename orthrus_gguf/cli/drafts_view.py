@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TextIO
 
-from orthrus_gguf.engine import Generation, Origin, Result, origins
+from orthrus_gguf.engine import Generation
+from orthrus_gguf.request import Origin, Result, origins
 
 #: SGR codes; plain text keeps the terminal's own colour.
 COLOURS = {Origin.DRAFTED: "32", Origin.CORRECTED: "33"}

@@ -8,7 +8,7 @@ from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.drafting.plan import AUTO, Plan
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.registry import optional_names
-from orthrus_gguf.engine import Request, Result
+from orthrus_gguf.request import Request, Result
 
 
 def describe_plan(plan: Plan) -> str:

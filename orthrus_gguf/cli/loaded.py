@@ -23,13 +23,14 @@ from orthrus_gguf.cli.prefill import check_prefill_options, open_compressor
 from orthrus_gguf.drafting.plan import AUTO, Plan, Strategy, widths
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.registry import lacks, optional_names
-from orthrus_gguf.engine import Generation, Request, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.prefill.compression import COMPRESSIBLE, Compressor
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings

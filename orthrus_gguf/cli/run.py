@@ -26,8 +26,9 @@ from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.piped import piped_text
 from orthrus_gguf.cli.twice import answer_twice
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
-from orthrus_gguf.engine import Generation, Request
+from orthrus_gguf.engine import Generation
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request
 from orthrus_gguf.text.chat import Message
 
 EXAMPLES = (

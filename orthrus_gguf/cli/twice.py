@@ -8,7 +8,8 @@ from dataclasses import replace
 from orthrus_gguf.cli.drafts_view import has_colours, legend, painted
 from orthrus_gguf.cli.loaded import Loaded, say
 from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy
-from orthrus_gguf.engine import Generation, Request, Result
+from orthrus_gguf.engine import Generation
+from orthrus_gguf.request import Request, Result
 
 
 def answer_twice(loaded: Loaded, request: Request) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from orthrus_gguf.engine import Result
+from orthrus_gguf.request import Result
 
 
 @dataclass

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from orthrus_gguf.drafting.plan import Plan
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint
-from orthrus_gguf.engine import Origin, Request, Result
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.prefill.compression import Selection
+from orthrus_gguf.request import Origin, Request, Result
 from orthrus_gguf.sampling import LogProbs, SamplingSettings
 
 

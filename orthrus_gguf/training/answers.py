@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.engine import Generation, Request, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import Tokenizer

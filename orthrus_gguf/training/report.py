@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.engine import Request, Session
+from orthrus_gguf.engine import Session
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import Tokenizer

@@ -21,7 +21,7 @@ from orthrus_gguf.drafting.block import BLOCK
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.lookup import LOOKUP
-from orthrus_gguf.engine import Origin, Result
+from orthrus_gguf.request import Origin, Result
 from orthrus_gguf.stats import Timings, count
 
 ESCAPES = re.compile("\x1b\\[[0-9;]*m")

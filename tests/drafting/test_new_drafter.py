@@ -31,8 +31,9 @@ from orthrus_gguf.drafting.drafter import Drafter, DraftPass, Results
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.engine import Request, Result, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.protocol import Choices, Segment
 from orthrus_gguf.sampling import SamplingSettings
 

@@ -23,8 +23,9 @@ from orthrus_gguf.drafting.draft import Draft
 from orthrus_gguf.drafting.lookup import LOOKUP
 from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, Plan, Strategy, parse
 from orthrus_gguf.drafting.tree import Tree, best_first
-from orthrus_gguf.engine import Origin, Request, Result, Session, origins
+from orthrus_gguf.engine import Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Origin, Request, Result, origins
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import (
     Logits,

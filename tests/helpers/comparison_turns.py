@@ -8,7 +8,7 @@ from orthrus_gguf.drafting.block import BLOCK
 from orthrus_gguf.drafting.cycle import Cycle, Pass
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.lookup import LOOKUP
-from orthrus_gguf.engine import Result
+from orthrus_gguf.request import Result
 from orthrus_gguf.stats import Timings, count
 
 

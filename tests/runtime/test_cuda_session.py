@@ -17,8 +17,9 @@ from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.engine import Generation, Request, Result, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.text.tokenizer import load_tokenizer
 from orthrus_gguf.together import Together

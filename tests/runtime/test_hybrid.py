@@ -24,8 +24,9 @@ from orthrus_gguf.drafting.plan import PLAIN, FixedPolicy, Plan, Strategy
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint, TokenSequence
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.engine import Request, Result, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.checkpoints import KEPT
 from orthrus_gguf.runtime.cpu.model import CpuModel
 from orthrus_gguf.runtime.cpu.state import HybridCpuCache

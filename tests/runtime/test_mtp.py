@@ -27,10 +27,11 @@ from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.engine import Generation, Request, Result, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
 from orthrus_gguf.runtime.protocol import ar_segment

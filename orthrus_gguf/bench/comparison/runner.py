@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from orthrus_gguf.bench.comparison.entries import Entry
 from orthrus_gguf.bench.comparison.prompts import Prompt
-from orthrus_gguf.engine import Request, Result, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.sampling import SamplingSettings
 
 #: Tokens of the generations before the first turn, which wake the machine and do not count.
