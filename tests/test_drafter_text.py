@@ -7,27 +7,21 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from drafters import drafter_file, loaded_pair
-from timeless import Timeless
-from toy_model import ToyTokenizer
+from same_text import ENDLESS, PAUSING, check_pairs, check_side_by_side, finished
+from same_text import request as asked_of
 
-from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.engine import Generation, Session
-from orthrus_gguf.request import Request, Result
+from orthrus_gguf.engine import Session
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
-from orthrus_gguf.sampling import SamplingSettings
-from orthrus_gguf.together import Together
 
 DemoFile = Callable[..., Path]
 GOLDEN = Path(__file__).resolve().parent / "golden" / "dflash.json"
 PROMPTS: list[list[int]] = [case["prompt_ids"] for case in json.loads(GOLDEN.read_text())["cases"]]
-GREEDY = SamplingSettings(temperature=0)
 TOKENS = 32
 
 #: Plans for a stock model with a drafter, and such as heads beside it allow.
@@ -47,21 +41,6 @@ WITH_HEADS = (
     "two-pass@7+dflash+tree=24",
     "auto",
 )
-
-
-class Endless(ToyTokenizer):
-    """No token ends the text, and none has any."""
-
-    eog: frozenset[int] = frozenset()
-
-    def token_bytes(self, id: int) -> bytes:
-        return b""
-
-    def is_special(self, id: int) -> bool:
-        return False
-
-
-ENDLESS: Any = Endless()
 
 
 def damaged(folder: Path) -> Path:
@@ -85,35 +64,13 @@ def beside(target: Path, drafter: Path, cache_type: str = "f16") -> Iterator[Mod
         yield model
 
 
-def request(model: ModelWithDrafter, plan: str, prompt: Sequence[int], seed: int) -> Request:
-    """Greedy for seed 0. `auto` sees a machine where rows are cheap, so that it drafts."""
-    sampling = GREEDY if seed == 0 else SamplingSettings(temperature=0.9, seed=seed)
-    policy: Policy = Timeless(0.01, model.config.block_size)
-    if plan != "auto":
-        policy = FixedPolicy(parse(plan), model.config)
-    return Request(tuple(prompt), sampling, policy, max_tokens=TOKENS)
-
-
-def finished(generation: Generation) -> Result:
-    for _ in generation:
-        pass
-    return generation.result
-
-
 def check(model: ModelWithDrafter, plans: Sequence[str], seeds: Sequence[int]) -> dict[str, int]:
-    """Pairs of prompts and seeds, each plan on one session that goes on from pair to pair; accepted
-    drafts of DFlash, by plan."""
-    accepted = dict.fromkeys(plans, 0)
-    sessions = {plan: Session(model, ENDLESS, 128) for plan in ("ar", *plans)}
-    for seed in seeds:
-        for prompt in PROMPTS:
-            expected = finished(sessions["ar"].generate(request(model, "ar", prompt, seed)))
-            for plan in plans:
-                found = finished(sessions[plan].generate(request(model, plan, prompt, seed)))
-                assert found.output == expected.output, (plan, seed, prompt)
-                for source, _, _, right in found.statistics.sources:
-                    accepted[plan] += right * (source.name == "dflash")
-    return accepted
+    """All prompts with these seeds; accepted drafts of DFlash, by plan."""
+    return check_pairs(model, plans, PROMPTS, seeds, TOKENS)
+
+
+def request(model: ModelWithDrafter, plan: str, prompt: Sequence[int], seed: int) -> Request:
+    return asked_of(model, plan, prompt, seed, TOKENS)
 
 
 def assert_they_drafted(accepted: dict[str, int], pairs: int) -> None:
@@ -171,21 +128,8 @@ def test_a_damaged_drafter_costs_no_text(demo_file: DemoFile, tmp_path: Path) ->
 
 
 def test_side_by_side(demo_file: DemoFile) -> None:
-    """All prompts in every pass, each with a plan of its own."""
     with beside(demo_file("f32", split=True), drafter_file()) as model:
-        alone = [
-            finished(Session(model, ENDLESS, 128).generate(request(model, "ar", prompt, i % 3)))
-            for i, prompt in enumerate(PROMPTS)
-        ]
-        together, running = Together(model), []
-        for i, prompt in enumerate(PROMPTS):
-            session = Session(model, ENDLESS, 128)
-            running.append(session.generate(request(model, PLANS[i], prompt, i % 3)))
-            together.join(running[-1])
-            together.step()
-        while len(together):
-            together.step()
-        assert [g.result.output for g in running] == [result.output for result in alone]
+        check_side_by_side(model, [*PLANS, PAUSING], PROMPTS, TOKENS)
 
 
 def test_a_conversation_keeps_what_the_drafter_knows(demo_file: DemoFile) -> None:

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from orthrus_gguf.gguf.closing import Closing
 from orthrus_gguf.gguf.cursor import Cursor, map_file
 
 #: A metadata value. Arrays of strings are lists; arrays of numbers or bools are read-only numpy
@@ -100,7 +101,7 @@ class TensorInfo:
     n_bytes: int
 
 
-class GGUFFile:
+class GGUFFile(Closing):
     """An open GGUF file (version 2 or 3, little-endian). Use as a context manager, or close it.
 
     types: of the metadata's values; of an array, also that of its items. paths: of all files, were
@@ -192,17 +193,6 @@ class GGUFFile:
     def close(self) -> None:
         """Let go of the mapping. It ends with the last view that data() has handed out."""
         self._bytes = self._mapping = None
-
-    def __enter__(self) -> GGUFFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _read_header(cursor: Cursor) -> tuple[int, int, int]:

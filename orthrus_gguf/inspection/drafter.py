@@ -11,7 +11,7 @@ from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.mtp import open_beside
+from orthrus_gguf.model.mtp import MtpFile, open_beside
 from orthrus_gguf.runtime.memory import cpu_memory
 
 
@@ -57,10 +57,11 @@ class DrafterReport:
 
 
 def inspect_drafter(
-    path: str | Path, target: ModelFile, cache_types: tuple[str, str]
+    path: str | Path | None, target: ModelFile, cache_types: tuple[str, str]
 ) -> DrafterReport:
-    """Raises OrthrusError if it is no drafter of this model, or cannot use these cache types."""
-    with open_beside(path, target) as file:
+    """path: None for the MTP block that the model's own file holds. Raises OrthrusError if it is no
+    drafter of this model, or cannot use these cache types."""
+    with MtpFile.inside(target) if path is None else open_beside(path, target) as file:
         plan = cpu_memory(file.config, file.tensors, *cache_types)
         return DrafterReport(
             file.paths[0],

@@ -77,7 +77,7 @@ def inspect(
     """Look at a GGUF file of any architecture, or at a base and its Orthrus heads.
 
     context: tokens to show the memory for, besides the usual ones. cache_types: of keys and values.
-    drafter: of the model.
+    drafter: of the model; without one, the MTP block that its file holds.
     Raises OrthrusError if a file cannot be read, if heads do not belong to their base, or if the
     model cannot use these cache types. The files are closed again: read tensors by their offsets.
     """
@@ -86,7 +86,8 @@ def inspect(
         files = tuple(stack.enter_context(_open(one)) for one in paths)
         config, problem = _config(*files)
         beside = None
-        if drafter is not None:
+        hybrid = None if config is None else config.hybrid
+        if drafter is not None or (hybrid is not None and hybrid.mtp):
             target = stack.enter_context(ModelFile.open(path, heads))
             beside = inspect_drafter(drafter, target, cache_types)
     tensors = tuple(

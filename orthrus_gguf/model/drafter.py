@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 
 import gguf
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.closing import Closing
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
@@ -66,7 +66,7 @@ class DrafterConfig:
     target_layers: tuple[int, ...]
 
 
-class DrafterFile:
+class DrafterFile(Closing):
     """An open drafter, checked against its target. Use as a context manager, or close it.
 
     config: shapes and constants of its network. target_layers: see `DrafterConfig`.
@@ -111,17 +111,6 @@ class DrafterFile:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
-
-    def __enter__(self) -> DrafterFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def dflash(config: ModelConfig) -> Beside:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Protocol
 
 import gguf
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
+from orthrus_gguf.gguf.closing import Closing
 from orthrus_gguf.gguf.fields import MAX_NUMBER, Fields, describe
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo, Value
@@ -57,7 +58,7 @@ class WeightFile(Protocol):
         ...
 
 
-class ModelFile:
+class ModelFile(Closing):
     """An open model, checked as a whole. Use as a context manager, or close it.
 
     config: shapes and constants.
@@ -121,17 +122,6 @@ class ModelFile:
         """Let go of the files."""
         for file in self._files:
             file.close()
-
-    def __enter__(self) -> ModelFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _single_config(file: GGUFFile) -> ModelConfig:

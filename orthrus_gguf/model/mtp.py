@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import gguf
 import numpy as np
@@ -19,6 +18,7 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.gguf.closing import Closing
 from orthrus_gguf.gguf.fields import Fields
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.gguf.reader import GGUFFile, TensorInfo
@@ -47,7 +47,7 @@ MOST, USUAL = 8, 3
 ROWS, ALIKE = 64, 0.7
 
 
-class MtpFile:
+class MtpFile(Closing):
     """An MTP block, checked against its model. Use as a context manager, or close it.
 
     config: its sizes, those of a model of one layer. tensors: by the names of such a model,
@@ -118,17 +118,6 @@ class MtpFile:
         """Let go of its own file."""
         if self._own is not None:
             self._own.close()
-
-    def __enter__(self) -> MtpFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def open_beside(path: str | Path, target: ModelFile) -> DrafterFile | MtpFile:

@@ -7,6 +7,8 @@ their shape from their file.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from orthrus_gguf.model.architectures import LLAMA, QWEN2, QWEN35
@@ -68,6 +70,12 @@ def _qwen35(
         architecture=QWEN35,
         hybrid=Hybrid(16, values, 128, rotary_dim=64, sections=(11, 11, 10, 0)),
     )
+
+
+def _with_mtp(shape: ModelConfig) -> ModelConfig:
+    assert shape.hybrid is not None
+    hybrid = replace(shape.hybrid, mtp=True)
+    return replace(shape, name=f"{shape.name} with MTP", hybrid=hybrid)
 
 
 _QWEN2_5_0_5B = ModelConfig(
@@ -133,8 +141,7 @@ SHAPES = {
     "smollm2-135m": _SMOLLM2_135M,
 }
 
-#: and without.
-HYBRID_SHAPES = {
+_HYBRIDS = {
     "qwen3.5-0.8b": _qwen35(
         "Qwen3.5-0.8B", layers=24, width=1024, mlp=3584, heads=(8, 2), values=16
     ),
@@ -144,3 +151,6 @@ HYBRID_SHAPES = {
         "Qwen3.5-9B", layers=32, width=4096, mlp=12_288, heads=(16, 4), values=32
     ),
 }
+
+#: and without; also with an MTP block, under `NAME-mtp`.
+HYBRID_SHAPES = _HYBRIDS | {f"{name}-mtp": _with_mtp(shape) for name, shape in _HYBRIDS.items()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Generic, TypeVar
 
+from orthrus_gguf.runtime.protocol import Checkpoint
+
 #: Rows between checkpoints that a cache makes by itself; how many it keeps, and in how many bytes.
 CHECKPOINT_ROWS = 256
 KEPT = 32
@@ -33,6 +35,15 @@ class Checkpoints(Generic[S]):
     def latest(self, length: int) -> int:
         """The last place up to `length`: at worst the beginning, which needs no state."""
         return max((place for place in self._kept if place <= length), default=0)
+
+    def reach(self, place: Checkpoint, now: int) -> Checkpoint:
+        """Where a cache of `now` rows can go back to, `place` or the last one before it."""
+        return place if place.length == now else Checkpoint(self.latest(place.length))
+
+    def check(self, length: int, now: int) -> None:
+        """Raise ValueError unless a cache of `now` rows can go back to its first `length`."""
+        if not 0 <= length <= now or self.reach(Checkpoint(length), now).length != length:
+            raise ValueError(f"no checkpoint at {length}: the state of that place is not kept")
 
     def get(self, place: int) -> S | None:
         """The state of a place; None if it is not kept."""

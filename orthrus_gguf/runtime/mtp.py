@@ -92,15 +92,12 @@ class MtpCache:
         """See `Cache.checkpoint`."""
         if length is None:
             self._kept.keep(self.length, self.hidden)
-            return Checkpoint(self.length)
-        self.rows.checkpoint(length)
-        return Checkpoint(length if length == self.length else self._kept.latest(length))
+        return self._kept.reach(self.rows.checkpoint(length), self.length)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Cache.restore`."""
         length = checkpoint.length
-        if self.checkpoint(length).length != length:
-            raise ValueError(f"no checkpoint at {length}: what the model gave there is not kept")
+        self._kept.check(length, self.length)
         if length < self.length:
             kept = self._kept.get(length)
             self.hidden = np.zeros_like(self.hidden) if kept is None else kept
@@ -113,8 +110,7 @@ class MtpCache:
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
         """See `Portable.take`."""
-        if self.checkpoint(rows).length != rows:
-            raise ValueError(f"no checkpoint at {rows}: what the model gave there is not kept")
+        self._kept.check(rows, self.length)
         kept = self.hidden if rows == self.length else self._kept.get(rows)
         hidden = np.zeros_like(self.hidden) if kept is None else kept
         return [*self.rows.take(rows), hidden.view(np.uint8).copy()]

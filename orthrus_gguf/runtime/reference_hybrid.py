@@ -200,15 +200,12 @@ class HybridCache(ReferenceCache):
         """See `Cache.checkpoint`. Without `length`, the state is kept to come back to."""
         if length is None:
             self._keep()
-            return Checkpoint(self._length)
-        super().checkpoint(length)
-        return Checkpoint(length if length == self._length else self._kept.latest(length))
+        return self._kept.reach(super().checkpoint(length), self._length)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Cache.restore`."""
         length = checkpoint.length
-        if not 0 <= length <= self._length or self.checkpoint(length).length != length:
-            raise ValueError(f"no checkpoint at {length}: the state of that place is not kept")
+        self._kept.check(length, self._length)
         if length < self._length:
             self._committed = self._kept.get(length) or State.empty(self._config)
         self._kept.forget_behind(length)
@@ -221,8 +218,7 @@ class HybridCache(ReferenceCache):
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
         """See `Portable.take`: up to where the cache stands, or to a checkpoint."""
-        if self.checkpoint(rows).length != rows:
-            raise ValueError(f"no checkpoint at {rows}: the state of that place is not kept")
+        self._kept.check(rows, self._length)
         state = self._committed if rows == self._length else self._kept.get(rows)
         state = State.empty(self._config) if state is None else state
         return [*super().take(rows), *(_bytes(part).copy() for part in (state.memory, state.rows))]

@@ -210,7 +210,11 @@ def test_mtp_bad_input(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_mtp_inspected(capsys: pytest.CaptureFixture[str]) -> None:
-    assert inspect.main([str(stock_model()), "--drafter", str(mtp_block())]) == 0
-    shown = capsys.readouterr().out
-    assert "1 layer, chains of up to 8" in shown
-    assert "what the last layer gives" in shown
+    """What a block adds is told wherever it lies, and apart from the model."""
+    for argv in ([mtp_model()], [stock_model(), "--drafter", mtp_block()]):
+        assert inspect.main([*map(str, argv), "-c", "64"]) == 0
+        shown = capsys.readouterr().out
+        assert "1 layer, chains of up to 8" in shown
+        assert "what the last layer gives" in shown
+    assert inspect.main([str(stock_model())]) == 0
+    assert "what the last layer gives" not in capsys.readouterr().out

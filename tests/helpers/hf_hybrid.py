@@ -71,12 +71,12 @@ PATTERN = REGEX.replace(r"\p{L}+|", r"[\p{L}\p{M}]+|").replace(
 )
 
 
-def _attention(prefix: str) -> dict[str, tuple[int, ...]]:
+def _attention(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
     return {
-        f"{prefix}.q_proj.weight": (2 * 4 * 32, WIDTH),
-        f"{prefix}.k_proj.weight": (2 * 32, WIDTH),
-        f"{prefix}.v_proj.weight": (2 * 32, WIDTH),
-        f"{prefix}.o_proj.weight": (WIDTH, 4 * 32),
+        f"{prefix}.q_proj.weight": (2 * 4 * 32, width),
+        f"{prefix}.k_proj.weight": (2 * 32, width),
+        f"{prefix}.v_proj.weight": (2 * 32, width),
+        f"{prefix}.o_proj.weight": (width, 4 * 32),
         f"{prefix}.q_norm.weight": (32,),
         f"{prefix}.k_norm.weight": (32,),
     }
@@ -84,47 +84,49 @@ def _attention(prefix: str) -> dict[str, tuple[int, ...]]:
 
 def _delta_net(prefix: str, config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
-    size = config["linear_key_head_dim"]
+    size, width = config["linear_key_head_dim"], config["hidden_size"]
     channels, inner = (2 * keys + values) * size, values * size
     return {
-        f"{prefix}.in_proj_qkv.weight": (channels, WIDTH),
-        f"{prefix}.in_proj_z.weight": (inner, WIDTH),
-        f"{prefix}.in_proj_a.weight": (values, WIDTH),
-        f"{prefix}.in_proj_b.weight": (values, WIDTH),
+        f"{prefix}.in_proj_qkv.weight": (channels, width),
+        f"{prefix}.in_proj_z.weight": (inner, width),
+        f"{prefix}.in_proj_a.weight": (values, width),
+        f"{prefix}.in_proj_b.weight": (values, width),
         f"{prefix}.A_log": (values,),
         f"{prefix}.dt_bias": (values,),
         f"{prefix}.conv1d.weight": (channels, 1, 4),
         f"{prefix}.norm.weight": (size,),
-        f"{prefix}.out_proj.weight": (WIDTH, inner),
+        f"{prefix}.out_proj.weight": (width, inner),
     }
 
 
 def _layer(prefix: str, config: dict[str, Any], *, attention: bool) -> dict[str, tuple[int, ...]]:
+    width, mlp = config["hidden_size"], config["intermediate_size"]
     delta_net = _delta_net(f"{prefix}.linear_attn", config)
-    own = _attention(f"{prefix}.self_attn") if attention else delta_net
+    own = _attention(f"{prefix}.self_attn", width) if attention else delta_net
     return {
-        f"{prefix}.input_layernorm.weight": (WIDTH,),
+        f"{prefix}.input_layernorm.weight": (width,),
         **own,
-        f"{prefix}.post_attention_layernorm.weight": (WIDTH,),
-        f"{prefix}.mlp.gate_proj.weight": (MLP, WIDTH),
-        f"{prefix}.mlp.up_proj.weight": (MLP, WIDTH),
-        f"{prefix}.mlp.down_proj.weight": (WIDTH, MLP),
+        f"{prefix}.post_attention_layernorm.weight": (width,),
+        f"{prefix}.mlp.gate_proj.weight": (mlp, width),
+        f"{prefix}.mlp.up_proj.weight": (mlp, width),
+        f"{prefix}.mlp.down_proj.weight": (width, mlp),
     }
 
 
 def shapes(config: dict[str, Any] = TEXT, *, tied: bool = True) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights, by the names that a text model alone has."""
+    width = config["hidden_size"]
     found: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB, WIDTH),
-        "model.norm.weight": (WIDTH,),
+        "model.embed_tokens.weight": (VOCAB, width),
+        "model.norm.weight": (width,),
     }
     if not tied:
-        found["lm_head.weight"] = (VOCAB, WIDTH)
+        found["lm_head.weight"] = (VOCAB, width)
     for i in range(8):
         found |= _layer(f"model.layers.{i}", config, attention=i % 4 == 3)
-    found |= {"mtp.fc.weight": (WIDTH, 2 * WIDTH)}
+    found |= {"mtp.fc.weight": (width, 2 * width)}
     norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
-    found |= {f"mtp.{name}.weight": (WIDTH,) for name in norms}
+    found |= {f"mtp.{name}.weight": (width,) for name in norms}
     return found | _layer("mtp.layers.0", config, attention=True)
 
 

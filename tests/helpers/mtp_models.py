@@ -36,16 +36,22 @@ CONFIG: dict[str, Any] = {
 Floats = NDArray[np.float64]
 
 
+#: Rows that K-quants take.
+WIDE = {"hidden_size": 256, "intermediate_size": 256}
+
+
 @functools.cache
-def mtp_weights() -> Weights:
+def mtp_weights(*, wide: bool = False) -> Weights:
     """Those of `hf_hybrid`, fewer layers of them, which add little to the residual stream."""
     dropped = tuple(f"model.layers.{i}." for i in range(LAYERS, 8))
-    found = {k: v for k, v in weights(tied=False).items() if not k.startswith(dropped)}
+    drawn = weights(WIDE if wide else {}, tied=False)
+    found = {k: v for k, v in drawn.items() if not k.startswith(dropped)}
+    width = WIDE["hidden_size"] if wide else WIDTH
     rng = np.random.default_rng(5)
     for name in found:
         if name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
             found[name] = (0.05 * found[name]).astype(np.float32)
-    joined = [np.eye(WIDTH), 0.1 * rng.standard_normal((WIDTH, WIDTH)) / WIDTH**0.5]
+    joined = [np.eye(width), 0.1 * rng.standard_normal((width, width)) / width**0.5]
     found["mtp.fc.weight"] = np.concatenate(joined, axis=1).astype(np.float32)
     found["mtp.norm.weight"] = found["model.norm.weight"]
     found["mtp.pre_fc_norm_embedding.weight"] = 0.2 * found["mtp.pre_fc_norm_embedding.weight"]
@@ -53,9 +59,10 @@ def mtp_weights() -> Weights:
 
 
 @functools.cache
-def mtp_model(type_name: str = "f32") -> Path:
-    """The model with its block."""
-    folder = write_hybrid(Path(mkdtemp()) / "mtp", CONFIG, mtp_weights(), dtype="F32")
+def mtp_model(type_name: str = "f32", *, wide: bool = False) -> Path:
+    """The model with its block; `wide` for rows that K-quants take."""
+    config = {**CONFIG, **WIDE} if wide else CONFIG
+    folder = write_hybrid(Path(mkdtemp()) / "mtp", config, mtp_weights(wide=wide), dtype="F32")
     path = folder.with_suffix(".gguf")
     assert convert([str(folder), str(path), "--type", type_name]) == 0
     return path

@@ -19,46 +19,36 @@ from mtp_models import (
     stock_model,
 )
 from numpy.typing import NDArray
-from timeless import Timeless
-from toy_model import ToyTokenizer
+from same_text import (
+    ENDLESS,
+    GREEDY,
+    PAUSING,
+    check_pairs,
+    check_side_by_side,
+    finished,
+    of_network,
+)
+from same_text import request as asked_of
 
 from orthrus_gguf.decode import drive, prefill, run_cycle
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
-from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.engine import Generation, Session
+from orthrus_gguf.engine import Session
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
-from orthrus_gguf.request import Request, Result
+from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
 from orthrus_gguf.runtime.protocol import ar_segment
-from orthrus_gguf.sampling import Sampler, SamplingSettings
-from orthrus_gguf.together import Together
+from orthrus_gguf.sampling import Sampler
 
-GREEDY = SamplingSettings(temperature=0)
 PROMPTS: list[list[int]] = [[101], [130, 244], [92, 170, 241]]
 PROMPTS.append(np.random.default_rng(3).integers(0, 256, 21).tolist())
 TOKENS = 12
 CAPACITY = 160
-PLANS = ("two-pass", "two-pass@8+lookup", "two-pass@4+tree=6", "ar+mtp+lookup", "auto")
-
-
-class Endless(ToyTokenizer):
-    """No token ends the text, and none has any."""
-
-    eog: frozenset[int] = frozenset()
-
-    def token_bytes(self, id: int) -> bytes:
-        return b""
-
-    def is_special(self, id: int) -> bool:
-        return False
-
-
-ENDLESS: Any = Endless()
+PLANS = ("two-pass", "two-pass@8+lookup", "two-pass@4+tree=6", "ar+mtp+lookup", "auto", PAUSING)
 
 
 @pytest.fixture(scope="module", params=[RuntimeName.REFERENCE, RuntimeName.CPU])
@@ -90,24 +80,8 @@ def cycles_of(
     return sequence.tokens, cycles
 
 
-def finished(generation: Generation) -> Result:
-    for _ in generation:
-        pass
-    return generation.result
-
-
 def request(model: ModelWithDrafter, plan: str, prompt: Sequence[int], seed: int = 0) -> Request:
-    """Greedy for seed 0. `auto` sees a machine where rows are cheap, so that it drafts."""
-    sampling = GREEDY if seed == 0 else SamplingSettings(temperature=0.7, seed=seed)
-    policy: Policy = Timeless(0.01, model.config.block_size)
-    if plan != "auto":
-        policy = FixedPolicy(parse(plan), model.config)
-    return Request(tuple(prompt), sampling, policy, max_tokens=TOKENS)
-
-
-def drafted(result: Result) -> int:
-    """Accepted tokens of the block."""
-    return sum(right for source, _, _, right in result.statistics.sources if source.name == "mtp")
+    return asked_of(model, plan, prompt, seed, TOKENS)
 
 
 # --- drafts ---
@@ -155,15 +129,8 @@ def test_a_block_in_a_file_of_its_own(model: ModelWithDrafter) -> None:
 
 
 def test_the_text_is_that_of_plain_decoding(model: ModelWithDrafter) -> None:
-    """Prompts and seeds, each plan on one session that goes on from pair to pair."""
-    sessions = {plan: Session(model, ENDLESS, CAPACITY) for plan in ("ar", *PLANS)}
-    accepted = dict.fromkeys(PLANS, 0)
-    for seed, prompt in ((0, PROMPTS[3]), (6, PROMPTS[1])):
-        plain = finished(sessions["ar"].generate(request(model, "ar", prompt, seed)))
-        for plan in PLANS:
-            found = finished(sessions[plan].generate(request(model, plan, prompt, seed)))
-            assert found.output == plain.output, (plan, seed, prompt)
-            accepted[plan] += drafted(found)
+    """`tests/test_mtp_text.py` has more of it."""
+    accepted = check_pairs(model, PLANS, PROMPTS[1::2], (0, 6), TOKENS)
     assert min(accepted.values()) > 4, accepted
 
 
@@ -198,20 +165,10 @@ def test_a_damaged_block_costs_no_text(model: ModelWithDrafter) -> None:
 
 
 def test_side_by_side(model: ModelWithDrafter) -> None:
-    """All prompts in every pass, chains of other lengths among them."""
+    """Chains of other lengths in one pass."""
     plans = ("two-pass@1", "two-pass@5", "ar", "ar+mtp")
-    alone = [finished(Session(model, ENDLESS, 99).generate(request(model, "ar", p, i % 3)))
-             for i, p in enumerate(PROMPTS)]  # fmt: skip
-    together, running = Together(model), []
-    for i, prompt in enumerate(PROMPTS):
-        session = Session(model, ENDLESS, 99)
-        running.append(session.generate(request(model, plans[i], prompt, i % 3)))
-        together.join(running[-1])
-        together.step()
-    while len(together):
-        together.step()
-    assert [g.result.output for g in running] == [result.output for result in alone]
-    assert drafted(running[1].result) > 0
+    results = check_side_by_side(model, plans, PROMPTS, TOKENS)
+    assert of_network(model, results[1]) > 0
 
 
 # --- the cache ---

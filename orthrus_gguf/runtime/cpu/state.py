@@ -207,15 +207,12 @@ class HybridCpuCache(CpuCache):
         """See `Cache.checkpoint`. Without `length`, the state is kept to come back to."""
         if length is None:
             self._keep()
-            return Checkpoint(self._length)
-        super().checkpoint(length)
-        return Checkpoint(length if length == self._length else self._kept.latest(length))
+        return self._kept.reach(super().checkpoint(length), self._length)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Cache.restore`."""
         length = checkpoint.length
-        if not 0 <= length <= self._length or self.checkpoint(length).length != length:
-            raise ValueError(f"no checkpoint at {length}: the state of that place is not kept")
+        self._kept.check(length, self._length)
         self.drop()
         if length < self._length:
             self._set(self._kept.get(length))
@@ -224,8 +221,7 @@ class HybridCpuCache(CpuCache):
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
         """See `Portable.take`: up to where the cache stands, or to a checkpoint."""
-        if self.checkpoint(rows).length != rows:
-            raise ValueError(f"no checkpoint at {rows}: the state of that place is not kept")
+        self._kept.check(rows, self._length)
         state = self._state() if rows == self._length else self._kept.get(rows) or self._empty()
         return [*super().take(rows), *(part.copy() for part in state.parts)]
 
