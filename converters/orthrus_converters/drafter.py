@@ -26,11 +26,22 @@ from orthrus_converters.tensor_names import LAYER_PARTS, check_weight
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.model.architectures import DFLASH
-from orthrus_gguf.model.config import BLOCK_SIZES, ModelConfig
+from orthrus_gguf.model.config import BLOCK_SIZES, MAX_CONTEXT, ModelConfig
 from orthrus_gguf.model.tensors import FEATURES, FEATURES_NORM, OUTPUT_NORM, drafter_tensors
+from orthrus_gguf.model.window import Window
 
 #: What config.json calls the class of such a model, and its own settings there.
 CLASS, SETTINGS = "DFlashDraftModel", "dflash_config"
+
+#: Classes of other formats, and what they are.
+OTHERS = {
+    "DFlash2DraftModel": "DFlash 2, with convolutions and selectors",
+    "DSparkDraftModel": "DSpark, with a Markov head",
+}
+
+#: What is said of its layers' attention.
+_ATTENTION = {"is_causal", "layer_types", "sliding_window", "use_sliding_window"}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 _NAMES = {
     FEATURES: "fc.weight",
@@ -42,9 +53,14 @@ _TOKENIZER = "tokenizer."
 
 
 def is_drafter(config: JsonFile) -> bool:
-    """Whether a config.json is of a drafter."""
+    """Whether a config.json is of a drafter. Raises OrthrusError for one of another format."""
     classes = config.values.get("architectures")
-    return isinstance(classes, list) and CLASS in classes
+    if not isinstance(classes, list):
+        return False
+    for other, what in OTHERS.items():
+        if other in classes:
+            raise config.error("architectures", f"is {other} ({what})", "only DFlash is supported")
+    return CLASS in classes
 
 
 def plan_drafter(
@@ -59,6 +75,7 @@ def plan_drafter(
     checkpoint = open_checkpoint(folder)
     check_outputs(request, checkpoint.files)
     config, layers = _read(config_file, source.name)
+    window = _window(config_file, config)
     shapes = drafter_tensors(config, len(layers))
     names = {name: _hf_name(name) for name in shapes}
     missing = [theirs for theirs in names.values() if theirs not in checkpoint.tensors]
@@ -89,6 +106,11 @@ def plan_drafter(
     assert config.mask_token is not None
     writer.add_uint32(keys.DFLASH_BLOCK_SIZE, config.block_size)
     writer.add_array(keys.DFLASH_TARGET_LAYERS, list(layers))
+    if window is not None:
+        writer.add_sliding_window(window.size)
+        writer.add_sliding_window_pattern(window.layers)
+        if not window.causal:
+            writer.add_causal_attention(False)
     notes += _add_vocabulary(writer, request, folder, config_file, config)
     writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
     metadata.add_entries(writer, metadata.imatrix_entries(imatrix, jobs.values()))
@@ -102,7 +124,8 @@ def plan_drafter(
 def _read(file: JsonFile, name: str) -> tuple[ModelConfig, tuple[int, ...]]:
     """Shape and constants, and the target's layers as GGUF files count them: by what they read,
     where config.json names the layer that writes it."""
-    config = read_config(file, name, has_heads=False)
+    plain = {key: value for key, value in file.values.items() if key not in _ATTENTION}
+    config = read_config(JsonFile(file.path, plain), name, has_heads=False)
     settings = file.values.get(SETTINGS)
     if not isinstance(settings, dict):
         raise file.error(SETTINGS, f"expected an object, found {describe(settings)}", "correct it")
@@ -127,6 +150,27 @@ def _read(file: JsonFile, name: str) -> tuple[ModelConfig, tuple[int, ...]]:
         tied=True,
     )
     return config, tuple(layer + 1 for layer in ids)
+
+
+def _window(file: JsonFile, config: ModelConfig) -> Window | None:
+    """What some layers see; None if all see everything. Sliding layers are causal where nothing is
+    said of that."""
+    kinds = file.array("layer_types") or [_FULL] * config.n_layers
+    if len(kinds) != config.n_layers or any(kind not in (_FULL, _SLIDING) for kind in kinds):
+        raise file.error(
+            "layer_types",
+            f'expected "{_FULL}" or "{_SLIDING}" for each of {config.n_layers} layers',
+            "correct it",
+        )
+    causal = file.values.get("is_causal")
+    if causal not in (None, False):
+        raise file.error(
+            "is_causal", f"expected false or nothing, found {describe(causal)}", "correct it"
+        )
+    if _SLIDING not in kinds:
+        return None
+    size = file.integer("sliding_window", config.block_size or 1, MAX_CONTEXT)
+    return Window(size, tuple(kind == _SLIDING for kind in kinds), causal is None)
 
 
 def _natural(value: object) -> TypeGuard[int]:

@@ -85,7 +85,7 @@ class Step(ctypes.Structure):
 ROW = np.dtype(
     [
         *((name, np.int32) for name in ("token", "cache", "key", "copies")),
-        *((name, np.int32) for name in ("sees", "from", "to", "_")),
+        *((name, np.int32) for name in ("sees", "from", "to", "since")),
         ("more_keys", np.uintp),
         ("cos", np.uintp),
         ("sin", np.uintp),

@@ -10,8 +10,10 @@ from typing import Any
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile, open_beside
+from orthrus_gguf.model.window import Window
 from orthrus_gguf.runtime.memory import cpu_memory
 
 
@@ -25,6 +27,7 @@ class DrafterReport:
     tensors: Mapping[str, TensorInfo]
     beside: Beside
     taps: tuple[int, ...]
+    window: Window | None
     weights: int
     cache_per_token: float
 
@@ -33,6 +36,8 @@ class DrafterReport:
         """Lines of a table: what, and what it is."""
         count = self.config.n_layers
         drafts = f"blocks of {self.beside.block}"
+        if self.window is not None:
+            drafts += f"; {sum(self.window.layers)} see the last {self.window.size} positions"
         reads = f"the inputs of layers {', '.join(map(str, self.taps))}"
         if self.beside.chain:
             drafts, reads = f"chains of up to {self.beside.most}", "what the last layer gives"
@@ -51,6 +56,7 @@ class DrafterReport:
             "block_size": self.beside.block,
             "chain": self.beside.chain,
             "target_layers": list(self.taps),
+            "sliding_window": None if self.window is None else self.window.size,
             "weights": self.weights,
             "cache_per_token": self.cache_per_token,
         }
@@ -69,6 +75,7 @@ def inspect_drafter(
             file.tensors,
             file.beside,
             file.taps,
+            file.window if isinstance(file, DrafterFile) else None,
             sum(plan.weight(info) for info in file.tensors.values()),
             plan.row_bytes,
         )

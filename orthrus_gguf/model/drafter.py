@@ -25,6 +25,7 @@ from orthrus_gguf.model.architectures import DFLASH
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import BLOCK_SIZES, MAX_VOCAB, ModelConfig
 from orthrus_gguf.model.tensors import check_tensors, drafter_tensors
+from orthrus_gguf.model.window import Window, read_window
 
 #: Architectures of other dialects, and what their files are.
 DIALECTS = {
@@ -46,9 +47,6 @@ PARTS = {
 
 #: Optional keys of `dflash`, and the values under which they change nothing.
 NEUTRAL: dict[str, tuple[Value, ...]] = {
-    "dflash.attention.sliding_window": (0,),
-    "dflash.attention.sliding_window_pattern": (),
-    "dflash.attention.causal": (False,),
     "dflash.has_confidence_head": (False,),
     "dflash.sample_from_anchor": (True,),  # of Markov heads; llama.cpp's default
 }
@@ -60,16 +58,18 @@ OLDER = ("dflash.mask_token_id", "dflash.target_hidden_size")
 @dataclass(frozen=True)
 class DrafterConfig:
     """A drafter's network. model: its own sizes, its block and mask token, with the vocabulary of
-    the target. target_layers: of the target, whose inputs it reads (`Segment.taps`)."""
+    the target. target_layers: of the target, whose inputs it reads (`Segment.taps`). window: what
+    some of its layers see, None if all see everything."""
 
     model: ModelConfig
     target_layers: tuple[int, ...]
+    window: Window | None
 
 
 class DrafterFile(Closing):
     """An open drafter, checked against its target. Use as a context manager, or close it.
 
-    config: shapes and constants of its network. target_layers: see `DrafterConfig`.
+    config: shapes and constants of its network. target_layers, window: see `DrafterConfig`.
     """
 
     def __init__(self, file: GGUFFile, target: ModelConfig, metadata: Mapping[str, Value]) -> None:
@@ -77,6 +77,7 @@ class DrafterFile(Closing):
         found = read_config(file, target, metadata)
         self._file = file
         self.config, self.target_layers = found.model, found.target_layers
+        self.window = found.window
         self.metadata, self.tensors, self.paths = file.metadata, file.tensors, tuple(file.paths)
 
     @classmethod
@@ -127,11 +128,6 @@ def read_config(
     naming key or tensor."""
     fields = Fields(file.metadata, file.path)
     _check_dialect(fields, file.tensors)
-    if target.hybrid is not None:
-        raise OrthrusError(
-            f"{file.path}: drafts for {target.name}, whose layers are of two kinds, are not"
-            " supported yet; leave --drafter out"
-        )
     check_vocabulary(fields, metadata, target.n_vocab, f"{DFLASH.name}.vocab_size")
     config = ModelConfig.from_metadata(
         file.metadata,
@@ -152,10 +148,10 @@ def read_config(
         block_size=fields.integer(keys.DFLASH_BLOCK_SIZE, *BLOCK_SIZES),
         mask_token=fields.integer(keys.MASK_TOKEN_ID, 0, target.n_vocab - 1),
     )
-    layers = _target_layers(fields, target)
+    layers, window = _target_layers(fields, target), read_window(fields, config)
     expected = drafter_tensors(config, len(layers))
     check_tensors(file.path, file.tensors, expected, DFLASH.name)
-    return DrafterConfig(config, layers)
+    return DrafterConfig(config, layers, window)
 
 
 def _check_dialect(fields: Fields, tensors: Mapping[str, TensorInfo]) -> None:

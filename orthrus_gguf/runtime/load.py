@@ -242,6 +242,11 @@ def _load_cuda(
     say: Callable[[str], None],
     drafter: DrafterFile | None,
 ) -> Model:
+    if drafter is not None and drafter.window is not None:
+        raise OrthrusError(
+            f"--drafter {drafter.paths[0]}: sliding windows do not run on --runtime cuda yet; use"
+            " --runtime cpu, or leave it out"
+        )
     reason = why_unusable(settings.device)
     if reason is not None:
         raise OrthrusError(f"--runtime cuda cannot run here: {reason}")

@@ -231,10 +231,15 @@ class ReferenceModel:
             cache.k[place, start:stop], cache.v[place, start:stop] = k, v
         keys = torch.cat([cache.k[place, :start], k])
         values = torch.cat([cache.v[place, :start], v])
-        mixed = attend(q, keys, values)
+        mixed = attend(q, keys, values, self._hidden(layer, start, len(h)))
         if weights.gate is not None:
             mixed = mixed * torch.sigmoid(h @ weights.gate.T)
         return mixed @ weights.output.T
+
+    def _hidden(self, layer: Layer, start: int, rows: int) -> Tensor | None:
+        """Which of the keys 0 .. start + rows - 1 each row from `start` on does not see, [rows,
+        keys]; None if it sees all."""
+        return None
 
     def _delta_net(self, h: Tensor, w: DeltaNet, place: int, cache: ReferenceCache) -> Tensor:
         """What a DeltaNet adds to one AR row."""
@@ -288,17 +293,22 @@ def _choices(segment: Segment, results: Results) -> Choices:
     return Choices(rows, results.taps.numpy() if segment.taps else None)
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Every query sees every key: q [rows, n_head, d], k/v [n, n_head_kv, d] → [rows, n_head·d]."""
+def attend(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """What queries find: q [rows, n_head, d], k/v [n, n_head_kv, d] → [rows, n_head·d].
+
+    hidden: keys that a row does not see, [rows, n]; None if it sees all.
+    """
     values = values.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
-    mixed = torch.einsum("hrn,nhd->rhd", attention_weights(q, keys), values)
+    mixed = torch.einsum("hrn,nhd->rhd", attention_weights(q, keys, hidden), values)
     return mixed.reshape(q.shape[0], -1)
 
 
-def attention_weights(q: Tensor, keys: Tensor) -> Tensor:
+def attention_weights(q: Tensor, keys: Tensor, hidden: Tensor | None = None) -> Tensor:
     """What every query gives to every key: [n_head, rows, n]; 1 per head and row."""
     keys = keys.repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
     scores = torch.einsum("rhd,nhd->hrn", q, keys) / math.sqrt(q.shape[2])
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
     return scores.softmax(-1)
 
 

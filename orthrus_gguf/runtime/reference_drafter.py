@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.tensors import FEATURES, FEATURES_NORM, OUTPUT_NORM
 from orthrus_gguf.runtime.protocol import View
 from orthrus_gguf.runtime.reference import (
+    Layer,
     ReferenceModel,
     layer_weights,
     rope_frequencies,
@@ -25,6 +27,7 @@ class ReferenceNetwork(ReferenceModel):
 
     def __init__(self, file: DrafterFile, target: ReferenceModel) -> None:
         self.config, self.taps, self.beside = file.config, file.target_layers, file.beside
+        self._window = file.window
         self.embedding, self.output = target.embedding, target.output
         self.layers = [
             layer_weights(file, i, {View.DIFFUSION: ""}) for i in range(file.config.n_layers)
@@ -48,3 +51,11 @@ class ReferenceNetwork(ReferenceModel):
             )
             cache.k[index, start : start + rows], cache.v[index, start : start + rows] = k, v
         cache.assume(rows)
+
+    def _hidden(self, layer: Layer, start: int, rows: int) -> Tensor | None:
+        """See `ReferenceModel._hidden`."""
+        window = self._window
+        if window is None or not window.layers[layer.place]:
+            return None
+        back = torch.arange(start, start + rows)[:, None] - torch.arange(start + rows)
+        return (back >= window.size) | ((back < 0) if window.causal else False)

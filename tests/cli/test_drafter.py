@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from drafters import drafter_file
+from hybrid_dflash import dflash_file
 from mtp_models import mtp_block, mtp_model, stock_model
 
 from orthrus_gguf.cli import bench, inspect, run
@@ -179,6 +180,23 @@ def test_inspect(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "is a drafter (dflash)" in capsys.readouterr().out
     assert inspect.main([str(base), "--drafter", str(write_drafter(tmp_path / "o.gguf"))]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_beside_a_hybrid(capsys: pytest.CaptureFixture[str]) -> None:
+    """With sliding windows, in trees and with lookups; its own MTP block stays out of it."""
+    few = ("-n", "12", "-c", "64")
+    plain = answer(capsys, stock_model(), "--strategy", "ar", *few)
+    for flags in (
+        (stock_model(), "--strategy", "two-pass"),
+        (stock_model(), "--strategy", "ar", "--dflash", "--lookup", "-ctk", "f16"),
+        (mtp_model(), "--draft-tree", "6", "--strategy", "two-pass", "--draft-width", "3"),
+    ):
+        found = answer(capsys, *flags, "--drafter", dflash_file("causal"), *few)
+        assert found["text"] == plain["text"]
+        assert [*found["stats"]["sources"]] == ["dflash"]
+        assert found["stats"]["sources"]["dflash"]["accepted"] >= 2
+    assert inspect.main([str(stock_model()), "--drafter", str(dflash_file("causal"))]) == 0
+    assert "3 layers, blocks of 8; 2 see the last 10 positions" in capsys.readouterr().out
 
 
 MTP = ("-n", "12", "-c", "64")

@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hybrid_dflash import dflash_file
 from orthrus_converters.cli import main
 from orthrus_converters.file_types import FILE_TYPES
 
@@ -57,6 +58,23 @@ def test_all_that_the_format_asks_for(demo_file: DemoFile, tmp_path: Path) -> No
     with open_with(out, target) as drafter:
         assert drafter.config.n_ff == 512
         assert drafter.config.rope.freq_base == 1e6
+
+
+@pytest.mark.parametrize(("kind", "causal"), [("causal", None), ("ahead", False), ("full", None)])
+def test_windows_for_a_hybrid(kind: str, causal: bool | None) -> None:
+    """As llama.cpp's converter writes them: a flag for each layer, and whether attention is causal
+    only where the checkpoint says that it is not."""
+    found = gguf.GGUFReader(dflash_file(kind)).fields
+    fields = {key: field.contents() for key, field in found.items()}
+    size, pattern = "dflash.attention.sliding_window", "dflash.attention.sliding_window_pattern"
+    if kind == "full":
+        assert not {size, pattern} & {*fields}
+    else:
+        assert (fields[size], fields[pattern]) == (10, [True, True, False])
+    assert fields.get("dflash.attention.causal") is causal
+    assert fields["dflash.target_layers"] == [1, 3, 4]
+    assert fields["dflash.rope.freq_base"] == 1e7
+    assert fields["tokenizer.ggml.pre"] == "qwen35"
 
 
 def test_tokens_of_a_folder(demo_file: DemoFile, checkpoint: Path, tmp_path: Path) -> None:
@@ -110,6 +128,17 @@ def damaged(folder: Path, change: str) -> None:
         change_config(folder, dflash_config={"mask_token_id": 4096, "target_layer_ids": [0]})
     elif change == "window":
         change_config(folder, layer_types=["sliding_attention", "full_attention"])
+    elif change == "short window":
+        layers = ["sliding_attention", "full_attention"]
+        change_config(folder, layer_types=layers, sliding_window=7)
+    elif change == "layer types":
+        change_config(folder, layer_types=["sliding_attention", "linear_attention"])
+    elif change == "causal":
+        change_config(folder, is_causal=True)
+    elif change == "dflash2":
+        change_config(folder, architectures=["DFlash2DraftModel"])
+    elif change == "dspark":
+        change_config(folder, architectures=["DSparkDraftModel"])
     elif change == "short":
         weights.write_bytes(weights.read_bytes()[:1_000_000])
 
@@ -123,7 +152,12 @@ def damaged(folder: Path, change: str) -> None:
         ("settings", "dflash_config"),
         ("ids", "target_layer_ids"),
         ("mask", "mask_token_id"),
-        ("window", "sliding"),
+        ("window", "sliding_window: is missing"),
+        ("short window", "sliding_window: expected 8 to"),
+        ("layer types", 'expected "full_attention" or "sliding_attention" for each of 2 layers'),
+        ("causal", "is_causal: expected false or nothing, found true"),
+        ("dflash2", "is DFlash2DraftModel (DFlash 2, with convolutions and selectors)"),
+        ("dspark", "is DSparkDraftModel (DSpark, with a Markov head)"),
         ("short", "model.safetensors"),
     ],
 )

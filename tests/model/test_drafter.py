@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.drafter import DIALECTS, DrafterFile
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.hybrid import Hybrid
+from orthrus_gguf.model.window import Window
+from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from tests.tiny_model import (
     BLOCK_SIZE,
     MASK,
@@ -79,6 +79,8 @@ def refusal(path: Path, target: Path) -> str:
 
 TOKENS = [f"token{i}" for i in range(N_VOCAB)]
 
+WINDOW, PATTERN = "dflash.attention.sliding_window", "dflash.attention.sliding_window_pattern"
+
 BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     "other word": (
         {"tokenizer.ggml.tokens": [*TOKENS[:7], "seven", *TOKENS[8:]]},
@@ -111,13 +113,29 @@ BAD: dict[str, tuple[Mapping[str, Any], str]] = {
     ),
     "older": ({"dflash.mask_token_id": np.uint32(MASK)}, "may be off by one"),
     "causal": ({"dflash.attention.causal": np.bool_(True)}, "causal: True is not supported"),
-    "window": (
-        {"dflash.attention.sliding_window": np.uint32(2048)},
-        "sliding_window: 2048 is not supported",
+    "window without layers": (
+        {WINDOW: np.uint32(2048)},
+        "sliding_window_pattern: expected a yes or no for each of 2 layers, found nothing",
     ),
-    "pattern": (
-        {"dflash.attention.sliding_window_pattern": np.ones(2, np.uint8)},
-        "sliding_window_pattern: an array of 2 uint8 is not supported",
+    "layers without a window": (
+        {PATTERN: np.ones(2, np.bool_)},
+        "sliding_window: is missing, and yet there is dflash.attention.sliding_window_pattern",
+    ),
+    "layers of another network": (
+        {WINDOW: np.uint32(2048), PATTERN: np.ones(3, np.bool_)},
+        "for each of 2 layers, found an array of 3 bool",
+    ),
+    "a period": (
+        {WINDOW: np.uint32(2048), PATTERN: np.uint32(5)},
+        "for each of 2 layers, found 5",
+    ),
+    "numbers": (
+        {WINDOW: np.uint32(2048), PATTERN: np.array([1, 2], np.int32)},
+        "for each of 2 layers, found an array of 2 int32",
+    ),
+    "shorter than a block": (
+        {WINDOW: np.uint32(BLOCK_SIZE - 1), PATTERN: np.ones(2, np.bool_)},
+        f"sliding_window: expected at least the {BLOCK_SIZE} rows of a block",
     ),
     "confidence": ({"dflash.has_confidence_head": np.bool_(True)}, "has_confidence_head: True"),
     "rope": ({"dflash.rope.freq_base": REMOVE}, "dflash.rope.freq_base: is missing"),
@@ -167,10 +185,26 @@ def test_a_drafter_is_no_model(tmp_path: Path) -> None:
         ModelFile.open(path)
 
 
-def test_a_hybrid_is_no_target_yet(tmp_path: Path, target: Path) -> None:
-    path = write_drafter(tmp_path / "drafter.gguf")
-    with ModelFile.open(target) as model:
-        hybrid = Hybrid(2, 4, 32, 16, (4, 2, 2, 0))
-        config = dataclasses.replace(model.config, hybrid=hybrid)
-        with pytest.raises(OrthrusError, match="layers are of two kinds"):
-            DrafterFile.open(path, config, model.metadata)
+def test_windows(tmp_path: Path, target: Path) -> None:
+    """Causal, unless the file says that they are not; none where no layer has one."""
+    sliding = {WINDOW: np.uint32(64), PATTERN: np.array([1, 0], np.bool_)}
+    for more, expected in (
+        (sliding, Window(64, (True, False), causal=True)),
+        (
+            {**sliding, "dflash.attention.causal": np.bool_(False)},
+            Window(64, (True, False), causal=False),
+        ),
+        ({**sliding, PATTERN: np.zeros(2, np.bool_)}, None),
+        ({}, None),
+    ):
+        with opened(write_drafter(tmp_path / "drafter.gguf", metadata=more), target) as drafter:
+            assert drafter.window == expected
+
+
+def test_cuda_has_no_windows_yet(tmp_path: Path, target: Path) -> None:
+    more = {WINDOW: np.uint32(64), PATTERN: np.ones(2, np.bool_)}
+    path = write_drafter(tmp_path / "drafter.gguf", metadata=more)
+    with ModelFile.open(target) as file, opened(path, target) as drafter:
+        settings = RuntimeSettings(RuntimeName.CUDA)
+        with pytest.raises(OrthrusError, match="sliding windows do not run on --runtime cuda yet"):
+            load_model(file, settings, drafter=drafter)

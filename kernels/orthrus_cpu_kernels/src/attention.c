@@ -1,10 +1,10 @@
 // Attention: keys and values are read once for all rows and query heads that share them.
 //
-// cache.h says how they lie. A row sees columns 0 .. sees-1, then from .. to-1 (a branch of a tree,
-// or a diffusion block). Those are dealt with in panels of 16 columns and chunks of CHUNK panels,
-// counted from the row's first column on: a score is one chain over the elements, a softmax runs
-// over chunks in order, a value is one chain over the columns. A row's bits therefore depend on
-// what it sees and on nothing else.
+// cache.h says how they lie. A row sees columns since .. sees-1, then from .. to-1 (a branch of a
+// tree, or a diffusion block). Those are dealt with in panels of 16 columns and chunks of CHUNK
+// panels, counted from the first one that a row of the group sees: a score is one chain over the
+// elements, a softmax runs over chunks in order, a value is one chain over the columns. The bits of
+// rows that see everything from column 0 on therefore depend on what they see and on nothing else.
 //
 // Columns must hold finite numbers up to the end of the last panel that a row sees.
 #include "cache.h"
@@ -66,7 +66,23 @@ static void extent(const Head *h, int *first, int *second, int *from) {
     }
 }
 
-// Columns of a panel that a row sees: 0 .. 16.
+// The first panel that some row of the group sees.
+static int begin_of(const Head *h) {
+    int begin = INT32_MAX;
+    for (int i = 0; i < h->group->count; i++) {
+        int since = h->step->row[h->group->first + i].since;
+        if (since < begin) begin = since;
+    }
+    return begin / LANES;
+}
+
+// Columns of a panel that a row sees none of: those below.
+static int below(const Row *row, int panel, int first) {
+    int n = panel < first ? row->since - panel * LANES : 0;
+    return n < 0 ? 0 : n > LANES ? LANES : n;
+}
+
+// Columns of a panel that a row sees, from `below` on: up to 0 .. 16.
 static int lanes_of(const Row *row, int panel, int first) {
     int n =
         panel < first ? row->sees - panel * LANES : row->to - row->from - (panel - first) * LANES;
@@ -220,18 +236,20 @@ static void soften(const Row *row, int panel, int panels, int first, float *scor
     vf most = f_set(*top);
     int last = 0;
     for (int p = 0; p < panels; p++) {
-        int n = lanes_of(row, panel + p, first);
-        if (!n) continue;
+        int n = lanes_of(row, panel + p, first), from = below(row, panel + p, first);
+        if (n <= from) continue;
         last = p + 1;
+        for (int i = 0; i < from; i++) scores[p * LANES + i] = -1e30f;
         for (int i = n; i < LANES; i++) scores[p * LANES + i] = -1e30f;
         most = f_max(f_load(scores + p * LANES), most);
     }
     float peak = last ? f_largest(most) : *top;
     vf sum = f_set(0.0f), at = f_set(peak);
     for (int p = 0; p < panels; p++) {
-        int n = lanes_of(row, panel + p, first);
+        int n = lanes_of(row, panel + p, first), from = below(row, panel + p, first);
         float *to = scores + p * LANES;
-        f_store(to, n ? f_exp(f_sub(f_load(to), at)) : f_set(0.0f));
+        f_store(to, n > from ? f_exp(f_sub(f_load(to), at)) : f_set(0.0f));
+        for (int i = 0; i < from; i++) to[i] = 0.0f;
         for (int i = n; i < LANES; i++) to[i] = 0.0f;
         sum = f_add(sum, f_load(to));
     }
@@ -359,7 +377,7 @@ void attention_task(const Step *step, int task, Scratch *scratch) {
                       acc);
         }
     }
-    for (int panel = 0; !sparse && panel < first + second; panel += CHUNK) {
+    for (int panel = begin_of(&h); !sparse && panel < first + second; panel += CHUNK) {
         int panels = first + second - panel < CHUNK ? first + second - panel : CHUNK;
         chunk(&h, panel, panels, first, from, scores, tops, totals, acc);
     }

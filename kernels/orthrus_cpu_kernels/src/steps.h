@@ -31,10 +31,11 @@ enum {
 // One row of a pass.
 //
 // key: cache column that its keys and values go to; more_keys[0 .. copies-1]: others, of a tree.
-// sees: columns 0 .. sees-1 of its cache; then from .. to-1, where from is a multiple of 16.
+// since, sees: columns since .. sees-1 of its cache; then from .. to-1, where from is a multiple of
+// 16.
 // cache: which of the pass's caches. cos, sin: of its position.
 typedef struct {
-    int32_t token, cache, key, copies, sees, from, to, unused;
+    int32_t token, cache, key, copies, sees, from, to, since;
     const int32_t *more_keys;
     const float *cos, *sin;
 } Row;

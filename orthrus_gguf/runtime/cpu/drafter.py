@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,15 @@ from orthrus_cpu_kernels.library import Kernels, Step
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import WeightFile
 from orthrus_gguf.model.tensors import FEATURES, FEATURES_NORM
+from orthrus_gguf.model.window import Window
 from orthrus_gguf.runtime.cpu.beside import CpuBeside
 from orthrus_gguf.runtime.cpu.cache import CpuCache
-from orthrus_gguf.runtime.cpu.model import CpuModel
+from orthrus_gguf.runtime.cpu.model import CpuModel, Filled
 from orthrus_gguf.runtime.cpu.steps import Builder, Shape
-from orthrus_gguf.runtime.cpu.weights import Weights, vector
+from orthrus_gguf.runtime.cpu.weights import Layer, Weights, vector
+from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.sequences import OneSequence
 
 
 class DraftWeights(Weights):
@@ -38,6 +42,18 @@ class DraftWeights(Weights):
         self._arrange_layers(file, {View.DIFFUSION: ""})
 
 
+@dataclass(kw_only=True)
+class DraftBuilder(Builder):
+    """See `Builder`. near: as `Buffers.row`, of layers with a sliding window."""
+
+    window: Window | None
+    near: NDArray[np.void]
+
+    def sight(self, layer: Layer) -> NDArray[np.void]:
+        sliding = self.window is not None and self.window.layers[layer.place]
+        return self.near if sliding else self.buffers.row
+
+
 class CpuNetwork(CpuBeside):
     """See `beside.Network`."""
 
@@ -47,6 +63,7 @@ class CpuNetwork(CpuBeside):
         weights = DraftWeights(file, kernels, target._pool.threads, target._weights)
         super().__init__(config, weights, target)
         self.taps, self.beside, self._draft_weights = file.target_layers, file.beside, weights
+        self._window, self._near = file.window, np.zeros_like(self._buffers.row)
         wide = weights.features
         form = kernels.form(wide.type)
         assert form is not None
@@ -68,11 +85,30 @@ class CpuNetwork(CpuBeside):
             cache.hold(rows)
             cache.commit(range(rows))
 
+    def _builder(self, shape: Shape) -> Builder:
+        return DraftBuilder(
+            self._kernels, self.config, self._draft_weights, self._buffers, shape,
+            window=self._window, near=self._near,
+        )  # fmt: skip
+
+    def _fill(self, pieces: Sequence[Piece], sequences: dict[int, OneSequence[CpuCache]]) -> Filled:
+        filled = super()._fill(pieces, sequences)
+        if self._window is not None:
+            rows = filled.shape.rows
+            near = self._near[:rows]
+            near[...] = self._buffers.row[:rows]
+            # Rows of a block see what came before it, and then itself.
+            position = near["sees"] + near["key"] - near["from"]
+            near["since"] = np.maximum(position + 1 - self._window.size, 0)
+            if self._window.causal:
+                near["to"] = near["key"] + 1
+        return filled
+
     def _injection(self, rows: int) -> ctypes.Array[Step]:
         """Steps from joined taps to keys and values in every layer's cache. The features are not
         normed as the rows of blocks are (`attn_norm`)."""
         b, c, weights = self._buffers, self.config, self._draft_weights
-        builder = Builder(self._kernels, c, weights, b, Shape(0, rows, 0, 0))
+        builder = self._builder(Shape(0, rows, 0, 0))
         form = self._kernels.form(weights.features.type)
         assert form is not None
         q = self._quantized.ctypes.data

@@ -164,9 +164,7 @@ class CpuModel(HostModel[CpuCache]):
             {tap: b.tap(tap)[:row, : self.config.n_embd] for tap in taps},
         )
 
-    def _fill(
-        self, pieces: Sequence[Piece], sequences: dict[int, OneSequence[CpuCache]]
-    ) -> _Filled:
+    def _fill(self, pieces: Sequence[Piece], sequences: dict[int, OneSequence[CpuCache]]) -> Filled:
         """Tell the kernels about the rows of a pass."""
         count = sum(piece.count for piece in pieces)
         if count > self._buffers.rows:  # a tree of more rows than a pass has otherwise
@@ -201,15 +199,18 @@ class CpuModel(HostModel[CpuCache]):
         b.group[: len(groups)] = groups
         b.index[: len(wanted)] = wanted
         sizes = ar, row - ar, len(wanted), len(groups)
-        return _Filled(Shape(*sizes, runs=len(hybrids)), hybrids, keep)
+        return Filled(Shape(*sizes, runs=len(hybrids)), hybrids, keep)
 
-    def _compute(self, filled: _Filled, **more: Any) -> None:
+    def _builder(self, shape: Shape) -> Builder:
+        """Of the steps of passes of a shape."""
+        return Builder(self._kernels, self.config, self._weights, self._buffers, shape)
+
+    def _compute(self, filled: Filled, **more: Any) -> None:
         """Run a pass. more: what else its shape has."""
         shape = replace(filled.shape, **more)
         steps = self._shapes.get(shape)
         if steps is None:
-            builder = Builder(self._kernels, self.config, self._weights, self._buffers, shape)
-            steps = builder.build()
+            steps = self._builder(shape).build()
         if shape.watch is None:  # else it is of this pass alone
             self._shapes[shape] = steps
             self._shapes.move_to_end(shape)
@@ -221,7 +222,7 @@ class CpuModel(HostModel[CpuCache]):
 
 
 @dataclass(frozen=True)
-class _Filled:
+class Filled:
     """A pass that the kernels have been told about. hybrids: caches whose states it moves. alive:
     arrays that must be until it ends."""
 

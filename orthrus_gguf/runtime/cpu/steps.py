@@ -145,7 +145,7 @@ class Builder:
             return
         self.add(
             k.ATTENTION, shape.groups * c.n_head_kv, x=b.qkv, y=b.mixed, groups=shape.groups,
-            row=b.row.ctypes.data, cache=b.caches[layer.place].ctypes.data,
+            row=self.sight(layer).ctypes.data, cache=b.caches[layer.place].ctypes.data,
             group=b.group.ctypes.data, scale=1 / math.sqrt(c.head_dim), count=shape.blocks,
         )  # fmt: skip
         width = c.n_head * c.head_dim
@@ -156,6 +156,10 @@ class Builder:
         for view, first, rows in shape.views():
             output = layer.attention[view].output
             self.products(forms, [(output, None)], first, rows, b.x, add=True)
+
+    def sight(self, layer: Layer) -> NDArray[np.void]:
+        """`library.ROW` records: what the rows of the pass see in a layer."""
+        return self.buffers.row
 
     def _weigh(self, weights: Floats, place: int) -> None:
         """What the last rows attend to in a layer."""
