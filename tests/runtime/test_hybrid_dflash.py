@@ -22,8 +22,9 @@ from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.engine import Generation, Request, Result, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.beside import DraftCache, ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Model, ar_segment, diffusion_segment
