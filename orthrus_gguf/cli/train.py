@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from orthrus_gguf.cli.options import integer, number, positive
 from orthrus_gguf.command import Parser, base_parser, run_command
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.signals import ending_cleanly
@@ -34,17 +35,17 @@ def _parser() -> Parser:
     add("--heads", type=Path, help="heads to begin with (default: copies of the attention)")
     add(
         "--texts",
-        type=_count,
+        type=positive,
         default=2000,
         help="texts to write; 1 of 16 is held out (%(default)s)",
     )
-    add("--answer-tokens", type=_count, default=256, help="most of an answer (%(default)s)")
-    add("--prompt-tokens", type=_count, default=48, help="of a prompt made of text (%(default)s)")
-    add("--context", type=_count, default=384, help="most tokens of a text (%(default)s)")
-    add("--steps", type=_count, default=1350, help="training steps (%(default)s)")
+    add("--answer-tokens", type=positive, default=256, help="most of an answer (%(default)s)")
+    add("--prompt-tokens", type=positive, default=48, help="of a prompt made of text (%(default)s)")
+    add("--context", type=positive, default=384, help="most tokens of a text (%(default)s)")
+    add("--steps", type=positive, default=1350, help="training steps (%(default)s)")
     add("--rate", type=_rate, default=5e-4, help="highest learning rate (%(default)s)")
-    add("--batch", type=_count, default=12, help="texts of a step (%(default)s)")
-    add("--blocks", type=_count, default=8, help="blocks on each (%(default)s)")
+    add("--batch", type=positive, default=12, help="texts of a step (%(default)s)")
+    add("--blocks", type=positive, default=8, help="blocks on each (%(default)s)")
     add("--block-size", type=_block, default=8, help="rows of a block (%(default)s)")
     add(
         "--decay",
@@ -52,7 +53,7 @@ def _parser() -> Parser:
         default=0.85,
         help="weight of a draft by the one before (%(default)s)",
     )
-    add("--mask-token", type=int, help="id of the mask token (default: the tokenizer's)")
+    add("--mask-token", type=integer, help="id of the mask token (default: the tokenizer's)")
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -65,8 +66,8 @@ def _parser() -> Parser:
         default="auto",
         help="of products (auto: bfloat16 where it is faster)",
     )
-    add("--threads", "-t", type=_count, help="CPU threads (default: all)")
-    add("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
+    add("--threads", "-t", type=positive, help="CPU threads (default: all)")
+    add("--seed", type=integer, default=0, help="of all that is drawn (%(default)s)")
     add("--minutes", type=_rate, default=5.0, help="between checkpoints (%(default)s)")
     add("--keep", type=_rate, default=2.0, help="GB for what is read once (%(default)s)")
     add("--finish", action="store_true", help="heads as the last checkpoint has them, and end")
@@ -74,29 +75,22 @@ def _parser() -> Parser:
     return parser
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: expected at least 1")
-    return value
-
-
 def _block(text: str) -> int:
-    value = int(text)
+    value = integer(text)
     if not 2 <= value <= 1024:
         raise argparse.ArgumentTypeError(f"{value}: expected 2 to 1024")
     return value
 
 
 def _rate(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return value
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    value = number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0, up to 1")
     return value
