@@ -187,8 +187,6 @@ def read_config(config: JsonFile, name: str, *, has_heads: bool) -> ModelConfig:
     hybrid = None
     if family.architecture.hybrid:
         hybrid = hf_qwen35.read_hybrid(config, head_dim, n_layers)
-        if has_heads:
-            raise config.error("block_size", "heads for hybrid bases", "they are not supported yet")
     return ModelConfig(
         name=name,
         n_layers=n_layers,

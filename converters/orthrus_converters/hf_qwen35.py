@@ -15,8 +15,11 @@ from orthrus_converters.source_tensor import Change, HeadOrder, SourceTensor
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import MAX_HEAD_DIM, MAX_HEADS, ModelConfig
 from orthrus_gguf.model.hybrid import ATTENTION_EVERY, CONV_KERNEL, Hybrid
+from orthrus_gguf.model.tensors import original_of, twin_of
 
 NESTED, FLAT = "qwen3_5", "qwen3_5_text"
+#: With diffusion heads, flat.
+HEADS = "orthrus_qwen3_5"
 
 #: Relatives that are refused by name.
 RELATIVES = {
@@ -43,6 +46,13 @@ DEAD = {"mamba_ssm_dtype", "image_token_id", "language_model_only", "video_token
     "vision_end_token_id",
 }
 
+
+def _twin_of(name: str) -> str:
+    """What checkpoints call the diffusion view's stand-in."""
+    stem, dot, part = name.rpartition(".weight")
+    return f"{stem}_diff.weight" if dot else f"{part}_diff"
+
+
 #: In a layer of the file → in a layer of the checkpoint.
 PARTS = {
     "attn_qkv.weight": "linear_attn.in_proj_qkv.weight",
@@ -55,6 +65,12 @@ PARTS = {
     "ssm_norm.weight": "linear_attn.norm.weight",
     "ssm_out.weight": "linear_attn.out_proj.weight",
     "post_attention_norm.weight": "post_attention_layernorm.weight",
+}
+#: The twins of those that views have of their own.
+PARTS |= {
+    twin_of(ours): _twin_of(theirs)
+    for ours, theirs in PARTS.items()
+    if theirs.startswith("linear_attn.")
 }
 #: Of the MTP block, what is no part of its layer.
 MTP_PARTS = {
@@ -79,6 +95,8 @@ def flattened(config: JsonFile) -> JsonFile:
     Raises OrthrusError for relatives of other architectures.
     """
     kind = config.values.get("model_type")
+    if kind == HEADS:
+        return JsonFile(config.path, {**config.values, "model_type": FLAT})
     if isinstance(kind, str) and kind in RELATIVES:
         raise config.error(
             "model_type", f"is {kind}, {RELATIVES[kind]}", "use a dense Qwen3.5 or 3.6 (qwen3_5)"
@@ -178,7 +196,7 @@ def with_mtp(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
 def squeezed(within: str, source: SourceTensor) -> SourceTensor:
     """A convolution without the dimension of its single input channel. Raises OrthrusError for
     MLX's, since the norms beside it are stored otherwise too."""
-    if within != "ssm_conv1d.weight" or len(source.shape) != 3:
+    if original_of(within) != "ssm_conv1d.weight" or len(source.shape) != 3:
         return source
     channels, *rest = source.shape
     if rest == [CONV_KERNEL, 1]:
@@ -192,6 +210,7 @@ def squeezed(within: str, source: SourceTensor) -> SourceTensor:
 def as_ggml_has_it(within: str, source: SourceTensor, hybrid: Hybrid) -> SourceTensor:
     """A weight with its heads in ggml's order, norms with their 1, and decays instead of their
     logarithms. within: its name in the layer, or in the file outside of one."""
+    within = original_of(within)
     groups, size = hybrid.n_key_heads, hybrid.head_dim
     heads = HeadOrder(groups, hybrid.n_value_heads // groups, size)
     keys = 2 * groups * size

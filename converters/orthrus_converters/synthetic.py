@@ -28,7 +28,7 @@ from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.writer import PlannedFile, PlannedTensor
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.shapes import HYBRID_SHAPES, MASK_TOKEN, SHAPES
-from orthrus_gguf.model.tensors import ROPE_FREQS, base_tensors, diffusion_tensors
+from orthrus_gguf.model.tensors import ROPE_FREQS, base_tensors, diffusion_tensors, original_of
 
 MAX_SEED = 2**32 - 1
 
@@ -94,7 +94,7 @@ def _data(
         return weights.matrix(name, kind, (rows, columns))
     if name == ROPE_FREQS:
         return iter([np.array(config.rope.freq_factors, np.float32)])
-    part = name.rpartition(".")[2]  # decays are below zero, norms about one
+    part = original_of(name).rpartition(".")[2]  # decays are below zero, norms about one
     return weights.vector(name, math.prod(shape), mean={"bias": 0.0, "ssm_a": -1.0}.get(part, 1.0))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,10 @@ def differences(base: ModelConfig, heads: ModelConfig) -> str:
         for name, ours, theirs in pairs
         if not _same(ours, theirs)
     ]
+    # An MTP block may have come or gone: it is no part of the layers.
+    one, other = (config.hybrid and replace(config.hybrid, mtp=False) for config in (base, heads))
+    if one and other and one != other:
+        found.append("its DeltaNet layers have other sizes")
     ours, theirs = base.rope.freq_factors, heads.rope.freq_factors
     if ours is not None and theirs is not None:
         unlike = [i for i, pair in enumerate(zip(ours, theirs, strict=False)) if not _same(*pair)]

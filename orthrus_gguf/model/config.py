@@ -235,8 +235,6 @@ def architecture(fields: Fields) -> tuple[str, Architecture]:
             f"expected one of {known}, found {describe(base)}",
             "heads for bases of other architectures are not supported",
         )
-    if ARCHITECTURES[base].hybrid:
-        raise fields.error(key, f"is {base}", "heads for hybrid bases are not supported yet")
     return prefix, ARCHITECTURES[base]
 
 

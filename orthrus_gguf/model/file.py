@@ -157,7 +157,8 @@ def _pair_config(base: GGUFFile, heads: GGUFFile) -> ModelConfig:
         )
     config = _base_config(base, has_heads=False)
     arch = config.architecture.name
-    check_tensors(base.path, base.tensors, base_tensors(config), arch)
+    optional = optional_tensors(config)
+    check_tensors(base.path, base.tensors, base_tensors(config), arch, optional)
     _check_heads(heads)
     theirs = _heads_config(heads, config)
     unlike = differences(config, theirs)

@@ -153,11 +153,10 @@ def _check(file: GGUFFile, target: ModelFile) -> None:
     if theirs.hybrid is None or not theirs.hybrid.mtp:
         raise fields.error(mtp_key(record.name), "is not 1, and yet there is an MTP block")
     unlike = differences(ours, theirs)
-    if unlike or theirs.hybrid != replace(ours.hybrid, mtp=True):
+    if unlike:
         raise OrthrusError(
-            f"{file.path}: this MTP block does not belong to {target.paths[0]}:"
-            f" {unlike or 'its DeltaNet layers have other sizes'}; use the block that was trained"
-            " for this model"
+            f"{file.path}: this MTP block does not belong to {target.paths[0]}: {unlike}; use the"
+            " block that was trained for this model"
         )
     if gguf.Keys.Tokenizer.LIST in file.metadata:
         check_vocabulary(fields, target.metadata, ours.n_vocab, "")

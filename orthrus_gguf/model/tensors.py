@@ -34,9 +34,25 @@ MTP_PROJECTION = "nextn.eh_proj.weight"
 MTP_EMBD_NORM = "nextn.enorm.weight"
 MTP_HIDDEN_NORM = "nextn.hnorm.weight"
 
+#: Of a gated DeltaNet, by what each is in the runtimes.
+DELTA_NET = {
+    "qkv": "attn_qkv.weight",
+    "gate": "attn_gate.weight",
+    "a": "ssm_a",
+    "alpha": "ssm_alpha.weight",
+    "beta": "ssm_beta.weight",
+    "conv": "ssm_conv1d.weight",
+    "dt": "ssm_dt.bias",
+    "norm": "ssm_norm.weight",
+    "out": "ssm_out.weight",
+}
+
 _TYPES = gguf.GGMLQuantizationType
 FLOAT_TYPES = frozenset({_TYPES.F32, _TYPES.F16, _TYPES.BF16})
 _NOT_WEIGHTS = frozenset({_TYPES.I8, _TYPES.I16, _TYPES.I32, _TYPES.I64})
+
+#: Ends of names that say which part of a pair a tensor is.
+_PARTS = ("weight", "bias")
 
 #: Beginnings of names of which no unknown one may be left out of account.
 _MATTERS = ("blk.", "output", "token_embd", "position_embd", "rope_")
@@ -61,10 +77,14 @@ def base_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def diffusion_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape (numpy order) of the `_diff` twins, which only the diffusion view uses.
 
-    Every tensor of the attention has one, biases and norms of q and k included.
+    Every tensor of what mixes the rows of a layer has one: of the attention, biases and norms of q
+    and k included, or of the DeltaNet.
     """
-    twins = {twin_of(name): shape for name, shape in _attention_shapes(config).items()}
-    return _per_layer(config, twins)
+    tensors: dict[str, tuple[int, ...]] = {}
+    for index, kind in enumerate(config.layer_kinds):
+        twins = {twin_of(name): shape for name, shape in _mixing_shapes(config, kind).items()}
+        tensors |= _in_layer(index, twins)
+    return tensors
 
 
 def mtp_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -99,14 +119,28 @@ def drafter_tensors(config: ModelConfig, n_taps: int) -> dict[str, tuple[int, ..
 
 
 def twin_of(name: str) -> str:
-    """The diffusion view's stand-in: `….attn_q.bias` -> `….attn_q_diff.bias`."""
+    """The diffusion view's stand-in: `….attn_q.bias` -> `….attn_q_diff.bias`, `….ssm_a` ->
+    `….ssm_a_diff`."""
     stem, _, part = name.rpartition(".")
-    return f"{stem}_diff.{part}"
+    return f"{stem}_diff.{part}" if part in _PARTS else f"{name}_diff"
+
+
+def in_view(name: str, suffix: str) -> str:
+    """A tensor of a view. suffix: that its tensors have: none, or that of twins."""
+    return twin_of(name) if suffix else name
+
+
+def original_of(name: str) -> str:
+    """What a twin stands in for; other names as they are."""
+    stem, dot, part = name.rpartition(".")
+    if part in _PARTS:
+        return stem.removesuffix("_diff") + dot + part
+    return name.removesuffix("_diff")
 
 
 def is_diffusion_tensor(name: str) -> bool:
-    """True for `blk.N.<...>_diff.<weight or bias>`."""
-    return name.startswith("blk.") and name.endswith(("_diff.weight", "_diff.bias"))
+    """True for `blk.N.<...>_diff`, `.weight` or `.bias` behind it or nothing."""
+    return name.startswith("blk.") and original_of(name) != name
 
 
 def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -133,17 +167,18 @@ def _delta_net_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name within the layer -> shape of a gated DeltaNet."""
     hybrid = config.hybrid
     assert hybrid is not None
-    return {
-        "attn_qkv.weight": (hybrid.channels, config.n_embd),
-        "attn_gate.weight": (hybrid.inner, config.n_embd),
-        "ssm_a": (hybrid.n_value_heads,),
-        "ssm_alpha.weight": (hybrid.n_value_heads, config.n_embd),
-        "ssm_beta.weight": (hybrid.n_value_heads, config.n_embd),
-        "ssm_conv1d.weight": (hybrid.channels, CONV_KERNEL),
-        "ssm_dt.bias": (hybrid.n_value_heads,),
-        "ssm_norm.weight": (hybrid.head_dim,),
-        "ssm_out.weight": (config.n_embd, hybrid.inner),
+    shapes = {
+        "qkv": (hybrid.channels, config.n_embd),
+        "gate": (hybrid.inner, config.n_embd),
+        "a": (hybrid.n_value_heads,),
+        "alpha": (hybrid.n_value_heads, config.n_embd),
+        "beta": (hybrid.n_value_heads, config.n_embd),
+        "conv": (hybrid.channels, CONV_KERNEL),
+        "dt": (hybrid.n_value_heads,),
+        "norm": (hybrid.head_dim,),
+        "out": (config.n_embd, hybrid.inner),
     }
+    return {name: shapes[part] for part, name in DELTA_NET.items()}
 
 
 def _mtp_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -155,12 +190,17 @@ def _mtp_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _mixing_shapes(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, ...]]:
+    """Name within the layer -> shape of what mixes its rows, which each view has of its own."""
+    own = _attention_shapes if kind is LayerKind.ATTENTION else _delta_net_shapes
+    return own(config)
+
+
 def _layer_shapes(config: ModelConfig, kind: LayerKind) -> dict[str, tuple[int, ...]]:
     """Name within the layer -> shape of the AR tensors of one layer."""
-    own = _attention_shapes if kind is LayerKind.ATTENTION else _delta_net_shapes
     return {
         "attn_norm.weight": (config.n_embd,),
-        **own(config),
+        **_mixing_shapes(config, kind),
         f"{config.architecture.mlp_norm}.weight": (config.n_embd,),
         "ffn_gate.weight": (config.n_ff, config.n_embd),
         "ffn_up.weight": (config.n_ff, config.n_embd),

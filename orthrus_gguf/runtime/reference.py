@@ -22,7 +22,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import LayerKind, Pairing
 from orthrus_gguf.model.config import Rope
 from orthrus_gguf.model.file import ModelFile, WeightFile
-from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
+from orthrus_gguf.model.tensors import DELTA_NET, OUTPUT, OUTPUT_NORM, TOKEN_EMBD, in_view
 from orthrus_gguf.runtime.attention import check_attention
 from orthrus_gguf.runtime.drawing import draw_choices
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
@@ -53,7 +53,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: views of attention, or a DeltaNet instead of them; everything else is shared.
+    """One layer: views of attention, or of a DeltaNet instead; everything else is shared.
 
     place: among the layers of its kind.
     """
@@ -61,7 +61,7 @@ class Layer:
     place: int
     attn_norm: Tensor
     attention: dict[View, Attention]
-    delta_net: DeltaNet | None
+    delta_net: dict[View, DeltaNet]
     ffn_norm: Tensor
     ffn_gate: Tensor
     ffn_up: Tensor
@@ -183,7 +183,8 @@ class ReferenceModel:
 
     def _block(self, segment: Segment, cache: ReferenceCache) -> Results:
         tokens, head = list(segment.tokens), bool(segment.wanted)
-        block = self._rows(cache, View.DIFFUSION, tokens, segment.start, head, segment.taps)
+        with cache.aside(segment.start):
+            block = self._rows(cache, View.DIFFUSION, tokens, segment.start, head, segment.taps)
         return Results(block.logits[segment.wanted], block.taps) if head else block
 
     def _rows(
@@ -213,10 +214,10 @@ class ReferenceModel:
     ) -> Tensor:
         """The residual stream behind a layer, [rows, n_embd] as before it."""
         h = self._norm(x, layer.attn_norm)
-        if layer.delta_net is None:
+        if layer.attention:
             x = x + self._attention(h, layer, cache, view, start)
         else:
-            x = x + self._delta_net(h, layer.delta_net, layer.place, cache)
+            x = x + self._delta_net(h, layer.delta_net[view], layer.place, cache, view)
         h = self._norm(x, layer.ffn_norm)
         gate = torch.nn.functional.silu(h @ layer.ffn_gate.T)
         return x + (gate * (h @ layer.ffn_up.T)) @ layer.ffn_down.T
@@ -241,14 +242,20 @@ class ReferenceModel:
         keys]; None if it sees all."""
         return None
 
-    def _delta_net(self, h: Tensor, w: DeltaNet, place: int, cache: ReferenceCache) -> Tensor:
-        """What a DeltaNet adds to one AR row."""
+    def _delta_net(
+        self, h: Tensor, w: DeltaNet, place: int, cache: ReferenceCache, view: View
+    ) -> Tensor:
+        """What a DeltaNet adds to one AR row, or to the rows of a block, each of which sees those
+        before it."""
         assert isinstance(cache, HybridCache)
         assert self.config.hybrid is not None
-        eps = self.config.rms_eps
-        added, update = delta_row(h, w, self.config.hybrid, cache.state, place, eps)
-        cache.add_update(update)
-        return added
+        eps, added = self.config.rms_eps, []
+        for row in h:
+            found, update = delta_row(row[None], w, self.config.hybrid, cache.state, place, eps)
+            if view is View.AR:
+                cache.add_update(update)
+            added.append(found)
+        return torch.cat(added)
 
     def _qkv(self, h: Tensor, w: Attention, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated q [rows, n_head, head_dim]; k and v [rows, n_head_kv, head_dim]."""
@@ -345,14 +352,18 @@ def layer_weights(file: WeightFile, index: int, views: Mapping[View, str]) -> La
     prefix, config = f"blk.{index}.", file.config
     kinds = config.layer_kinds
     is_attention = kinds[index] is LayerKind.ATTENTION
-    attention = {
-        view: _attention(file, prefix, suffix) for view, suffix in views.items() if is_attention
-    }
+    attention: dict[View, Attention] = {}
+    delta_net: dict[View, DeltaNet] = {}
+    for view, suffix in views.items():
+        if is_attention:
+            attention[view] = _attention(file, prefix, suffix)
+        else:
+            delta_net[view] = _delta_net(file, prefix, suffix)
     names = ("attn_norm", "ffn_gate", "ffn_up", "ffn_down")
     return Layer(
         place=kinds[:index].count(kinds[index]),
         attention=attention,
-        delta_net=None if is_attention else _delta_net(file, prefix),
+        delta_net=delta_net,
         ffn_norm=weight(file, f"{prefix}{config.architecture.mlp_norm}.weight"),
         **{name: weight(file, f"{prefix}{name}.weight") for name in names},
     )
@@ -372,17 +383,9 @@ def _attention(file: WeightFile, prefix: str, suffix: str) -> Attention:
     return Attention(q, part("k"), part("v"), part("output"), **norms, **biases, gate=gate)
 
 
-def _delta_net(file: WeightFile, prefix: str) -> DeltaNet:
-    ssm = {name: weight(file, f"{prefix}ssm_{name}.weight") for name in ("alpha", "beta", "norm")}
-    return DeltaNet(
-        qkv=weight(file, f"{prefix}attn_qkv.weight"),
-        gate=weight(file, f"{prefix}attn_gate.weight"),
-        conv=weight(file, f"{prefix}ssm_conv1d.weight"),
-        a=weight(file, f"{prefix}ssm_a"),
-        dt=weight(file, f"{prefix}ssm_dt.bias"),
-        out=weight(file, f"{prefix}ssm_out.weight"),
-        **ssm,
-    )
+def _delta_net(file: WeightFile, prefix: str, suffix: str) -> DeltaNet:
+    names = {part: prefix + in_view(name, suffix) for part, name in DELTA_NET.items()}
+    return DeltaNet(**{part: weight(file, name) for part, name in names.items()})
 
 
 def weight(file: WeightFile, name: str) -> Tensor:

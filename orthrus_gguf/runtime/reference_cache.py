@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -103,6 +104,10 @@ class ReferenceCache:
         """The memory of keys or values, [n_layers, capacity, bytes of a row]."""
         found: NDArray[np.uint8] = part.numpy().view(np.uint8)
         return found.reshape(*part.shape[:2], -1)
+
+    def aside(self, start: int) -> AbstractContextManager[None]:
+        """For a block behind the rows before `start`, of which nothing stays."""
+        return nullcontext()
 
     def pend(self, parents: tuple[int, ...]) -> None:
         """Begin an AR segment, whose rows will be added; drop what was pending."""

@@ -6,7 +6,8 @@ on the rows before it alone, not on how they were cut into passes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,6 +178,19 @@ class HybridCache(ReferenceCache):
         self._at = [*path, row]
         self._updates.append([])
         return super().make_way()
+
+    @contextmanager
+    def aside(self, start: int) -> Iterator[None]:
+        """See `ReferenceCache.aside`. The block's rows find the state of the rows before `start`,
+        the last of which may be pending. Raises ValueError for rows before the committed ones."""
+        pending = start - self._length
+        if pending < 0:
+            raise ValueError(f"no state at {start}: {self._length} rows are committed")
+        before, self.state = self.state, self._replayed(range(pending))
+        try:
+            yield
+        finally:
+            self.state = before
 
     def _replayed(self, path: Sequence[int]) -> State:
         state = self._committed.copy()

@@ -284,8 +284,6 @@ def test_bad_files(plain: Path) -> None:
     assert "leaves no layers" in changed("block_count", 1)
     for name in ("qwen35moe", "qwen3next"):
         assert f"is {name}, " in refusal({**good, "general.architecture": name})
-    heads = {**good, "general.architecture": "orthrus", "orthrus.base_architecture": "qwen35"}
-    assert "heads for hybrid bases are not supported yet" in refusal(heads)
 
 
 def rewritten(source: Path, path: Path, keep: Callable[[str], bool], extra: str = "") -> Path:

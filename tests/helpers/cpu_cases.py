@@ -212,8 +212,7 @@ def memory(model: CpuModel, *caches: Any) -> list[tuple[NDArray[Any], bool]]:
     found: list[tuple[NDArray[Any], bool]] = [(model._weights._block, False)]
     for layer in model._weights.layers:
         found += [(layer.attn_norm, False), (layer.ffn_norm, False)]
-        if layer.delta_net is not None:
-            net = layer.delta_net
+        for net in layer.delta_net.values():
             found += [(vector, False) for vector in (net.conv, net.a, net.dt, net.norm)]
         for attention in layer.attention.values():
             vectors = (*attention.biases, attention.q_norm, attention.k_norm)

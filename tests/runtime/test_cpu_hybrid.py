@@ -225,8 +225,7 @@ def test_weights_take_what_is_said(make: Make, tmp_path: Path) -> None:
         vectors = [w.output_norm]
         for layer in w.layers:
             vectors += [layer.attn_norm, layer.ffn_norm]
-            if layer.delta_net:
-                net = layer.delta_net
+            for net in layer.delta_net.values():
                 vectors += [net.conv, net.a[:4], net.dt[:4], net.norm]
             for a in layer.attention.values():
                 vectors += [norm for norm in (a.q_norm, a.k_norm) if norm is not None]

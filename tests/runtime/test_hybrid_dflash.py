@@ -64,6 +64,16 @@ def model(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
         yield found
 
 
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(RuntimeName.REFERENCE, marks=pytest.mark.slow), RuntimeName.CPU],
+)
+def decoder(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
+    """The same, for whole texts."""
+    with loaded_dflash(request.param, **F32) as found:
+        yield found
+
+
 def sequence_of(model: ModelWithDrafter, prompt: Sequence[int]) -> TokenSequence:
     cache, beside = model.new_cache(CAPACITY), model.new_draft_cache(CAPACITY)
     return TokenSequence(model.config, cache, Sampler(GREEDY), list(prompt), draft_cache=beside)
@@ -213,22 +223,22 @@ def test_every_cycle(model: ModelWithDrafter) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_prompts_in_pieces(model: ModelWithDrafter, batch: int) -> None:
-    whole, pieces = (cycles_of(model, PROMPTS[3], "two-pass", batch=n)[1] for n in (512, batch))
+def test_prompts_in_pieces(decoder: ModelWithDrafter, batch: int) -> None:
+    whole, pieces = (cycles_of(decoder, PROMPTS[3], "two-pass", batch=n)[1] for n in (512, batch))
     assert [c.draft.tokens for c in pieces] == [c.draft.tokens for c in whole]
 
 
 # --- the text ---
 
 
-def test_the_text_is_that_of_plain_decoding(model: ModelWithDrafter) -> None:
+def test_the_text_is_that_of_plain_decoding(decoder: ModelWithDrafter) -> None:
     """Prompts and seeds, each plan on one session that goes on from pair to pair."""
-    sessions = {plan: Session(model, ENDLESS, CAPACITY) for plan in ("ar", *PLANS)}
+    sessions = {plan: Session(decoder, ENDLESS, CAPACITY) for plan in ("ar", *PLANS)}
     accepted = dict.fromkeys(PLANS, 0)
     for seed, prompt in ((0, PROMPTS[3]), (6, PROMPTS[1])):
-        plain = finished(sessions["ar"].generate(request(model, "ar", prompt, seed)))
+        plain = finished(sessions["ar"].generate(request(decoder, "ar", prompt, seed)))
         for plan in PLANS:
-            found = finished(sessions[plan].generate(request(model, plan, prompt, seed)))
+            found = finished(sessions[plan].generate(request(decoder, plan, prompt, seed)))
             assert found.output == plain.output, (plan, seed, prompt)
             accepted[plan] += drafted(found)
     assert min(accepted.values()) > 4, accepted
@@ -249,16 +259,16 @@ def test_quantized(weights: str, cache: str) -> None:
     assert accepted > 0.6 * cycles, (accepted, cycles)
 
 
-def test_side_by_side(model: ModelWithDrafter) -> None:
+def test_side_by_side(decoder: ModelWithDrafter) -> None:
     plans = ("two-pass", "two-pass@2", "ar", "ar+dflash")
     alone = [
-        finished(Session(model, ENDLESS, 99).generate(request(model, "ar", p, i % 3)))
+        finished(Session(decoder, ENDLESS, 99).generate(request(decoder, "ar", p, i % 3)))
         for i, p in enumerate(PROMPTS)
     ]
-    together, running = Together(model), []
+    together, running = Together(decoder), []
     for i, prompt in enumerate(PROMPTS):
-        session = Session(model, ENDLESS, 99)
-        running.append(session.generate(request(model, plans[i], prompt, i % 3)))
+        session = Session(decoder, ENDLESS, 99)
+        running.append(session.generate(request(decoder, plans[i], prompt, i % 3)))
         together.join(running[-1])
         together.step()
     while len(together):
@@ -268,18 +278,20 @@ def test_side_by_side(model: ModelWithDrafter) -> None:
 
 
 def test_it_goes_back_where_the_model_does(
-    model: ModelWithDrafter, monkeypatch: pytest.MonkeyPatch
+    decoder: ModelWithDrafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An edited end, and a turn that goes on: both caches from the last place that both know."""
     monkeypatch.setattr("orthrus_gguf.runtime.checkpoints.CHECKPOINT_ROWS", 6)
-    session = Session(model, ENDLESS, 128)
-    first = finished(session.generate(request(model, "two-pass", PROMPTS[2])))
+    session = Session(decoder, ENDLESS, 128)
+    first = finished(session.generate(request(decoder, "two-pass", PROMPTS[2])))
     for prompt, places in (
         ([*PROMPTS[2], *first.output[:-3], 9, 8], range(3 + 6, 3 + TOKENS - 2)),
         ([*PROMPTS[2][:2], 9, 8], [0]),
     ):
-        result = finished(session.generate(request(model, "two-pass", prompt)))
-        again = finished(Session(model, ENDLESS, 128).generate(request(model, "two-pass", prompt)))
+        result = finished(session.generate(request(decoder, "two-pass", prompt)))
+        again = finished(
+            Session(decoder, ENDLESS, 128).generate(request(decoder, "two-pass", prompt))
+        )
         assert result.output == again.output
         assert [c.draft.tokens for c in result.cycles] == [c.draft.tokens for c in again.cycles]
         assert result.statistics.cached_tokens in places

@@ -174,7 +174,8 @@ class CpuModel(HostModel[CpuCache]):
         slots: dict[int, int] = {}
         groups: list[tuple[int, int]] = []
         keep: list[NDArray[np.int32]] = []  # alive until the pass has run
-        hybrids: list[HybridCpuCache] = []
+        hybrids: list[HybridCpuCache] = []  # whose AR rows are in this pass
+        runs = [0, 0]
         wanted: list[int] = []
         row = ar = 0
         for piece in pieces:
@@ -187,10 +188,17 @@ class CpuModel(HostModel[CpuCache]):
             place.fill(rows, keep)
             self._angles.point(rows, place.positions)
             if isinstance(own.cache, HybridCpuCache):
-                b.states[:, slot], run = own.cache.states, b.run[len(hybrids) :][:1]
+                b.states[:, slot], run = own.cache.states, b.run[sum(runs) :][:1]
                 state_rows = b.state_row[row : row + piece.count]
-                keep += own.cache.plan(piece, row, slot, state_rows, run)
-                hybrids.append(own.cache)
+                run["first"], run["count"], run["state"] = row, piece.count, slot
+                state_rows["state"] = slot
+                if piece.segment.view is View.AR:
+                    keep += own.cache.plan(piece, row, state_rows, run)
+                    hybrids.append(own.cache)
+                else:
+                    alone = all(cache is not own.cache for cache in hybrids)
+                    keep += own.cache.plan_block(piece.start, row, state_rows, run, alone=alone)
+                runs[piece.segment.view is not View.AR] += 1
             groups += [(row + first, count) for first, count in place.groups]
             wanted += [row + i for i in piece.wanted]
             row += piece.count
@@ -199,7 +207,7 @@ class CpuModel(HostModel[CpuCache]):
         b.group[: len(groups)] = groups
         b.index[: len(wanted)] = wanted
         sizes = ar, row - ar, len(wanted), len(groups)
-        return Filled(Shape(*sizes, runs=len(hybrids)), hybrids, keep)
+        return Filled(Shape(*sizes, runs=(runs[0], runs[1])), hybrids, keep)
 
     def _builder(self, shape: Shape) -> Builder:
         """Of the steps of passes of a shape."""

@@ -127,17 +127,19 @@ class HybridCpuCache(CpuCache):
         self._rows: list[int] = []  # records of the pending rows
         self._ahead: list[int] | None = None  # the window of a state that has pending rows
         self._planned: list[int] | None = None  # the same, once the pass has run
+        self._reach = 0  # how many pending rows that state has
         self._kept = Checkpoints[State](state.kept_bytes)
 
     # --- passes ---
 
     def plan(
-        self, piece: Piece, first: int, state: int, rows: NDArray[np.void], run: NDArray[np.void]
+        self, piece: Piece, first: int, rows: NDArray[np.void], run: NDArray[np.void]
     ) -> list[Ints]:
         """Describe a piece of an AR segment to the kernels: `library.STATE_ROW` records of its
-        rows, and one `library.RUN`. What those point to is returned, to be kept for the pass.
+        rows, and one `library.RUN`, which say already which rows of which sequence they are about.
+        What they point to is returned, to be kept for the pass.
 
-        first: the pass's row that the piece begins with. state: the number of this sequence.
+        first: the pass's row that the piece begins with.
         """
         segment, count = piece.segment, piece.count
         advance = segment.parents is None and len(segment) > PENDING_ROWS
@@ -146,7 +148,7 @@ class HybridCpuCache(CpuCache):
         kept = min(count, BACK) if advance else count
         used = {*self._window, *window, *self._accepted, *self._rows}
         new = [slot for slot in range(RECORDS) if slot not in used][:kept]
-        rows["state"], rows["record"], rows["follows"], rows["replays"] = state, -1, 1, 0
+        rows["record"], rows["follows"], rows["replays"] = -1, 1, 0
         rows["record"][count - kept :] = new
         keep = [np.array(self._accepted, np.int32)]
         if segment.parents is None:
@@ -155,12 +157,41 @@ class HybridCpuCache(CpuCache):
                 keep += _replay(rows, 0, self._rows)
         else:
             keep += _branches(rows, first, before, segment.parents, new)
-        run["first"], run["count"], run["state"] = first, count, state
         run["applied"], run["apply"] = len(self._accepted), keep[0].ctypes.data
         run["advance"], run["save"] = advance, advance and piece.first == 0
         self._planned = [*before, *new][-BACK:] if advance else None
+        self._reach = piece.first + count
         self._rows += [] if advance else new
         return keep
+
+    def plan_block(
+        self,
+        start: int,
+        first: int,
+        rows: NDArray[np.void],
+        run: NDArray[np.void],
+        *,
+        alone: bool,
+    ) -> list[Ints]:
+        """Describe a block behind the first `start` rows, as `plan` does. It begins from the state
+        of those, which it leaves as it is.
+
+        alone: no AR rows of this sequence share the pass; else those are planned, and run before
+        the block does. Raises ValueError where the state before `start` is not at hand.
+        """
+        pending, window = start - self._length, self._ahead if alone else self._planned
+        if window is None:
+            known = 0 <= pending <= len(self._rows)
+            replayed = [*(self._accepted if alone else ()), *self._rows[: max(pending, 0)]]
+            window = [*self._window, *self._rows[: max(pending, 0)]][-BACK:]
+        else:
+            known, replayed = pending == self._reach, []
+        if not known:
+            raise ValueError(f"no state at {start}: {self._length} rows are committed")
+        rows["record"], rows["follows"], rows["replays"] = -1, 1, 0
+        _look_back(rows["back"], first, window)
+        run["applied"] = run["advance"] = run["save"] = 0
+        return _replay(rows, 0, replayed)
 
     def ran(self) -> None:
         """The pass that was planned has run."""

@@ -17,7 +17,7 @@ from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.state import tile_columns
-from orthrus_gguf.runtime.cpu.weights import Attention, DeltaNet, Floats, Layer, Weights
+from orthrus_gguf.runtime.cpu.weights import Attention, Floats, Layer, Weights
 from orthrus_gguf.runtime.protocol import View
 
 
@@ -37,9 +37,10 @@ class Shape:
     """What passes have in common that can use the same steps.
 
     ar_rows, diffusion_rows: rows by view. wanted: rows that the head is for. groups: of rows that
-    attend together. taps: layers whose input is kept. runs: rows of one sequence that go through
-    DeltaNet layers. layers: that run, unless all do. blocks: of columns that attention takes
-    at most, if it is to be sparse. watch: what the attention of the last rows is asked of.
+    attend together. taps: layers whose input is kept. runs: by view, how many go through a
+    DeltaNet layer, the AR rows of a sequence or the rows of a block together. layers: that run,
+    unless all do. blocks: of columns that attention takes at most, if it is to be sparse. watch:
+    what the attention of the last rows is asked of.
     """
 
     ar_rows: int
@@ -47,7 +48,7 @@ class Shape:
     wanted: int
     groups: int
     taps: tuple[int, ...] = ()
-    runs: int = 0
+    runs: tuple[int, int] = (0, 0)
     layers: int | None = None
     blocks: int = 0
     watch: Watch | None = None
@@ -95,10 +96,10 @@ class Builder:
                 self._keep(b.tap(index), b.x)
             # Behind the last layer's keys and values, only rows that somebody asks about count.
             stop = index == last and not shape.wanted and not whole
-            if layer.delta_net is None:
+            if layer.attention:
                 self._attend(layer, index, store_only=stop)
             else:
-                self._remember(layer, layer.delta_net, store_only=stop)
+                self._remember(layer, store_only=stop)
             if stop:
                 return k.steps_array(self.steps)
             if index == last and shape.wanted < shape.rows and not whole:
@@ -171,34 +172,44 @@ class Builder:
             scale=1 / math.sqrt(self.config.head_dim),
         )  # fmt: skip
 
-    def _remember(self, layer: Layer, w: DeltaNet, *, store_only: bool) -> None:
+    def _remember(self, layer: Layer, *, store_only: bool) -> None:
         """What a gated DeltaNet adds to the rows, and does to the state of their sequences."""
-        b, rows, hybrid = self.buffers, self.shape.rows, self.config.hybrid
+        b, hybrid = self.buffers, self.config.hybrid
         assert hybrid is not None
         parts = -(-(2 * hybrid.n_key_heads + hybrid.n_value_heads) // k.HEADS_PER_TASK)
         tables: dict[str, Any] = {
             "state_row": b.state_row.ctypes.data, "state": b.states[layer.place].ctypes.data,
-            "run": b.run.ctypes.data, "n_head": hybrid.n_value_heads,
-            "n_head_kv": hybrid.n_key_heads, "head_dim": hybrid.head_dim,
+            "n_head": hybrid.n_value_heads, "n_head_kv": hybrid.n_key_heads,
+            "head_dim": hybrid.head_dim,
         }  # fmt: skip
-        inputs = [w.qkv, w.gate, w.alpha, w.beta]
-        forms = self.norm(b.x, rows, layer.attn_norm, inputs)
-        self.products(forms, [(matrix, None) for matrix in inputs], 0, rows, b.qkv)
-        self.add(
-            k.CONVOLVE, rows * parts, x=b.qkv, y=b.convolved, weight=_address(w.conv),
-            weight_k=_address(w.a), biases=[w.dt], **tables,
-        )  # fmt: skip
-        tiles = hybrid.inner // tile_columns(hybrid)
-        self.add(k.RECUR, self.shape.runs * tiles, x=b.convolved, y=b.mixed, **tables)
-        if store_only:
-            return
-        form = self._form(w.out)
-        forms = {form: b.q[form].ctypes.data}
-        self.add(
-            k.GATED_NORM, rows, x=b.qkv[:, hybrid.channels :], y=b.mixed, q=forms[form], form=form,
-            weight=_address(w.norm), epsilon=self.config.rms_eps, **tables,
-        )  # fmt: skip
-        self.products(forms, [(w.out, None)], 0, rows, b.x, add=True)
+        nets = layer.delta_net
+        views = [(nets[view], first, rows) for view, first, rows in self.shape.views()]
+        inputs = [matrix for w, _, _ in views for matrix in (w.qkv, w.gate, w.alpha, w.beta)]
+        forms = self.norm(b.x, self.shape.rows, layer.attn_norm, inputs)
+        tiles, run = hybrid.inner // tile_columns(hybrid), 0
+        # First AR rows: blocks begin from what these leave behind.
+        for (w, first, rows), runs in zip(views, filter(None, self.shape.runs), strict=True):
+            matrices = [(matrix, None) for matrix in (w.qkv, w.gate, w.alpha, w.beta)]
+            self.products(forms, matrices, first, rows, b.qkv)
+            self.add(
+                k.CONVOLVE, rows * parts, x=b.qkv, y=b.convolved, weight=_address(w.conv),
+                weight_k=_address(w.a), biases=[w.dt], first=first, **tables,
+            )  # fmt: skip
+            self.add(
+                k.RECUR, runs * tiles, x=b.convolved, y=b.mixed, run=b.run[run:].ctypes.data,
+                **tables,
+            )  # fmt: skip
+            run += runs
+        for w, first, rows in () if store_only else views:
+            form = self._form(w.out)
+            q = b.q[form].ctypes.data
+            behind = first * self.kernels.row_bytes(form, w.out.k)
+            self.add(
+                k.GATED_NORM, rows, x=b.qkv[first:, hybrid.channels :], y=b.mixed[first:],
+                q=q + behind, form=form, weight=_address(w.norm), epsilon=self.config.rms_eps,
+                **tables,
+            )  # fmt: skip
+            self.products({form: q}, [(w.out, None)], first, rows, b.x, add=True)
 
     def heads(self, a: Attention, place: int, first: int, rows: int) -> None:
         """Norm and turn the heads of rows; their keys and values into the cache of a layer.

@@ -19,12 +19,19 @@ from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import WeightFile
 from orthrus_gguf.model.hybrid import CONV_KERNEL
-from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
+from orthrus_gguf.model.tensors import (
+    DELTA_NET,
+    OUTPUT,
+    OUTPUT_NORM,
+    TOKEN_EMBD,
+    in_view,
+    original_of,
+)
 from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.protocol import View
 
-#: Of a DeltaNet: [channels, taps].
-_CONV = "ssm_conv1d.weight"
+#: Of a DeltaNet, its taps [channels, kernel], which are few; of attention, whose heads have gates.
+_CONV, _QUERIES = DELTA_NET["conv"], "attn_q.weight"
 
 #: Panels that one task of repacking takes.
 PANELS = 16
@@ -64,14 +71,14 @@ class DeltaNet:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: views of attention, or a DeltaNet in their place; all else is shared.
+    """One layer: views of attention, or of a DeltaNet in its place; all else is shared.
 
     place: among the layers of its kind.
     """
 
     place: int
     attention: dict[View, Attention]
-    delta_net: DeltaNet | None
+    delta_net: dict[View, DeltaNet]
     attn_norm: Floats
     ffn_norm: Floats
     gate: Matrix
@@ -95,7 +102,8 @@ def why_not(config: ModelConfig, tensors: Mapping[str, TensorInfo], kernels: Ker
 
 def is_packed(config: ModelConfig, info: TensorInfo) -> bool:
     """Whether a tensor is repacked: not vectors, nor the taps of convolutions."""
-    return is_used(config, info) and len(info.shape) > 1 and not info.name.endswith(_CONV)
+    taps = original_of(info.name).endswith(_CONV)
+    return is_used(config, info) and len(info.shape) > 1 and not taps
 
 
 def is_used(config: ModelConfig, info: TensorInfo) -> bool:
@@ -183,34 +191,32 @@ class Weights:
     def _layer(self, file: WeightFile, index: int, views: Mapping[View, str]) -> Layer:
         prefix, config = f"blk.{index}.", file.config
         kinds = config.layer_kinds
-        attends = kinds[index] is LayerKind.ATTENTION
-        attention = {
-            view: self._attention(file, prefix, suffix) for view, suffix in views.items() if attends
-        }
+        attention: dict[View, Attention] = {}
+        delta_net: dict[View, DeltaNet] = {}
+        for view, suffix in views.items():
+            if kinds[index] is LayerKind.ATTENTION:
+                attention[view] = self._attention(file, prefix, suffix)
+            else:
+                delta_net[view] = self._delta_net(file, prefix, suffix)
         return Layer(
             kinds[:index].count(kinds[index]),
             attention,
-            None if attends else self._delta_net(file, prefix),
+            delta_net,
             vector(file, f"{prefix}attn_norm.weight"),
             vector(file, f"{prefix}{config.architecture.mlp_norm}.weight"),
             *(self._matrices[f"{prefix}ffn_{name}.weight"] for name in ("gate", "up", "down")),
         )
 
-    def _delta_net(self, file: WeightFile, prefix: str) -> DeltaNet:
-        def matrix(name: str) -> Matrix:
-            return self._matrices[f"{prefix}{name}.weight"]
-
-        conv = vector(file, f"{prefix}{_CONV}").reshape(-1, LANES, CONV_KERNEL)
+    def _delta_net(self, file: WeightFile, prefix: str, suffix: str) -> DeltaNet:
+        names = {part: prefix + in_view(name, suffix) for part, name in DELTA_NET.items()}
+        conv = vector(file, names["conv"]).reshape(-1, LANES, CONV_KERNEL)
+        matrices = ("qkv", "gate", "alpha", "beta", "out")
         return DeltaNet(
-            qkv=matrix("attn_qkv"),
-            gate=matrix("attn_gate"),
-            alpha=matrix("ssm_alpha"),
-            beta=matrix("ssm_beta"),
-            out=matrix("ssm_out"),
+            **{part: self._matrices[names[part]] for part in matrices},
             conv=np.ascontiguousarray(conv.transpose(0, 2, 1)),
-            a=_whole_panels(vector(file, f"{prefix}ssm_a")),
-            dt=_whole_panels(vector(file, f"{prefix}ssm_dt.bias")),
-            norm=vector(file, f"{prefix}ssm_norm.weight"),
+            a=_whole_panels(vector(file, names["a"])),
+            dt=_whole_panels(vector(file, names["dt"])),
+            norm=vector(file, names["norm"]),
         )
 
     def _attention(self, file: WeightFile, prefix: str, suffix: str) -> Attention:
@@ -241,7 +247,7 @@ class Weights:
 
 def _gated(config: ModelConfig, info: TensorInfo) -> bool:
     """Whether a tensor holds, head by head, queries and gates."""
-    return config.architecture.hybrid and info.name.endswith(".attn_q.weight")
+    return config.architecture.hybrid and original_of(info.name).endswith(_QUERIES)
 
 
 def _apart(heads: int, each: int) -> list[tuple[int, int, int]]:
