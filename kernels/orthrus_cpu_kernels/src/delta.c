@@ -63,8 +63,8 @@ static void unit(float *x, int d, float length) {
     for (int i = 0; i < d; i += LANES) f_store(x + i, f_mul(f_load(x + i), scale));
 }
 
-// Task: HEADS_PER_TASK heads of q | k | v of one row, from row `first` on. weight: taps of 16 channels [4][16], side by
-// side; weight_k: A; bias 0: dt, both to whole vectors.
+// Task: HEADS_PER_TASK heads of q | k | v of one row, from row `first` on. weight: taps of 16
+// channels [4][16], side by side; weight_k: A; bias 0: dt, both to whole vectors.
 void convolve_task(const Step *s, int task) {
     int d = s->head_dim, heads = 2 * s->n_head_kv + s->n_head;
     int parts = (heads + HEADS_PER_TASK - 1) / HEADS_PER_TASK;
