@@ -132,12 +132,13 @@ def _run(args: argparse.Namespace) -> int:
     beside = recording.beside
     hardware = [_hardware(name.strip(), args, beside) for name in args.costs.split(",")]
     if beside is not None:
-        what, share = "block of the drafter's network", f"{DRAFTER_SHARE} of (published)"
+        what, share, source = "block of the drafter's network", DRAFTER_SHARE, "published"
         if beside.chain:
-            what, share = "token of a chain", f"{CHAIN_SHARE} of (a 27B model's bytes in Q4_K_M)"
+            what, share = "token of a chain", CHAIN_SHARE
+            source = "by the bytes that a 27B model's reads in Q4_K_M"
         sentences.append(
-            f"A {what} takes what was measured of it, and where it was not, {share} the time of a"
-            " pass of one row, whatever the card; following the text takes none."
+            f"A {what} takes what was measured of it, and where it was not, {share} of the time of a"
+            f" pass of one row ({source}), whatever the card; following the text takes none."
         )
     if args.strategies is None:
         strategies = default_strategies(recording.block_size, beside, lookup=recording.origin.real)
