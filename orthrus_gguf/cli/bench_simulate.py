@@ -137,8 +137,8 @@ def _run(args: argparse.Namespace) -> int:
             what, share = "token of a chain", CHAIN_SHARE
             source = "by the bytes that a 27B model's reads in Q4_K_M"
         sentences.append(
-            f"A {what} takes what was measured of it, and where it was not, {share} of the time of a"
-            f" pass of one row ({source}), whatever the card; following the text takes none."
+            f"A {what} takes what was measured of it, and where it was not, {share} of the time of"
+            f" a pass of one row ({source}), whatever the card; following the text takes none."
         )
     if args.strategies is None:
         strategies = default_strategies(recording.block_size, beside, lookup=recording.origin.real)
