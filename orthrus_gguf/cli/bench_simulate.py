@@ -37,7 +37,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.shapes import SHAPES
-from orthrus_gguf.runtime.load import RuntimeSettings, load_model
+from orthrus_gguf.runtime.load import RuntimeSettings, load_model, resolve
 from orthrus_gguf.this_machine import machine
 
 EXAMPLES = (
@@ -196,7 +196,7 @@ def _hardware(name: str, args: argparse.Namespace, beside: Beside | None) -> Har
     if path.suffix == ".gguf":
         with ExitStack() as resources:
             file = resources.enter_context(ModelFile.open(path))
-            settings = RuntimeSettings(threads=args.threads)
+            settings = resolve(RuntimeSettings(threads=args.threads), say)
             chain = beside is not None and beside.chain
             drafter, _ = open_drafter(args.drafter, file, settings.name, resources, say, mtp=chain)
             loaded = load_model(file, settings, drafter=drafter)
