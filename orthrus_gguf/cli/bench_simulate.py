@@ -18,7 +18,13 @@ from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
 from orthrus_gguf.bench.prediction.table import Selection, assumptions
 from orthrus_gguf.bench.simulation import synthetic
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
-from orthrus_gguf.bench.simulation.hardware import DRAFTER_SHARE, CardCosts, CurveCosts, FlatCosts
+from orthrus_gguf.bench.simulation.hardware import (
+    CHAIN_SHARE,
+    DRAFTER_SHARE,
+    CardCosts,
+    CurveCosts,
+    FlatCosts,
+)
 from orthrus_gguf.bench.simulation.recording import Recording, blocks_in_words, load
 from orthrus_gguf.bench.simulation.strategies import Simulator, default_strategies, runs
 from orthrus_gguf.bench.simulation.tables import Simulation, as_json, markdown
@@ -28,9 +34,10 @@ from orthrus_gguf.cli.loaded import identity, say
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
 from orthrus_gguf.drafting.plan import SPELLING, parse_all
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.shapes import SHAPES
-from orthrus_gguf.runtime.load import RuntimeSettings, load_model
+from orthrus_gguf.runtime.load import RuntimeSettings, load_model, resolve
 from orthrus_gguf.this_machine import machine
 
 EXAMPLES = (
@@ -122,17 +129,19 @@ def _run(args: argparse.Namespace) -> int:
     recording, sentences = _recording(args)
     if args.drafter is not None and ".gguf" not in args.costs:
         raise OrthrusError("--drafter goes with --costs FILE.gguf: its blocks are timed there")
-    hardware = [_hardware(name.strip(), args) for name in args.costs.split(",")]
-    if recording.drafter_block is not None:
+    beside = recording.beside
+    hardware = [_hardware(name.strip(), args, beside) for name in args.costs.split(",")]
+    if beside is not None:
+        what, share, source = "block of the drafter's network", DRAFTER_SHARE, "published"
+        if beside.chain:
+            what, share = "token of a chain", CHAIN_SHARE
+            source = "by the bytes that a 27B model's reads in Q4_K_M"
         sentences.append(
-            "A block of the drafter's network takes what was measured of it, and where it was not,"
-            f" {DRAFTER_SHARE} of the time of a pass of one row (published), whatever the card;"
-            " following the text takes none."
+            f"A {what} takes what was measured of it, and where it was not, {share} of the time of"
+            f" a pass of one row ({source}), whatever the card; following the text takes none."
         )
     if args.strategies is None:
-        strategies = default_strategies(
-            recording.block_size, recording.drafter_block, lookup=recording.origin.real
-        )
+        strategies = default_strategies(recording.block_size, beside, lookup=recording.origin.real)
     else:
         strategies = parse_all(args.strategies)
     total = len(hardware) * len(recording.domains()) * runs(strategies)
@@ -174,24 +183,28 @@ def _describe(recording: Recording) -> str:
     return f"{origin.model}, {'recorded' if origin.real else 'made up'} ({origin.settings})"
 
 
-def _hardware(name: str, args: argparse.Namespace) -> Hardware:
+def _hardware(name: str, args: argparse.Namespace, beside: Beside | None) -> Hardware:
+    """beside: what drafts, if a network does."""
     if name == FLAT:
-        return Hardware("rows are free", FlatCosts(), ["Every pass takes 1 ms, whatever its rows."])
+        return Hardware(
+            "rows are free", FlatCosts(beside), ["Every pass takes 1 ms, whatever its rows."]
+        )
     if name in CARDS:
-        return _card(name, args)
+        return _card(name, args, beside)
     path = Path(name)
     before = f"{args.context} tokens of context come before each prompt."
     if path.suffix == ".gguf":
         with ExitStack() as resources:
             file = resources.enter_context(ModelFile.open(path))
-            settings = RuntimeSettings(threads=args.threads)
-            drafter, _ = open_drafter(args.drafter, file, settings.name, resources, say, mtp=False)
+            settings = resolve(RuntimeSettings(threads=args.threads), say)
+            chain = beside is not None and beside.chain
+            drafter, _ = open_drafter(args.drafter, file, settings.name, resources, say, mtp=chain)
             loaded = load_model(file, settings, drafter=drafter)
             model = resources.enter_context(closing(loaded))
             curve = MachineCosts(model, identity(file), say).curve
             title = f"{file.config.name} on {model.description}, {machine()['cpu']}"
         told = [f"Costs of passes were measured here: {title}; lines between them.", before]
-        return Hardware(title, CurveCosts(curve, args.context), told)
+        return Hardware(title, CurveCosts(curve, args.context, beside), told)
     if path.suffix != ".json":
         raise OrthrusError(
             f"--costs {name}: expected one of {', '.join(CARDS)}, {FLAT}, a .json or a .gguf file"
@@ -201,10 +214,10 @@ def _hardware(name: str, args: argparse.Namespace) -> Hardware:
     except (OSError, ValueError) as error:
         raise OrthrusError(f"--costs {name}: not a measured cost curve ({error})") from error
     told = [f"Costs of passes were measured before ({path.name}); lines between them.", before]
-    return Hardware(path.name, CurveCosts(curve, args.context), told)
+    return Hardware(path.name, CurveCosts(curve, args.context, beside), told)
 
 
-def _card(name: str, args: argparse.Namespace) -> Hardware:
+def _card(name: str, args: argparse.Namespace, beside: Beside | None) -> Hardware:
     config = SHAPES[args.shape]
     curve = PredictedCurve(CARDS[name], config, args.type)
     selection = Selection(
@@ -220,4 +233,4 @@ def _card(name: str, args: argparse.Namespace) -> Hardware:
         f"{curve.card.name}, {config.name} {args.type.upper()}, {args.context} tokens of context"
         " (predicted)"
     )
-    return Hardware(title, CardCosts(curve, args.context), assumptions(selection))
+    return Hardware(title, CardCosts(curve, args.context, beside), assumptions(selection))

@@ -61,20 +61,11 @@ class MtpFile(Closing):
     ) -> None:
         """file: holds the block, where `target` has its layers' end. own: to close with it."""
         config = target.config
-        assert config.hybrid is not None
         self._file, self._target, self._own = file, target, own
         self.paths = (own.path,) if own is not None else target.paths
         #: What it reads of the model: the residual stream behind the last norm.
         self.taps = (config.n_layers + 1,)
-        layer = replace(config.hybrid, attention_every=1, mtp=False)
-        self.config = replace(
-            config,
-            name=f"{config.name}'s MTP block",
-            n_layers=1,
-            hybrid=layer,
-            block_size=self.beside.block,
-            mask_token=None,
-        )
+        self.config = block_config(config)
         block = f"blk.{config.n_layers}."
         self._names = {
             OUTPUT_NORM if name == block + MTP_NORM else f"blk.0.{name.removeprefix(block)}": name
@@ -118,6 +109,19 @@ class MtpFile(Closing):
         """Let go of its own file."""
         if self._own is not None:
             self._own.close()
+
+
+def block_config(config: ModelConfig) -> ModelConfig:
+    """The sizes of a hybrid's MTP block, as those of a model of one layer."""
+    assert config.hybrid is not None
+    return replace(
+        config,
+        name=f"{config.name}'s MTP block",
+        n_layers=1,
+        hybrid=replace(config.hybrid, attention_every=1, mtp=False),
+        block_size=MtpFile.beside.block,
+        mask_token=None,
+    )
 
 
 def open_beside(path: str | Path, target: ModelFile) -> DrafterFile | MtpFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -13,11 +14,14 @@ from synthetic_model import model_shape
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import block_config
+from orthrus_gguf.model.shapes import HYBRID_SHAPES
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CACHE_TYPES, cache_layout, spare_rows
 from orthrus_gguf.runtime.cpu import memory
 from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.buffers import buffer_bytes as bytes_of_rows
 from orthrus_gguf.runtime.cpu.cache import CpuCache
+from orthrus_gguf.runtime.cpu.state import RECORDS, HybridCpuCache, StateLayout
 
 SHAPES = [
     model_shape(n_layers=3, n_head=4, n_head_kv=2, head_dim=64),
@@ -38,6 +42,39 @@ def test_the_cache_takes_what_is_said(config: ModelConfig, k: str, context: int)
         assert cache.keys.nbytes + cache.values.nbytes == said
         most = (max(128, config.block_size or 0) + 96) * layout.row_bytes()
         assert 0 <= said - context * layout.row_bytes() <= most
+
+
+@pytest.mark.parametrize(
+    ("name", "state", "window", "record", "token", "block"),
+    [
+        ("0.8b", 18, 1.3, 0.70, 12, 2),
+        ("2b", 18, 1.3, 0.70, 12, 2),
+        ("4b", 48, 2.3, 1.31, 32, 4),
+        ("9b", 48, 2.3, 1.31, 32, 4),
+        ("27b", 144, 5.6, 3.38, 64, 4),
+    ],
+)
+def test_a_sequence_of_a_hybrid(
+    name: str, state: int, window: float, record: float, token: int, block: int
+) -> None:
+    """Released shapes: MiB of state, of what the convolution looks back on (kept in a checkpoint)
+    and of a row's record; KiB of keys and values per token in f16, the model's and its MTP
+    block's."""
+    config = HYBRID_SHAPES["qwen3.5-9b" if name == "27b" else f"qwen3.5-{name}"]
+    assert config.hybrid is not None
+    if name == "27b":
+        more = replace(config.hybrid, n_value_heads=48)
+        config = replace(config, n_layers=64, n_head=24, hybrid=more)
+    layout, sizes = cache_layout(config, "f16", "f16"), StateLayout.of(config)
+    cache = HybridCpuCache(layout, 1024, spare_rows(config), sizes, kernels())
+    assert cache.memory.nbytes == cache.saved.nbytes == state << 20
+    assert (sizes.kept_bytes - cache.memory.nbytes) / 2**20 == pytest.approx(window, abs=0.05)
+    assert cache.records.nbytes / RECORDS / 2**20 == pytest.approx(record, abs=0.01)
+    assert layout.row_bytes() == token << 10
+    assert cache_layout(block_config(config), "f16", "f16").row_bytes() == block << 10
+    own = (cache.memory, cache.saved, cache.records, cache.keys, cache.values)
+    assert sum(part.nbytes for part in own) == memory.cache_bytes(config, layout, 1024)
+    cache.close()
 
 
 @pytest.mark.parametrize("config", SHAPES)

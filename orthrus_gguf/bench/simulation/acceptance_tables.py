@@ -1,4 +1,5 @@
-"""Published acceptance, as tokens per cycle of two-pass decoding at full width, greedy.
+"""Published acceptance, as tokens per cycle of two-pass decoding at full width, greedy where the
+source says so.
 
 Papers count per forward: their tokens per forward are half of these (two passes per cycle).
 """
@@ -14,7 +15,8 @@ from orthrus_gguf.model.shapes import BLOCK_SIZE
 @dataclass(frozen=True)
 class AcceptanceTable:
     """tokens_per_cycle: by domain. sources: where the figures come from, a sentence each.
-    block_size: of the blocks; network: drafted by a network of its own, for a stock model.
+    block_size: of the blocks, or a token more than the chains have; network: drafted by a network
+    of its own, for a stock model; chain: token by token, by an MTP block.
     by_position: of domains where that is known, the share of cycles that accept the first, the
     second, ... draft token; the rest of a block then makes up for what tokens_per_cycle say."""
 
@@ -22,6 +24,7 @@ class AcceptanceTable:
     sources: tuple[str, ...]
     block_size: int = BLOCK_SIZE
     network: bool = False
+    chain: bool = False
     by_position: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
@@ -54,6 +57,47 @@ TABLES = {
         block_size=16,
         network=True,
         by_position={"maths": (0.87, 0.73, 0.62, 0.54, 0.45, 0.36, 0.31)},
+    ),
+    "dflash-qwen3.5-27b": AcceptanceTable(
+        {"code": 8.3},
+        ("DFlash for Qwen3.5-27B Q4_K_M (Luce DFlash): 8.3 tokens per cycle on HumanEval",),
+        block_size=16,
+        network=True,
+    ),
+    "mtp-qwen3.6-27b": AcceptanceTable(
+        {"average": 4.75},
+        (
+            "MTP of the 27B model, chains of six (vLLM): accepted in 92, 84, 65, 54, 45 and 35 % of"
+            " the cycles, 4.7 tokens per cycle",
+        ),
+        block_size=7,
+        network=True,
+        chain=True,
+        by_position={"average": (0.92, 0.84, 0.65, 0.54, 0.45, 0.35)},
+    ),
+    "mtp-27b-of-3": AcceptanceTable(
+        {"code": 3.49, "chat": 3.19, "prose": 2.89},
+        (
+            "MTP of the 27B model, chains of three (Q8_0, one H800): 83 % of the draft tokens are"
+            " accepted in Python, 63 % in creative writing (prose), 73 % over all (chat)",
+        ),
+        block_size=4,
+        network=True,
+        chain=True,
+    ),
+    "mtp-qwen3.5-9b": AcceptanceTable(
+        {"average": 1.82},
+        ("MTP of the 9B model, one token (Q4_K_M, greedy): 82 % accepted",),
+        block_size=2,
+        network=True,
+        chain=True,
+    ),
+    "mtp-qwen3.5-4b": AcceptanceTable(
+        {"average": 1.94},
+        ("MTP of the 4B model, chains of two (MLX): 47 % of the draft tokens accepted",),
+        block_size=3,
+        network=True,
+        chain=True,
     ),
     "qwen3-1.7b": AcceptanceTable({"average": 7.78, "prose": 2.0}, (_PAPER_17B, _PROSE)),
 }

@@ -14,7 +14,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.beside import Beside
+from orthrus_gguf.model.drafter import dflash
+from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.model.shapes import SHAPES
 
 #: Version 1 knew nothing of drafters, and is otherwise the same.
 VERSION, READ = 2, (1, 2)
@@ -72,13 +76,24 @@ class Recording:
     """Texts of one model.
 
     block_size: rows of the largest block of its diffusion heads, which every text holds; None
-        without heads. drafter_block: rows of the blocks of a drafter's network beside it, likewise.
+        without heads. drafter_block: rows of the blocks of a drafter's network beside it, likewise;
+        of one that drafts chains (`drafter_chain`), a token more than they have.
     """
 
     origin: Origin
     block_size: int | None
     texts: tuple[Text, ...]
     drafter_block: int | None = None
+    drafter_chain: bool = False
+
+    @property
+    def beside(self) -> Beside | None:
+        """What the drafter's network is to the model; chains are an MTP block's."""
+        if (rows := self.drafter_block) is None:
+            return None
+        if self.drafter_chain:
+            return replace(MtpFile.beside, block=rows, width=min(rows - 1, MtpFile.beside.width))
+        return dflash(replace(SHAPES["qwen3-8b"], block_size=rows))
 
     def domains(self) -> dict[str, list[Text]]:
         """Texts by domain, in order of first appearance."""
@@ -95,6 +110,7 @@ class Recording:
             "origin": asdict(self.origin),
             "block_size": self.block_size,
             "drafter_block": self.drafter_block,
+            "drafter_chain": self.drafter_chain,
             "texts": [{"domain": t.domain, "rows": sorted(t.blocks)} for t in self.texts],
         }
         arrays: dict[str, Any] = {"header": np.array(json.dumps(header))}
@@ -118,7 +134,9 @@ def blocks_in_words(recording: Recording) -> str:
     """Which blocks a recording holds for every position."""
     sizes = sorted(set.intersection(*(set(text.blocks) for text in recording.texts)))
     parts = [f"blocks of {', '.join(map(str, sizes))} rows"] if sizes else []
-    if recording.drafter_block is not None:
+    if recording.beside is not None and recording.beside.chain:
+        parts.append(f"chains of {recording.beside.most} tokens by an MTP block")
+    elif recording.drafter_block is not None:
         parts.append(f"blocks of a drafter's network, {recording.drafter_block} rows each")
     return " and ".join(parts)
 
@@ -163,7 +181,8 @@ def _parse(arrays: Mapping[str, NDArray[Any]]) -> Recording:
         raise ValueError("nothing drafted")
     if not texts or any(block_size not in {None, *text.blocks} for text in texts):
         raise ValueError(f"no texts, or one without blocks of {block_size} rows")
-    return Recording(Origin(**header["origin"]), block_size, texts, drafter_block)
+    chain = bool(header.get("drafter_chain", False))
+    return Recording(Origin(**header["origin"]), block_size, texts, drafter_block, chain)
 
 
 def _text(

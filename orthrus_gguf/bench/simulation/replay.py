@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.bench.simulation.recording import RecordedRows, Text
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.drafter import dflash
 from orthrus_gguf.model.shapes import SHAPES
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.protocol import (
@@ -130,10 +130,10 @@ class ReplayNetwork:
     taps = (0,)
 
     def __init__(
-        self, model: ReplayModel, costs: Costs, clock: VirtualClock, block_size: int
+        self, model: ReplayModel, costs: Costs, clock: VirtualClock, beside: Beside
     ) -> None:
-        self.config: ModelConfig = replace(SHAPES["qwen3-8b"], block_size=block_size)
-        self.beside = dflash(self.config)
+        self.config: ModelConfig = replace(SHAPES["qwen3-8b"], block_size=beside.block)
+        self.beside = beside
         self._model, self._costs, self._clock = model, costs, clock
 
     def new_cache(self, capacity: int) -> ReplayCache:
@@ -143,13 +143,12 @@ class ReplayNetwork:
         cache.assume(taps.shape[1])
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
-        """Row 0 is the anchor's own, and says nothing."""
-        self._clock.now += self._costs.drafter
+        """Costs are those of the longest draft; a shorter chain takes its share of them."""
+        rows = max(len(segment) for segment in segments)
+        self._clock.now += self._costs.drafter * rows / self.beside.rows(self.beside.most)
         text = self._model.text
-        return [
-            Choices(_drafted(text, None if text is None else text.drafter, s, s.wanted.stop - 1))
-            for s in segments
-        ]
+        recorded = None if text is None else text.drafter
+        return [Choices(_drafted(text, recorded, s, len(s.wanted))) for s in segments]
 
     def close(self) -> None:
         """Nothing is held."""

@@ -22,6 +22,7 @@ from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import PLAIN, Plan, parse
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 from orthrus_gguf.stats import Statistics, count
 
@@ -58,12 +59,14 @@ class Outcome:
 
 
 def default_strategies(
-    block_size: int | None, drafter_block: int | None = None, *, lookup: bool
+    block_size: int | None, beside: Beside | None = None, *, lookup: bool
 ) -> list[Plan]:
-    """What is compared unless the caller says otherwise. block_size, drafter_block: see
-    `Recording`. lookup: whether to look up, too."""
+    """What is compared unless the caller says otherwise. block_size, beside: see `Recording`.
+    lookup: whether to look up, too."""
     names, drafting = [], ["ar"]
-    for size, also in ((block_size, ""), (drafter_block, "" if block_size is None else "+dflash")):
+    network = None if beside is None else beside.block
+    named = "" if beside is None or block_size is None else f"+{beside.name}"
+    for size, also in ((block_size, ""), (network, named)):
         if size is None:
             continue
         names += [f"two-pass@{width}{also}" for width in _widths(size)]
@@ -73,7 +76,7 @@ def default_strategies(
         names += [f"fused@{width}x{blocks}" for width in _widths(block_size) for blocks in BLOCKS]
         drafting += [f"fused@{block_size - 1}x{blocks}" for blocks in (2, 4)]
         names += [f"{name}+tail" for name in drafting[1:]]
-        names += ["auto+no-dflash"] if drafter_block is not None else []
+        names += [] if beside is None else [f"auto+no-{beside.name}"]
     if lookup:
         names += [*(f"{name}+lookup" for name in drafting), "auto+no-lookup"]
     return [parse(name) for name in (*names, "auto")]
@@ -115,9 +118,9 @@ class Simulator:
 
     def _model(self, clock: VirtualClock) -> Replayed:
         model = ReplayModel(self._costs, clock, self.recording.block_size)
-        if (rows := self.recording.drafter_block) is None:
+        if (beside := self.recording.beside) is None:
             return model
-        return ReplayWithDrafter(model, ReplayNetwork(model, self._costs, clock, rows))
+        return ReplayWithDrafter(model, ReplayNetwork(model, self._costs, clock, beside))
 
     def _policy(self, plan: Plan, model: Replayed, clock: VirtualClock) -> Policy:
         return policy_for(plan, model.config, lambda: RunningCosts(measure(model, clock=clock)))

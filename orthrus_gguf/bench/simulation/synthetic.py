@@ -82,7 +82,7 @@ def synthesize(name: str, table: AcceptanceTable, seed: int) -> Recording:
     if not table.network:
         return Recording(origin, rows, tuple(texts))
     beside = tuple(replace(t, blocks={}, drafter=t.blocks[rows][:, : rows - 1]) for t in texts)
-    return Recording(origin, None, beside, rows)
+    return Recording(origin, None, beside, rows, table.chain)
 
 
 def assumptions(name: str, table: AcceptanceTable) -> list[str]:
@@ -159,7 +159,9 @@ def _fit_positions(processes: list[_Process], target: float, shares: Sequence[fl
         # Each row by the log-odds of what it must keep of those that reach it.
         keep, kept = (x[:known] / np.append(1.0, x[: known - 1]) for x in (wanted, found))
         known_rows = np.log(keep / (1 - keep) * (1 - kept) / kept)
-        others = np.full(rows - known, np.log(wanted[-1] / found[-1]))
+        others = np.zeros(rows - known)
+        if known < rows - 1:  # the last row is never verified
+            others += np.log(wanted[-1] / found[-1])
         shifts = shifts + np.append(known_rows, others) / 2
     return best
 

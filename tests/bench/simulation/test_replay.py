@@ -26,6 +26,7 @@ from orthrus_gguf.decode import decode, drive, prefill, run_cycle
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, Plan, Strategy, parse
 from orthrus_gguf.drafting.sequence import TokenSequence
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.ggml.model import GgmlModel
@@ -199,7 +200,9 @@ def test_what_its_network_drafts_is_replayed_exactly(
         assert tuple(tokens) == text.tokens
         clock = VirtualClock()
         stock = ReplayModel(FlatCosts(), clock, BLOCK)
-        model = ReplayWithDrafter(stock, ReplayNetwork(stock, FlatCosts(), clock, 8))
+        model = ReplayWithDrafter(
+            stock, ReplayNetwork(stock, FlatCosts(), clock, Beside("dflash", 8, 7))
+        )
         policy = FixedPolicy(parse(spelt), model.config)
         again = list(replay(model, clock, text, policy))
         assert [(c.drafts, c.draft.source, c.tokens) for c in again] == [

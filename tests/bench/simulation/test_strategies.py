@@ -13,7 +13,13 @@ from orthrus_gguf.auto.costs import CostCurve, RunningCosts
 from orthrus_gguf.bench.prediction.cards import CARDS
 from orthrus_gguf.bench.prediction.passes import PredictedCurve
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
-from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts, FlatCosts
+from orthrus_gguf.bench.simulation.hardware import (
+    CHAIN_SHARE,
+    DRAFTER_SHARE,
+    CardCosts,
+    CurveCosts,
+    FlatCosts,
+)
 from orthrus_gguf.bench.simulation.recording import (
     COLUMNS,
     Origin,
@@ -47,9 +53,11 @@ from orthrus_gguf.bench.simulation.tables import (
     verdict,
 )
 from orthrus_gguf.drafting.plan import parse
+from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.shapes import SHAPES
 
 BLOCK = 4
+BESIDE = Beside("dflash", 8, 7)
 CURVE = PredictedCurve(CARDS["rtx-4090"], SHAPES["qwen3-8b"], "q4_k_m")
 
 
@@ -147,7 +155,7 @@ def test_auto_drafts_with_whichever_promises_most(first: str) -> None:
     drafts = beside_each_other(*((early, late) if first == "heads" else (late, early)))
     clock = VirtualClock()
     stock = ReplayModel(CurveCosts(costs, 0), clock, 16)
-    model = ReplayWithDrafter(stock, ReplayNetwork(stock, CurveCosts(costs, 0), clock, 8))
+    model = ReplayWithDrafter(stock, ReplayNetwork(stock, CurveCosts(costs, 0), clock, BESIDE))
     policy = Controller(RunningCosts(costs), 16)
     used = {"heads": [0, 0], "network": [0, 0]}
     for cycle in replay(model, clock, drafts.texts[0], policy):
@@ -196,9 +204,9 @@ def test_the_default_compares_everything() -> None:
     assert len(names) == len(set(names))
     assert {"two-pass@7", "two-pass@31", "fused@31x4", "fused@7x1", "auto", "ar+lookup"} <= {*names}
     assert "two-pass@31+tree=16" in names
-    of_drafter = [plan.text for plan in default_strategies(None, 8, lookup=True)]
+    of_drafter = [plan.text for plan in default_strategies(None, BESIDE, lookup=True)]
     assert {"two-pass@7+tree=16", "two-pass@7+lookup", "auto+no-lookup", "auto"} <= {*of_drafter}
-    both = [plan.text for plan in default_strategies(32, 8, lookup=True)]
+    both = [plan.text for plan in default_strategies(32, BESIDE, lookup=True)]
     more = {"two-pass@7+dflash", "two-pass@7+dflash+tree=16", "auto+no-dflash"}
     assert {*names} | more < {*both}
     assert len(both) == len(set(both))
@@ -217,23 +225,37 @@ def test_the_control_stands_beside_controllers() -> None:
     assert runs([parse("fused@3x4")]) == 2
 
 
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.network])
+#: Of those, what is no other kind of draft than the first ones.
+MORE = ("dflash-qwen3.5-27b", "mtp-27b-of-3", "mtp-qwen3.5-9b", "mtp-qwen3.5-4b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in MORE))
+        for name, table in TABLES.items()
+        if table.network
+    ],
+)
 def test_drafters_beside_stock_models(name: str) -> None:
     """Published acceptance is met, in every domain; a draft pass takes its share of a plain one."""
-    table, costs = TABLES[name], CardCosts(CURVE, 512)
+    table = TABLES[name]
     made = synthesize(name, table, 0)
-    plans = ["two-pass@15", "two-pass@15+tree=16", "auto"]
+    assert made.beside is not None
+    most, costs = made.beside.most, CardCosts(CURVE, 512, made.beside)
+    plans = [f"two-pass@{most}", f"two-pass@{most}+tree=16", "auto"]
     outcomes = simulate(costs, made, plans)
     assert {outcome.strategy for outcome in outcomes} == {"ar", *plans, CONTROL}
     by = {(o.domain, o.strategy): o for o in outcomes}
     for domain, published in table.tokens_per_cycle.items():
         plain, chain, tree, auto = (by[domain, plan] for plan in ("ar", *plans))
         assert chain.statistics.tokens_per_cycle == pytest.approx(published, rel=0.03)
-        assert {source.name for source, *_ in auto.statistics.sources} >= {"dflash"}
+        assert {source.name for source, *_ in auto.statistics.sources} >= {made.beside.name}
         assert tree.statistics.cycles < chain.statistics.cycles
         cycles = chain.statistics.cycles
-        verify = costs.seconds(16, 0, 256)
+        verify = costs.seconds(1 + most, 0, 256)
         assert chain.seconds / cycles == pytest.approx(costs.drafter + verify, rel=0.03)
         alone = plain.seconds / plain.statistics.cycles
-        assert costs.drafter == pytest.approx(0.15 * alone, rel=0.05)
+        share = CHAIN_SHARE * most if table.chain else DRAFTER_SHARE
+        assert costs.drafter == pytest.approx(share * alone, rel=0.05)
         assert auto.tokens_per_second > 0.93 * tree.tokens_per_second
