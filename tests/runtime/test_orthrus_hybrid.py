@@ -17,9 +17,10 @@ from toy_model import ToyTokenizer
 
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.engine import Generation, Request, Result, Session
+from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Model, Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import SamplingSettings
