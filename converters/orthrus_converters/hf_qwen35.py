@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from orthrus_converters.checkpoint import Checkpoint
 from orthrus_converters.json_file import JsonFile, describe
@@ -207,12 +211,12 @@ def squeezed(within: str, source: SourceTensor) -> SourceTensor:
     return replace(source, shape=(channels, rest[1])) if rest[0] == 1 else source
 
 
-def as_ggml_has_it(within: str, source: SourceTensor, hybrid: Hybrid) -> SourceTensor:
-    """A weight with its heads in ggml's order, norms with their 1, and decays instead of their
-    logarithms. within: its name in the layer, or in the file outside of one."""
-    within = original_of(within)
+def _orders(within: str, hybrid: Hybrid) -> tuple[HeadOrder | None, HeadOrder | None]:
+    """The order of a weight's value heads, where these are its rows, and where its columns."""
     groups, size = hybrid.n_key_heads, hybrid.head_dim
     heads = HeadOrder(groups, hybrid.n_value_heads // groups, size)
+    if heads.per_group == 1:
+        return None, None
     keys = 2 * groups * size
     rows: Mapping[str, HeadOrder] = {
         "attn_qkv.weight": replace(heads, start=keys),
@@ -226,11 +230,58 @@ def as_ggml_has_it(within: str, source: SourceTensor, hybrid: Hybrid) -> SourceT
         "ssm_dt.bias": replace(heads, size=1),
         "ssm_out.weight": heads,
     }
-    if heads.per_group > 1:
-        source = replace(source, row_order=rows.get(within), column_order=columns.get(within))
-    change = Change.MINUS_EXP if within == "ssm_a" else None
+    return rows.get(within), columns.get(within)
+
+
+def _change(within: str) -> Change | None:
+    """What is done to a weight's values."""
     if within.endswith("norm.weight") and within != "ssm_norm.weight":
-        change = Change.PLUS_ONE
+        return Change.PLUS_ONE
+    return Change.MINUS_EXP if within == "ssm_a" else None
+
+
+def as_ggml_has_it(within: str, source: SourceTensor, hybrid: Hybrid) -> SourceTensor:
+    """A weight with its heads in ggml's order, norms with their 1, and decays instead of their
+    logarithms. within: its name in the layer, or in the file outside of one."""
+    within = original_of(within)
+    rows, columns = _orders(within, hybrid)
+    source = replace(source, row_order=rows, column_order=columns)
+    change = _change(within)
     if change is None:
         return source
     return replace(source, change=change, dtype="F32", stored=source.dtype)
+
+
+def as_checkpoints_have_it(
+    within: str, values: NDArray[np.float32], hybrid: Hybrid
+) -> NDArray[np.float32]:
+    """The way back: what `as_ggml_has_it` makes these values of."""
+    within = original_of(within)
+    for axis, order in zip((0, -1), _orders(within, hybrid), strict=True):
+        if order is not None:
+            values = np.take(values, np.argsort(order.sources()), axis=axis)
+    change = _change(within)
+    if change is Change.PLUS_ONE:
+        values = values - np.float32(1)
+    if change is Change.MINUS_EXP:
+        values = np.log(-values)
+    return values[:, None] if within == "ssm_conv1d.weight" else values
+
+
+def config_of(hybrid: Hybrid, head_dim: int) -> dict[str, Any]:
+    """What the config of such a model with heads says besides others', among it what its
+    `rope_parameters` do."""
+    return {
+        "model_type": HEADS,
+        "full_attention_interval": hybrid.attention_every,
+        "linear_conv_kernel_dim": CONV_KERNEL,
+        "linear_key_head_dim": hybrid.head_dim,
+        "linear_value_head_dim": hybrid.head_dim,
+        "linear_num_key_heads": hybrid.n_key_heads,
+        "linear_num_value_heads": hybrid.n_value_heads,
+        "rope_parameters": {
+            "partial_rotary_factor": hybrid.rotary_dim / head_dim,
+            "mrope_section": list(hybrid.sections[:3]),
+            "mrope_interleaved": True,
+        },
+    }

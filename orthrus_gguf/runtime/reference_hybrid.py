@@ -25,7 +25,7 @@ from orthrus_gguf.runtime.protocol import Checkpoint, path_to
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
 
 #: What the squared length of queries and keys is raised by, as transformers has it.
-_L2_EPS = 1e-6
+L2_EPS = 1e-6
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def delta_row(
 
 def _unit(heads: Tensor) -> Tensor:
     """Heads of length one, [heads, head_dim]."""
-    return heads * torch.rsqrt(heads.pow(2).sum(-1, keepdim=True) + _L2_EPS)
+    return heads * torch.rsqrt(heads.pow(2).sum(-1, keepdim=True) + L2_EPS)
 
 
 class HybridCache(ReferenceCache):

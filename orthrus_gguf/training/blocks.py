@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from orthrus_gguf.training.answers import Answer
 from orthrus_gguf.training.network import Memory, Network
@@ -38,8 +37,8 @@ class Text:
 
     @property
     def n_bytes(self) -> int:
-        tensors = (self.memory.keys, self.memory.values, self.probabilities, self.ids)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        tensors = (self.probabilities, self.ids)
+        return self.memory.n_bytes + sum(one.untyped_storage().nbytes() for one in tensors)
 
 
 class Library:
@@ -97,14 +96,7 @@ def draw_anchors(text: Text, count: int, rng: np.random.Generator) -> NDArray[np
 def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, mask: int) -> Batch:
     """Blocks of `rows` rows on texts at their anchors (as many on each)."""
     longest, device = max(len(text.tokens) for text in texts), texts[0].tokens.device
-
-    def padded(parts: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(p, (0, 0, 0, longest - p.shape[3])) for p in parts], dim=1)
-
-    memory = Memory(
-        padded([text.memory.keys for text in texts]),
-        padded([text.memory.values for text in texts]),
-    )
+    memory = Memory.joined([text.memory for text in texts], longest)
     places = torch.from_numpy(np.stack(anchors)).to(device)
     tokens = torch.full((*places.shape, rows), mask, device=device)
     probabilities, ids, live = [], [], []

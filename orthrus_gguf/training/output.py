@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from gguf.quants import quantize
 from numpy.typing import NDArray
+from orthrus_converters import hf_qwen35
 from orthrus_converters.checkpoint import SINGLE
 from orthrus_converters.convert import CONFIG
 from orthrus_converters.graft import TRAINED_ON
@@ -33,7 +34,11 @@ Heads = Mapping[str, NDArray[np.float32]]
 _BF16 = gguf.GGMLQuantizationType.BF16
 
 #: Scalars of a base that its heads repeat.
-_REPEATED = ("block_count", "context_length", "embedding_length", "feed_forward_length")
+_REPEATED = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("full_attention_interval", "nextn_predict_layers"),
+)
+_REPEATED_ROOMS = ("attention.", "rope.", "ssm.")
 
 
 def write_sidecar(path: Path, base: ModelFile, heads: Heads, block_size: int, mask: int) -> None:
@@ -47,7 +52,7 @@ def write_sidecar(path: Path, base: ModelFile, heads: Heads, block_size: int, ma
         writer.add_string(keys.BASE_ARCHITECTURE, arch.name)
     for key, value in base.metadata.items():
         name = key.removeprefix(f"{arch.name}.")
-        if name == key or not (name in _REPEATED or name.startswith(("attention.", "rope."))):
+        if name == key or not (name in _REPEATED or name.startswith(_REPEATED_ROOMS)):
             continue
         mine = f"{keys.ARCH_ORTHRUS}.{name}"
         if isinstance(value, bool):
@@ -58,6 +63,8 @@ def write_sidecar(path: Path, base: ModelFile, heads: Heads, block_size: int, ma
             writer.add_float32(mine, value)
         elif isinstance(value, str):
             writer.add_string(mine, value)
+        elif isinstance(value, np.ndarray):
+            writer.add_array(mine, value.tolist())
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_uint32(keys.BLOCK_SIZE, block_size)
@@ -106,6 +113,8 @@ def hf_config(config: ModelConfig, block_size: int, mask: int) -> dict[str, Any]
         magnitude = rope.attn_factor * (1 + 0.1 * math.log(rope.factor))
         scaling |= {"rope_type": "yarn", "factor": rope.factor, "attention_factor": magnitude}
         scaling["original_max_position_embeddings"] = rope.original_context
+    hybrid = {} if config.hybrid is None else hf_qwen35.config_of(config.hybrid, config.head_dim)
+    scaling |= hybrid.pop("rope_parameters", {})
     return {
         "model_type": config.architecture.name,
         "block_size": block_size,
@@ -121,6 +130,7 @@ def hf_config(config: ModelConfig, block_size: int, mask: int) -> dict[str, Any]
         "rope_parameters": scaling,
         "tie_word_embeddings": config.tied,
         "vocab_size": config.n_vocab,
+        **hybrid,
     }
 
 
@@ -129,10 +139,14 @@ def _safetensors(config: ModelConfig, heads: Heads) -> list[bytes]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     parts, end = [], 0
     for name, values in heads.items():
-        rows = _unpaired(values, name, config)
-        data = quantize(rows.reshape(1, -1) if rows.ndim == 1 else rows, _BF16).tobytes()
+        rows, kind = _unpaired(values, name, config), _BF16
+        if config.hybrid is not None:
+            rows = hf_qwen35.as_checkpoints_have_it(name.split(".", 2)[2], rows, config.hybrid)
+            if rows.ndim == 1:  # logarithms, and norms without their 1, round otherwise
+                kind = gguf.GGMLQuantizationType.F32
+        data = quantize(np.ascontiguousarray(rows).reshape(1, -1), kind).tobytes()
         header[official_name(name)] = {
-            "dtype": "BF16",
+            "dtype": kind.name,
             "shape": list(rows.shape),
             "data_offsets": [end, end + len(data)],
         }
@@ -162,7 +176,10 @@ def _write_beside(path: Path, parts: Sequence[bytes]) -> None:
 
 def official_name(name: str) -> str:
     """`blk.0.attn_q_diff.weight` → `model.layers.0.self_attn.q_proj_diff.weight`."""
-    _, layer, part, kind = name.split(".")
+    _, layer, within = name.split(".", 2)
+    if within in hf_qwen35.PARTS:
+        return f"model.layers.{layer}.{hf_qwen35.PARTS[within]}"
+    part, kind = within.split(".")
     return f"model.layers.{layer}.{LAYER_PARTS[part]}.{kind}"
 
 

@@ -87,11 +87,6 @@ def train(settings: Settings, say: Say, gains: Gains) -> dict[str, Any] | None:
                 f"{path}: holds heads already; take them off with orthrus-convert --split, and go "
                 "on from them with --heads"
             )
-        if base.config.hybrid is not None:
-            raise OrthrusError(
-                f"{path}: heads of {base.config.architecture.name} cannot be trained: only those "
-                "of models with attention in every layer (qwen3, qwen2, llama)"
-            )
         if settings.wanted.context > base.config.n_ctx_train:
             raise OrthrusError(
                 f"--context {settings.wanted.context}: {path} was trained on "

@@ -147,7 +147,10 @@ class Trainer:
         """What comes of training: the mean of the heads over the last steps, so that it does not
         depend on which texts came last."""
         names = (name for name, _ in self.network.named_heads())
-        return {name: mean.cpu().numpy() for name, mean in zip(names, self._means, strict=True)}
+        return {
+            name: self.network.stored(name, mean).cpu().numpy()
+            for name, mean in zip(names, self._means, strict=True)
+        }
 
     def run(self, minutes: float, say: Callable[[str], None]) -> None:
         """All steps that are left, with a checkpoint every `minutes`; one is written too where it

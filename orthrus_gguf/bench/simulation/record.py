@@ -40,21 +40,20 @@ def record_text(
     tokens, anchors = [*prompt, *output], len(output) - 1
     cache = model.new_cache(len(tokens))
     beside = model.new_draft_cache(len(tokens)) if isinstance(model, ModelWithDrafter) else None
-    sequence = TokenSequence(model.config, cache, sampler, tokens[:-1], draft_cache=beside)
+    sequence = TokenSequence(model.config, cache, sampler, [], draft_cache=beside)
     names = set() if beside is None else {beside.beside.name}
     drafters = make_drafters(sequence, names)
-    drive(model, prefill(sequence, drafters))
     blocks = {rows: _nothing(anchors, rows) for rows in sizes}
     drafted = None if beside is None else _nothing(anchors, beside.beside.most)
-    for anchor in reversed(range(anchors)):
+    for anchor in range(anchors):
         start = len(prompt) + anchor
-        cache.restore(cache.checkpoint(start))
-        sequence.tokens = tokens[: start + 1]
+        sequence.tokens = tokens[:start]
+        drive(model, prefill(sequence, drafters))
+        sequence.tokens[start:] = tokens[start : start + 1]
         for rows, recorded in blocks.items():
             (choices,) = model.forward([sequence.block_segment(rows)])
             _fill(recorded[anchor], choices)
         if beside is not None and drafted is not None:
-            beside.go_back(start)
             (choices,) = model.forward([sequence.drafter_segment(beside.beside.most)])
             _fill(drafted[anchor], choices)
     return Text(domain, tuple(prompt), tuple(output), blocks, drafted)
