@@ -60,7 +60,7 @@ class Conversation:
         return question
 
     def request(self, question: str, *, again: bool = False) -> Request:
-        """The request for an answer to `question`.
+        """The request for an answer to `question`, shortened where prompts are.
 
         The oldest turns are forgotten, with a line, where they leave no room for an answer.
         again: with another seed than last time, also where one was given. Raises OrthrusError for
@@ -73,28 +73,36 @@ class Conversation:
             else (self.seed + self._tries) % (MAX_SEED + 1)
         )
         self.loaded = replace(self.loaded, sampling=replace(self.loaded.sampling, seed=seed))
-        return self.loaded.shortened(self._fitting(question), self._with(question))
+        return self._fitting(question)
 
     def _fitting(self, question: str) -> Request:
-        """The whole request, with as many of the turns as leave room for an answer."""
-        request, n_ctx = self._request(question, 0), self.loaded.session.n_ctx
+        """With as many of the turns as leave room for an answer: what is read of them counts."""
+        whole, n_ctx = self._request(question, 0), self.loaded.session.n_ctx
+        request = self.loaded.shortened(whole, self._with(question))
         share = n_ctx // ANSWER_SHARE
         most = self.loaded.max_tokens
         wanted = share if most < 0 else min(most, share)
         pairs = len(self.turns) // 2
         if self.loaded.template is None or len(request.prompt) + wanted <= n_ctx or not pairs:
             return request
+        kept = range(len(whole.prompt)) if request.selection is None else request.selection.kept
+
+        def left(forgotten: int) -> int:
+            """Tokens that are read, about: those of the turns that stay."""
+            dropped = len(whole.prompt) - len(self._request(question, forgotten).prompt)
+            return len(kept) - bisect_left(kept, dropped)
+
         # Down to half of the context: everything behind a gap has to be computed again, and should
         # not be at every turn.
         forgotten = 1 + bisect_left(
             range(1, pairs),
             True,
-            key=lambda count: len(self._request(question, count).prompt) <= n_ctx // 2,
+            key=lambda count: left(count) <= n_ctx // 2,
         )
         self.messages = [*self.system, *self.turns[2 * forgotten :]]
         turns = "turn is" if forgotten == 1 else f"{forgotten} turns are"
         say(f"[the context of {n_ctx} tokens is full: the oldest {turns} forgotten]")
-        return self._request(question, 0)
+        return self.loaded.shortened(self._request(question, 0), self._with(question))
 
     def _request(self, question: str, forgotten: int) -> Request:
         return self.loaded.turn(self._with(question, forgotten))

@@ -8,6 +8,7 @@ from orthrus_gguf.auto.controller import Controller
 from orthrus_gguf.drafting.plan import AUTO, Plan
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.registry import optional_names
+from orthrus_gguf.prefill.compression import label
 from orthrus_gguf.request import Request, Result
 
 
@@ -127,7 +128,7 @@ def result_json(plan: Plan, request: Request, result: Result) -> dict[str, Any]:
         "accepted": [cycle.accepted for cycle in result.cycles],
         "stats": result.statistics.to_json(),
         "timings": result.timings.to_json(),
-        **({} if result.selection is None else {"prefill": result.selection.to_json()}),
+        **label(result.selection),
         "settings": {
             **_plan_json(plan),
             "max_tokens": request.max_tokens,

@@ -207,6 +207,8 @@ def start_service(
     if args.slot_save_path is not None:
         folder = Path(args.slot_save_path)
         settings.slot_files = SlotFiles(folder, _cache_identity(loaded, args))
+    if loaded.compressor is not None:
+        say(loaded.compressor.words)
     service = make_service(loaded, args)
     service.scheduler.start()
     return service
@@ -254,6 +256,7 @@ def make_service(loaded: Loaded, args: argparse.Namespace) -> Service:
         thought_tokens=max(args.reasoning_budget, -1),
         thought_end=args.reasoning_budget_message,
         compressor=loaded.compressor,
+        say=say,
     )
 
 

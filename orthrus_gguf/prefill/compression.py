@@ -82,6 +82,11 @@ class Selection:
         }
 
 
+def label(selection: Selection | None) -> dict[str, Any]:
+    """What results say in JSON: nothing, unless their prompt was shortened."""
+    return {} if selection is None else {"prefill": selection.to_json()}
+
+
 @dataclass(frozen=True)
 class _Known:
     """A prompt, what was kept of it and how, and where the text of its last message ends."""
@@ -100,6 +105,20 @@ class Compressor:
         self.scorer, self.compression = scorer, compression
         self._known: deque[_Known] = deque(maxlen=REMEMBERED)
         self._scoring, self._memory = threading.Lock(), threading.Lock()
+
+    @property
+    def words(self) -> str:
+        """What is done where nothing else is asked for."""
+        usual = self.compression
+        return (
+            f"prompts of more than {usual.threshold} tokens are shortened: {100 * usual.keep:g} %"
+            f" stay, chosen by {self.scorer.name}; answers to them may differ"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """What is done where nothing else is asked for."""
+        usual = self.compression
+        return {"scorer": self.scorer.name, "keep": usual.keep, "threshold": usual.threshold}
 
     def select(
         self,

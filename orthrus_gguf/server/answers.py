@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.prefill.compression import label
 from orthrus_gguf.server.api_errors import ApiError
 from orthrus_gguf.server.events import End, Event, Failed, Job, Progress, Text
 from orthrus_gguf.server.scheduler import Scheduler
@@ -88,7 +89,6 @@ def usage(end: End) -> dict[str, Any]:
 def timings(end: End) -> dict[str, Any]:
     """Times and drafts, as llama-server reports them, and what the drafts brought."""
     statistics, times = end.result.statistics, end.result.timings
-    selection = end.result.selection
     return {
         "cache_n": statistics.cached_tokens,
         "prompt_n": times.prompt_tokens,
@@ -101,7 +101,7 @@ def timings(end: End) -> dict[str, Any]:
         "draft_n_accepted": sum(statistics.confirmed),
         "tokens_per_cycle": statistics.tokens_per_cycle,
         "tokens_per_forward": statistics.tokens_per_forward,
-        **({} if selection is None else {"prefill": selection.to_json()}),
+        **label(end.result.selection),
     }
 
 

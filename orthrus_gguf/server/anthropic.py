@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from orthrus_gguf.prefill.compression import label
 from orthrus_gguf.server import http
 from orthrus_gguf.server.answers import Answer, Stream, timings
 from orthrus_gguf.server.api_errors import ApiError, wrong
@@ -27,7 +28,7 @@ from orthrus_gguf.server.chat_requests import (
 from orthrus_gguf.server.events import End, Progress
 from orthrus_gguf.server.fields import Within
 from orthrus_gguf.server.openai import whole
-from orthrus_gguf.server.service import Service, Speculative
+from orthrus_gguf.server.service import Prefill, Service, Speculative
 from orthrus_gguf.server.splitter import Part
 
 #: Claude Code puts a block into the system prompt that changes with every request; it would spoil
@@ -117,6 +118,7 @@ class CountRequest:
     tools: list[ClientTool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    prefill: Prefill | None = None
 
 
 @dataclass(kw_only=True)
@@ -140,7 +142,7 @@ def _chat_request(request: CountRequest) -> ChatRequest:
         found.append(ChatMessage(role="system", content=system))
     for index, turn in enumerate(request.messages):
         found += _turn(turn, f"messages[{index}]")
-    chat = ChatRequest(messages=found)
+    chat = ChatRequest(messages=found, prefill=request.prefill)
     chat.tools = [
         Tool(
             type="function",
@@ -212,11 +214,11 @@ def _turn(turn: TurnMessage, where: str) -> list[ChatMessage]:
 
 
 async def count_tokens(service: Service, request: CountRequest) -> dict[str, Any]:
-    """How many tokens the prompt of a conversation has."""
+    """How many tokens the prompt of a conversation has: of a long one, those that are read."""
     chat = _chat_request(request)
     chat.tool_choice = None  # decides about the answer only
     prepared: Chat = await http.in_thread(prepare, service, chat)
-    return {"input_tokens": len(prepared.prompt.ids)}
+    return {"input_tokens": len(prepared.prompt.ids), **label(prepared.prompt.selection)}
 
 
 async def messages(service: Service, request: MessagesRequest) -> dict[str, Any] | Stream:
@@ -291,7 +293,8 @@ async def _stream(chat: Chat, answer: Answer, head: dict[str, Any]) -> AsyncIter
     empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
     count = len(chat.prompt.ids)
     usage = {"input_tokens": count, "output_tokens": 0}
-    yield event("message_start", message={**head, **empty, "usage": usage})
+    opening = {**head, **empty, "usage": usage, **label(answer.job.selection)}
+    yield event("message_start", message=opening)
     try:
         async for came in answer.events():
             if came is None or isinstance(came, Progress):
@@ -300,7 +303,8 @@ async def _stream(chat: Chat, answer: Answer, head: dict[str, Any]) -> AsyncIter
             for change, block, text in blocks.push(came):
                 yield event(**_changed(change, block, text), index=blocks.index)
             if isinstance(came, End):
-                yield event("message_delta", delta=_stop(blocks, came), usage=_usage(came))
+                told = {"usage": _usage(came), "timings": timings(came)}
+                yield event("message_delta", delta=_stop(blocks, came), **told)
                 yield event("message_stop")
     except ApiError as error:
         yield http.event(error.anthropic(), "error")

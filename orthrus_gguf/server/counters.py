@@ -12,7 +12,8 @@ from orthrus_gguf.request import Result
 class Counters:
     """Sums over finished answers; passes and their company as they run.
 
-    positions: accepted drafts by their position in the draft, counted from 0.
+    positions: accepted drafts by their position in the draft, counted from 0. shortened: answers
+    whose prompt was; left_out: tokens that were not read for them.
     """
 
     prompt_tokens: int = 0
@@ -24,6 +25,8 @@ class Counters:
     drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
+    shortened: int = 0
+    left_out: int = 0
     positions: Counter[int] = field(default_factory=Counter)
 
     def answered(self, result: Result) -> None:
@@ -36,4 +39,7 @@ class Counters:
         self.drafts += sum(bool(cycle.drafts) for cycle in result.cycles)
         self.draft_tokens += sum(statistics.offered)
         self.accepted_tokens += sum(statistics.confirmed)
+        if (selection := result.selection) is not None:
+            self.shortened += 1
+            self.left_out += selection.full - len(selection.tokens)
         self.positions.update(dict(enumerate(statistics.confirmed)))

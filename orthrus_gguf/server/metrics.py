@@ -33,6 +33,8 @@ def families(scheduler: Scheduler) -> Iterator[Metric]:
         ("spec_decode_num_drafts", "drafts verified", counts.drafts),
         ("spec_decode_num_draft_tokens", "draft tokens verified", counts.draft_tokens),
         ("spec_decode_num_accepted_tokens", "draft tokens accepted", counts.accepted_tokens),
+        ("prefill_shortened", "answers to prompts that were shortened", counts.shortened),
+        ("prefill_left_out_tokens", "tokens of them that were not read", counts.left_out),
     ):
         yield CounterMetricFamily(f"llamacpp:{name}", words, value=value)
     positions = CounterMetricFamily(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.prefill.compression import label
 from orthrus_gguf.server import http
-from orthrus_gguf.server.answers import Stream, progress, timings, tokens_json
+from orthrus_gguf.server.answers import Answer, Stream, progress, timings, tokens_json
 from orthrus_gguf.server.api_errors import ApiError, wrong
 from orthrus_gguf.server.chat_requests import ChatMessage, Tool, template_messages, tool_json
 from orthrus_gguf.server.events import End, Job, Progress, Text
@@ -69,7 +70,7 @@ async def completion(service: Service, request: NativeRequest) -> dict[str, Any]
     )
     answers = service.submit_all([job])
     if request.stream:
-        return Stream(_stream(service, request, answers[0].events()), answers)
+        return Stream(_stream(service, request, answers[0]), answers)
     ((events, end),) = await whole(answers)
     found = _final(service, job, end, end.result.text)
     if request.n_probs:
@@ -90,10 +91,12 @@ def _prompt(service: Service, request: NativeRequest) -> Prompt:
 async def _stream(
     service: Service,
     request: NativeRequest,
-    source: AsyncIterator[Progress | Text | End | None],
+    answer: Answer,
 ) -> AsyncIterator[bytes]:
+    if answer.job.selection is not None:
+        yield http.event({"content": "", "stop": False, **label(answer.job.selection)})
     try:
-        async with aclosing(source) as events:  # type: ignore[type-var]
+        async with aclosing(answer.events()) as events:  # type: ignore[type-var]
             async for event in events:
                 if event is None:
                     yield http.PING_LINE
@@ -181,7 +184,7 @@ async def apply_template(service: Service, request: TemplateRequest) -> dict[str
 
 
 def props(service: Service) -> dict[str, Any]:
-    """What runs here."""
+    """What runs here. prefill: what becomes of long prompts; null: they are read whole."""
     sampling = service.sampling
     return {
         "default_generation_settings": {
@@ -205,6 +208,7 @@ def props(service: Service) -> dict[str, Any]:
         "chat_template": service.template.source if service.template is not None else "",
         "thinking_switch": service.template is not None and service.template.supports_thinking,
         "block_size": service.config.block_size,
+        "prefill": None if service.compressor is None else service.compressor.to_json(),
     }
 
 
@@ -222,4 +226,5 @@ def _slot(service: Service, slot: Slot) -> dict[str, Any]:
         "n_prompt_tokens": 0 if job is None else len(job.prompt),
         "n_held": slot.session.rows,
         "speculative": service.plan.text if job is None else job.plan.text,
+        **label(None if job is None else job.selection),
     }

@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from orthrus_gguf.prefill.compression import label
 from orthrus_gguf.server import http
 from orthrus_gguf.server.answers import (
     Answer,
@@ -217,7 +218,8 @@ async def _chat_stream(
         return http.event({**head, "choices": [choice]})
 
     for index in range(len(answers)):
-        yield chunk(index, {"role": "assistant", "content": ""})
+        opening = {"role": "assistant", "content": ""}
+        yield chunk(index, opening, **label(chat.prompt.selection))
     try:
         async with aclosing(merged(answers)) as events:  # type: ignore[type-var]
             async for index, event in events:
@@ -296,6 +298,7 @@ async def completion(service: Service, request: CompletionRequest) -> dict[str, 
                 "text": echoes[index] + end.result.text,
                 "finish_reason": end.result.finish_reason,
                 "logprobs": _logprobs(service, events, request.logprobs),
+                **label(end.result.selection),
             }
         )
     return {**head, "choices": choices, "usage": total(ends), "timings": timings(ends[0])}
@@ -313,11 +316,13 @@ async def _completion_stream(
     def chunk(index: int, text: str, event: Text | End | None, reason: str | None) -> bytes:
         found = None if event is None else _logprobs(service, [event], request.logprobs)
         choice = {"index": index, "text": text, "finish_reason": reason, "logprobs": found}
+        if event is None:
+            choice |= label(answers[index].job.selection)
         more = {"timings": timings(event)} if isinstance(event, End) else {}
         return http.event({**head, "choices": [choice], **more})
 
     for index, echo in enumerate(echoes):
-        if echo:
+        if echo or answers[index].job.selection is not None:
             yield chunk(index, echo, None, None)
     try:
         async with aclosing(merged(answers)) as events:  # type: ignore[type-var]

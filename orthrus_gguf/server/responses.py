@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from orthrus_gguf.prefill.compression import label
 from orthrus_gguf.server import http
 from orthrus_gguf.server.answers import Answer, Stream, timings
 from orthrus_gguf.server.api_errors import ApiError, wrong
@@ -30,7 +31,7 @@ from orthrus_gguf.server.chat_requests import (
 from orthrus_gguf.server.events import End, Progress
 from orthrus_gguf.server.fields import Within
 from orthrus_gguf.server.openai import whole
-from orthrus_gguf.server.service import Service, Speculative
+from orthrus_gguf.server.service import Prefill, Service, Speculative
 from orthrus_gguf.server.splitter import Part
 
 
@@ -129,6 +130,7 @@ class ResponsesRequest:
     previous_response_id: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     speculative: Speculative | None = None
+    prefill: Prefill | None = None
 
 
 def _chat_request(request: ResponsesRequest) -> ChatRequest:
@@ -140,8 +142,9 @@ def _chat_request(request: ResponsesRequest) -> ChatRequest:
         raise wrong("input", "is empty")
     chat = ChatRequest(messages=messages)
     chat.max_tokens = request.max_output_tokens
-    for name in ("temperature", "top_p", "seed", "speculative", "parallel_tool_calls", "reasoning"):
+    for name in ("temperature", "top_p", "seed", "speculative", "prefill", "reasoning"):
         setattr(chat, name, getattr(request, name))
+    chat.parallel_tool_calls = request.parallel_tool_calls
     chat.tools = [Tool(type="function", function=tool) for tool in request.tools or []] or None
     choice = request.tool_choice
     if isinstance(choice, ChosenTool):
@@ -267,6 +270,7 @@ async def _stream(chat: Chat, answer: Answer, head: dict[str, Any]) -> AsyncIter
         return http.event({"type": kind, "sequence_number": next(numbers), **more}, kind)
 
     begun = {**head, "status": "in_progress", "output": [], "usage": None}
+    begun |= label(answer.job.selection)
     yield event("response.created", response=begun)
     yield event("response.in_progress", response=begun)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -99,11 +99,15 @@ class Prompt(NamedTuple):
     selection: Selection | None = None
 
 
+def _nothing(line: str) -> None:
+    """Says nothing."""
+
+
 @dataclass
 class Service:
     """The model and what the command line settled. thinking: default of Qwen3's switch.
     thought_tokens: what a thought may have, where a request does not say; -1: any number.
-    thought_end: is said in place of more."""
+    thought_end: is said in place of more. say: writes a line to the log."""
 
     name: str
     aliases: tuple[str, ...]
@@ -122,6 +126,7 @@ class Service:
     thought_tokens: int = -1
     thought_end: str = ""
     compressor: Compressor | None = None
+    say: Callable[[str], None] = _nothing
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -197,6 +202,7 @@ class Service:
             raise wrong("prefill", str(error)) from error
         if selection is None:
             return prompt
+        self.say(f"prompt shortened: {selection.words}")
         places = selection.places(prompt.places)
         return prompt._replace(ids=selection.tokens, places=places, selection=selection)
 

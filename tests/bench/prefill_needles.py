@@ -4,81 +4,52 @@ file of its library.
     python tests/bench/prefill_needles.py MODEL.gguf [--length 2000] [--needles 1] [--prompts 6]
     python tests/bench/prefill_needles.py MODEL.gguf --file textwrap
 
-For every share that is kept: how many answers are right, and the time to the first token, scoring
-included, beside the whole prompt's in the same run. --own: also what is right where the kept tokens
-stay at their positions of the whole prompt (as in arXiv 2502.02789), which the product does not do.
+For every scorer and share that is kept: how many answers are right, and what the first token took,
+scoring included, beside the whole prompt's in the same run: processor seconds of this process,
+which other work on the machine changes little, and seconds of the clock. --own: also what is right
+where the kept tokens stay at their positions of the whole prompt (as in arXiv 2502.02789), which
+the product does not do.
 """
 
 from __future__ import annotations
 
 import argparse
-import pydoc_data.topics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from prefill_prompts import FACTS, QUESTIONS, Case, file_cases, needle_case
 
 from orthrus_gguf.cli.loaded import Loaded, load
+from orthrus_gguf.cli.prefill import open_compressor
 from orthrus_gguf.cli.run import _parser
-from orthrus_gguf.prefill.compression import Compression
+from orthrus_gguf.prefill.compression import Compression, Compressor
 from orthrus_gguf.runtime.cpu import model as cpu_model
 from orthrus_gguf.text.chat import Message
 
-CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Quito", "Turin", "Seoul", "Perth")
 KEEPS = (0.5, 0.2, 0.1, 0.05)
 
-#: Of `textwrap`: question, and what the answer has to hold.
-QUESTIONS = {
-    "textwrap": (
-        ("What is the default value of the parameter width?", "70"),
-        ("What is the default value of the parameter tabsize?", "8"),
-        ("What is the default value of the parameter placeholder?", "[...]"),
-        ("Which exception is raised for a placeholder that is too large?", "ValueError"),
-        ("What does the function dedent remove from every line?", "whitespace"),
-    ),
-}
-
-#: A question's text and the words that a right answer holds.
-Case = tuple[str, tuple[str, ...]]
+#: Tokens of an answer: enough for a sentence with one number, and for each more.
+ANSWER_TOKENS, MORE_TOKENS = 24, 20
 
 
-def paragraphs() -> list[str]:
-    text = "\n".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))
-    return [part.strip() for part in text.split("\n\n") if len(part.split()) > 20]
+@dataclass
+class Clock:
+    """What happens while it is entered. processor: seconds of all threads of this process; wall: of
+    the clock."""
 
+    processor: float = 0.0
+    wall: float = 0.0
 
-def needle_case(loaded: Loaded, length: int, needles: int, number: int, count: int) -> Case:
-    """A text of about `length` tokens. One needle: at depths that the cases share out evenly."""
-    rng, found, total = np.random.default_rng(number), list[str](), 0
-    every = paragraphs()
-    while total < length:
-        found.append(every[rng.integers(len(every))])
-        total += len(loaded.tokenizer.encode(found[-1], add_bos=False))
-    cities = [str(city) for city in rng.permutation(CITIES)[:needles]]
-    codes = [str(rng.integers(10000, 99999)) for _ in cities]
-    depths = [(number + 0.5) / count] if needles == 1 else np.arange(needles) / needles + 0.1
-    places = [int(depth * len(found)) for depth in depths]
-    for place, city, code in sorted(zip(places, cities, codes, strict=True), reverse=True):
-        found.insert(place, f"The secret number of {city} is {code}.")
-    if needles == 1:
-        question = f"What is the secret number of {cities[0]}?"
-    else:
-        named = f"{', '.join(cities[:-1])} and {cities[-1]}"
-        question = f"What are the secret numbers of {named}?"
-    return "\n\n".join([*found, question]), tuple(codes)
+    def __enter__(self) -> None:
+        self._began = time.process_time(), time.perf_counter()
 
-
-def file_cases(name: str) -> list[Case]:
-    spec = find_spec(name)
-    assert spec is not None
-    assert spec.origin is not None
-    text = Path(spec.origin).read_text("utf-8")
-    return [(f"{text}\n\n{question}", (answer,)) for question, answer in QUESTIONS[name]]
+    def __exit__(self, *_: object) -> None:
+        self.processor += time.process_time() - self._began[0]
+        self.wall += time.perf_counter() - self._began[1]
 
 
 @contextmanager
@@ -97,87 +68,138 @@ def own_positions(kept: tuple[int, ...], full: int) -> Iterator[None]:
         cpu_model._place = place
 
 
-def answer(loaded: Loaded, request: Any) -> tuple[str, float]:
-    """The text, and seconds up to its first token."""
+def answer(loaded: Loaded, request: Any) -> tuple[str, Clock]:
+    """The text, and what its first token took."""
     loaded.session.keep(())
-    generation = loaded.session.generate(request)
+    clock = Clock()
+    generation = loaded.session.generate(request, during_prompt=clock)
     for _ in generation:
         pass
-    return generation.result.text, generation.result.timings.prompt
+    return generation.result.text, clock
 
 
-def run_case(loaded: Loaded, case: Case, keeps: tuple[float, ...], *, own: bool) -> dict[Any, Any]:
-    """By share: seconds to the first token, those of scoring, tokens, right words of all, and those
-    with the kept tokens at their own positions (`own`; else NaN)."""
+def run_case(
+    loaded: Loaded,
+    case: Case,
+    scorers: dict[str, Compressor],
+    keeps: tuple[float, ...],
+    *,
+    own: bool,
+    show: bool,
+) -> dict[tuple[str, float], tuple[float, ...]]:
+    """By scorer and share: right words of all, and those with the kept tokens at their own
+    positions (`own`; else NaN), tokens, processor seconds to the first token, those of scoring, and
+    seconds of the clock."""
     text, words = case
-    request, compressor = loaded.turn([Message("user", text)]), loaded.compressor
-    assert compressor is not None
-    scored: list[Any] = []
-    score = compressor.scorer.scores
-
-    def once(tokens: Any, on_progress: Callable[[int], None] | None = None) -> Any:
-        if not scored:
-            before = time.perf_counter()
-            scored.extend((score(tokens, on_progress), time.perf_counter() - before))
-        return scored[0]
+    request = loaded.turn([Message("user", text)])
 
     def right(said: str) -> float:
+        if show:
+            print(f"  {words}: {said!r}", flush=True)
         return sum(word in said for word in words) / len(words)
 
-    said, seconds = answer(loaded, request)
-    found = {1.0: (seconds, 0.0, len(request.prompt), right(said), right(said))}
-    object.__setattr__(compressor.scorer, "scores", once)
-    for keep in keeps:
-        selection = compressor.select(request.prompt, [text], Compression(keep, 0))
-        assert selection is not None
-        shorter = replace(request, prompt=selection.tokens)
-        said, seconds = answer(loaded, shorter)
-        there = np.nan
-        if own:
-            with own_positions(selection.kept, selection.full):
-                there = right(answer(loaded, shorter)[0])
-        found[keep] = (seconds + scored[1], scored[1], len(selection.tokens), right(said), there)
-    object.__setattr__(compressor.scorer, "scores", score)
+    said, clock = answer(loaded, request)
+    share, count = right(said), len(request.prompt)
+    whole = (share, share, count, clock.processor, 0.0, clock.wall)
+    found: dict[tuple[str, float], tuple[float, ...]] = {}
+    for name, compressor in scorers.items():
+        found[name, 1.0] = whole
+        scoring = Clock()
+        with scoring:
+            scores = compressor.scorer.scores(request.prompt)
+        ready = Compressor(_Scored(compressor.scorer, scores), compressor.compression)
+        for keep in keeps:
+            selection = ready.select(request.prompt, [text], Compression(keep, 0))
+            assert selection is not None
+            shorter = replace(request, prompt=selection.tokens)
+            said, clock = answer(loaded, shorter)
+            share, there = right(said), np.nan
+            if own:
+                with own_positions(selection.kept, selection.full):
+                    there = right(answer(loaded, shorter)[0])
+            seconds = clock.processor + scoring.processor, scoring.processor
+            wall = clock.wall + scoring.wall
+            found[name, keep] = (share, there, len(selection.tokens), *seconds, wall)
     return found
+
+
+class _Scored:
+    """A scorer that has read the prompt."""
+
+    def __init__(self, scorer: Any, scores: Any) -> None:
+        self.name, self.target, self._scores = scorer.name, scorer.target, scores
+
+    def scores(self, tokens: Any, on_progress: Callable[[int], None] | None = None) -> Any:
+        assert len(tokens) == len(self._scores)
+        return self._scores
+
+
+def table(found: list[dict[tuple[str, float], tuple[float, ...]]]) -> Iterator[str]:
+    """Means, as Markdown."""
+    yield (
+        "| scorer | keep | right | at own positions | tokens | processor seconds | of it scoring"
+        " | times less | seconds |"
+    )
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+    for name, keep in found[0]:
+        rows = [case[name, keep] for case in found]
+        right, own, count, seconds, scoring, wall = np.mean(rows, axis=0)
+        whole = np.mean([case[name, 1.0][3] for case in found])
+        yield (
+            f"| {name} | {keep:g} | {100 * right:.0f} % | {100 * own:.0f} % | {count:.0f}"
+            f" | {seconds:.2f} | {100 * scoring / seconds:.0f} % | {whole / seconds:.2f}"
+            f" | {wall:.2f} |"
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--scorer", default="self:18", help="as --prefill-drafter takes it")
+    parser.add_argument(
+        "--scorer",
+        action="append",
+        help="as --prefill-drafter takes it; several may be given (default: self:18)",
+    )
+    parser.add_argument("--facts", choices=list(FACTS), default="unseen")
     parser.add_argument("--length", type=int, default=2000)
     parser.add_argument("--needles", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--file", choices=list(QUESTIONS))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--own", action="store_true", help="also at their own positions")
-    parser.add_argument("--threads", default="2")
+    parser.add_argument("--show", action="store_true", help="print the answers too")
+    parser.add_argument("--threads", default="1")
     args = parser.parse_args()
-    flags = f"-t {args.threads} --temp 0 -n 24 --strategy ar -c 8192"
-    words = [args.model, *flags.split(), "--prefill-drafter", args.scorer]
+    names = args.scorer or ["self:18"]
+    most = ANSWER_TOKENS + MORE_TOKENS * (args.needles - 1)
+    flags = f"-t {args.threads} --temp 0 -n {most} --strategy ar -c 8192"
+    words = [args.model, *flags.split(), "--prefill-drafter"]
     keeps = tuple(float(part) for part in args.keeps.split(","))
     with ExitStack() as resources:
-        loaded = load(args.model, _parser().parse_args(words), resources)
+        parsed = _parser().parse_args([*words, names[0]])
+        loaded = load(args.model, parsed, resources)
+        settings = replace(loaded.settings, context=loaded.session.n_ctx)
+        scorers = {}
+        for name in names:
+            parsed.prefill_drafter = name
+            what = loaded.file, loaded.model, loaded.tokenizer, settings
+            compressor = open_compressor(parsed, *what, resources)
+            assert compressor is not None
+            scorers[name.rpartition("/")[2]] = compressor
         if args.file:
             cases = file_cases(args.file)
         else:
             shape = args.length, args.needles
-            cases = [needle_case(loaded, *shape, i, args.prompts) for i in range(args.prompts)]
-        cases = cases[: args.prompts]
-        found = [run_case(loaded, case, keeps, own=args.own) for case in cases]
-    what = args.file or f"{args.needles} needle(s), about {args.length} tokens"
-    print(f"{what}, {len(cases)} prompts, scored by {args.scorer}")
-    print("| keep | right | at own positions | tokens | first token | scoring | times as fast |")
-    print("|--:|--:|--:|--:|--:|--:|--:|")
-    whole = np.mean([case[1.0][0] for case in found])
-    for keep in (1.0, *keeps):
-        rows = [case[keep] for case in found]
-        seconds, scoring, count, right, own = np.mean(rows, axis=0)
-        print(
-            f"| {keep:g} | {100 * right:.0f} % | {100 * own:.0f} % | {count:.0f} | {seconds:.2f} s"
-            f" | {100 * scoring / seconds:.0f} % | {whole / seconds:.2f} |",
-            flush=True,
-        )
+            tokens = lambda text: len(loaded.tokenizer.encode(text, add_bos=False))  # noqa: E731
+            facts, count = FACTS[args.facts], args.prompts
+            cases = [needle_case(facts, tokens, *shape, i, count) for i in range(count)]
+        found = [
+            run_case(loaded, case, scorers, keeps, own=args.own, show=args.show)
+            for case in cases[: args.prompts]
+        ]
+    what = args.file or f"{args.needles} needle(s), {args.facts}, about {args.length} tokens"
+    print(f"{what}; {len(found)} prompts, {args.threads} thread(s)")
+    print("\n".join(table(found)), flush=True)
 
 
 if __name__ == "__main__":

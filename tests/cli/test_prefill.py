@@ -15,6 +15,7 @@ from orthrus_gguf.cli.conversation import Conversation
 from orthrus_gguf.cli.loaded import load
 from orthrus_gguf.cli.run import _parser
 from orthrus_gguf.cli.run import main as run
+from orthrus_gguf.text.chat import Message
 
 DemoFile = Callable[..., Path]
 CODE = (Path(__file__).parents[2] / "orthrus_gguf" / "sampling.py").read_text("utf-8")[:3000]
@@ -80,8 +81,6 @@ def test_a_conversation_goes_on_with_what_was_kept(
     args = _parser().parse_args([str(chat_file), "-sys", CODE[:600], *flags, "--strategy", "ar"])
     with ExitStack() as resources:
         loaded = load(str(chat_file), args, resources)
-        from orthrus_gguf.text.chat import Message
-
         conversation = Conversation(loaded, 1, [Message("system", CODE[:600])])
         seen = []
         for question in (CODE, "import re", CODE[800::-1]):
@@ -104,6 +103,29 @@ def test_a_conversation_goes_on_with_what_was_kept(
     assert third.selection.scored > 100
     assert last_result.statistics.cached_tokens >= len(second.prompt)
     assert len(third.prompt) - len(second.prompt) < 400
+
+
+def test_turns_are_forgotten_by_what_was_kept_of_them(
+    chat_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each turn has twice as many tokens as the context."""
+    flags = ("--prefill-drafter", "self:1", *SHORTER, "-n", "4", "-t", "1", "-c", "640")
+    args = _parser().parse_args([str(chat_file), *flags, "--strategy", "ar"])
+    with ExitStack() as resources:
+        loaded = load(str(chat_file), args, resources)
+        conversation, lengths = Conversation(loaded, 1, []), []
+        while "forgotten" not in (err := capsys.readouterr().err):
+            request = conversation.request(CODE)
+            lengths.append(len(request.prompt))
+            assert request.selection is not None
+            assert request.selection.full > 1280 * (len(conversation.messages) // 2 + 1) * 0.7
+            assert len(request.prompt) + 4 <= 640
+            conversation.messages += [Message("user", CODE), Message("assistant", "import re")]
+            assert len(lengths) < 12, "it goes on for ever"
+    assert len(lengths) > 2, "more turns than one fit"
+    assert lengths[:-1] == sorted(lengths[:-1])
+    assert lengths[-1] < lengths[-2], "some are forgotten"
+    assert "turns are forgotten]" in err
 
 
 @pytest.mark.parametrize(

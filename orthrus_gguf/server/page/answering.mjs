@@ -28,6 +28,7 @@ export class Answering {
       /** @type {Origin} */
       const origin = told?.origin ?? "plain";
       if (told) this.#live.push(told, now);
+      if (choice.prefill) this.#live.shortened(choice.prefill);
       const { content, reasoning_content: thought } = choice.delta ?? {};
       if (thought) {
         this.#begun ||= now;

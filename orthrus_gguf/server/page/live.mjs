@@ -2,7 +2,8 @@
  * How an answer fares while it comes.
  * @typedef {import("./runs.mjs").Origin} Origin
  * @typedef {{tokens: number, cycles: number, tokensPerCycle: number | null,
- *   tokensPerSecond: number | null, origins: Record<Origin, number>}} Figures
+ *   tokensPerSecond: number | null, origins: Record<Origin, number>,
+ *   prompt?: {kept_tokens: number, prompt_tokens: number} | null}} Figures
  */
 
 /** Counts what the server tells with every piece of text. Times are in milliseconds. */
@@ -11,6 +12,8 @@ export class Live {
   #cycles = 0;
   #first = 0;
   #last = 0;
+  /** @type {Figures["prompt"]} */
+  #prompt = null;
   /** @type {Record<Origin, number>} */
   #origins = { drafted: 0, corrected: 0, plain: 0 };
 
@@ -28,6 +31,11 @@ export class Live {
     this.#cycles = told.cycles;
   }
 
+  /** The prompt was shortened. @param {Figures["prompt"]} prompt how */
+  shortened(prompt) {
+    this.#prompt = prompt;
+  }
+
   /** The first token comes out of the prompt's pass: neither cycles nor time have brought it.
    * @returns {Figures} */
   get figures() {
@@ -39,6 +47,7 @@ export class Live {
       tokensPerCycle: this.#cycles ? more / this.#cycles : null,
       tokensPerSecond: more > 0 && seconds > 0 ? more / seconds : null,
       origins: { ...this.#origins },
+      prompt: this.#prompt,
     };
   }
 

@@ -16,11 +16,12 @@ const fixed = (number) => number.toFixed(number < 10 ? 1 : 0);
 
 /** @param {Figures} figures */
 export function figuresText(figures) {
-  const { tokensPerCycle, tokensPerSecond, tokens } = figures;
+  const { tokensPerCycle, tokensPerSecond, tokens, prompt } = figures;
   return [
     tokensPerCycle === null ? "" : `${tokensPerCycle.toFixed(2)} tokens per cycle`,
     tokensPerSecond === null ? "" : `${fixed(tokensPerSecond)} tokens/s`,
     tokens === 1 ? "1 token" : `${tokens} tokens`,
+    prompt ? `${prompt.kept_tokens} of ${prompt.prompt_tokens} prompt tokens were read` : "",
   ]
     .filter(Boolean)
     .join(" · ");

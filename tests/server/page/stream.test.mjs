@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Answering, progressText } from "../../../orthrus_gguf/server/page/answering.mjs";
 import { Live } from "../../../orthrus_gguf/server/page/live.mjs";
+import { figuresText } from "../../../orthrus_gguf/server/page/message_view.mjs";
 import { cut, Cutter, grow } from "../../../orthrus_gguf/server/page/runs.mjs";
 import { EventParser } from "../../../orthrus_gguf/server/page/sse.mjs";
 import { newMessage } from "../../../orthrus_gguf/server/page/tree.mjs";
@@ -57,6 +58,7 @@ test("figures count as the server does", () => {
     tokensPerCycle: 2,
     tokensPerSecond: 8,
     origins: { plain: 1, drafted: 2, corrected: 2 },
+    prompt: null,
   });
   const timings = { predicted_n: 6, tokens_per_cycle: 2.5, predicted_per_second: 7 };
   assert.deepEqual([live.ended(timings).tokensPerCycle, live.ended(timings).tokens], [2.5, 6]);
@@ -81,6 +83,17 @@ test("an answer becomes a message with a thought, a text and their origins", () 
   assert.deepEqual(message.runs, [[2, "corrected"], [4, "drafted"]]);
   assert.equal(message.thoughtSeconds, 2);
   assert.equal(message.figures.tokens, 5);
+});
+
+test("an answer to a shortened prompt says so, from its first event on", () => {
+  const message = newMessage({ conversation: "c", parent: null, role: "assistant", state: "streaming" });
+  const answering = new Answering(message);
+  const prefill = { lossy: true, kept_tokens: 20, prompt_tokens: 300 };
+  answering.push({ choices: [{ delta: { content: "" }, finish_reason: null, prefill }] }, 0);
+  answering.push(chunk({ content: "a" }, "plain", 1), 1);
+  assert.match(figuresText(message.figures), / · 20 of 300 prompt tokens were read$/);
+  answering.push({ choices: [], timings: { predicted_n: 1, prefill } }, 2);
+  assert.equal(figuresText(message.figures), "1 token · 20 of 300 prompt tokens were read");
 });
 
 test("only a prompt that is being read is told of", () => {
