@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 
 class OrthrusError(Exception):
@@ -15,6 +14,8 @@ class OrthrusError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ ", did you mean X?", with the word of `known` that looks most like it; "" if none does."""
+    from difflib import get_close_matches
+
     names = {name.lower(): name for name in known}
     close = get_close_matches(word.lower(), names, n=1, cutoff=0.65)
     return f", did you mean {names[close[0]]}?" if close else ""

@@ -23,8 +23,8 @@ FOLDER = Path(__file__).with_name("objects")
 FORM_FLOAT, FORM_BLOCK, FORM_K = range(3)
 
 EMBED, NORM, QUANTIZE, PRODUCT, GATED, HEADS, ATTENTION, PICK, SILU = range(9)
-SIGMOID, CONVOLVE, RECUR, GATED_NORM, WEIGHTS = range(9, 14)
-OPERATIONS = 14
+SIGMOID, CONVOLVE, RECUR, GATED_NORM, WEIGHTS, REPACK = range(9, 15)
+OPERATIONS = 15
 """Operations of a step."""
 
 PANELS_PER_TASK = 4
@@ -206,7 +206,6 @@ def open_object(path: Path) -> Kernels | str:
     library.orthrus_pool_free.argtypes = (_P,)
     library.orthrus_run.argtypes = (_P, _P, ctypes.c_int)
     library.orthrus_run_here.argtypes = (_P,)
-    library.orthrus_repack.argtypes = (_I, _P, _I, _I, _I, _I, _P)
     library.orthrus_quantize.argtypes = (_I, _P, _I, _P)
     library.orthrus_product.argtypes = (
         *(_I, _P, _I, _I, _I, _P, _I, _P),

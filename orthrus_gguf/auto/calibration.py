@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -320,6 +319,8 @@ def cache_folder() -> Path:
 
 
 def _path(folder: Path, key: dict[str, str]) -> Path:
+    import hashlib  # takes long, for its cryptography
+
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return folder / f"costs-{digest[:16]}.json"
 

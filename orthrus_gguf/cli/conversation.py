@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from orthrus_gguf.cli.loaded import Loaded, say
+from orthrus_gguf.cli.options import random_seed
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.request import Request, Result
 from orthrus_gguf.sampling import MAX_SEED
@@ -67,11 +67,7 @@ class Conversation:
         what the template refuses.
         """
         self._tries = self._tries + 1 if again else 0
-        seed = (
-            secrets.randbits(32)
-            if self.seed is None
-            else (self.seed + self._tries) % (MAX_SEED + 1)
-        )
+        seed = random_seed() if self.seed is None else (self.seed + self._tries) % (MAX_SEED + 1)
         self.loaded = replace(self.loaded, sampling=replace(self.loaded.sampling, seed=seed))
         return self._fitting(question)
 

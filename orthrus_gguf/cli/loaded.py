@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
-
-from tqdm import tqdm
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from orthrus_gguf.auto.calibration import MachineCosts
 from orthrus_gguf.auto.choice import policy_for
@@ -29,14 +27,17 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.mtp import MtpFile
-from orthrus_gguf.prefill.compression import COMPRESSIBLE, Compressor
 from orthrus_gguf.request import Request
 from orthrus_gguf.runtime.load import RuntimeSettings, fitting_context, load_model, resolve
-from orthrus_gguf.runtime.protocol import Model
+from orthrus_gguf.runtime.protocol import Loading, Model
 from orthrus_gguf.sampling import SamplingSettings
+from orthrus_gguf.text import chat_process
 from orthrus_gguf.text.chat import ChatTemplate, Message
 from orthrus_gguf.text.partings import partings
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from orthrus_gguf.prefill.compression import Compressor
 
 #: Flags that shape drafts, beside --draft-width.
 DRAFT_FLAGS = ("--draft-blocks", "--draft-cut", "--draft-tail", "--draft-tree")
@@ -131,6 +132,8 @@ class Loaded:
             return request
         contents = None
         if self.template is not None:
+            from orthrus_gguf.prefill.compression import COMPRESSIBLE
+
             contents = [m.content for m in messages if m.role in COMPRESSIBLE]
         bar = PromptBar(len(request.prompt), "scoring")
         with bar:
@@ -155,14 +158,10 @@ def load(
     conversations: how many there will be at once, each with a context of its own.
     """
     started = time.perf_counter()
+    if not args.raw:
+        chat_process.prepare()
     file = resources.enter_context(open_model(path, args, say))
     file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
-    tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
-    for note in (*file.notes, *tokenizer.notes):
-        say(note)
-    template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
-    _check_template_flags(args, template, file)
-    sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
     settings = resolve(options.runtime_settings(args), say)
     check_prefill_options(args, settings)
     mtp = args.mtp if args.mtp is not None else _strategy_name(args) != Strategy.AR.value
@@ -176,6 +175,15 @@ def load(
     with loading_bar() as on_progress:
         model = load_model(file, settings, drafter=drafter, on_progress=on_progress, say=say)
     resources.enter_context(closing(model))
+    # While its weights come (see `Loading`).
+    tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)
+    for note in (*file.notes, *tokenizer.notes):
+        say(note)
+    template = None if args.raw else ChatTemplate.from_metadata(file.metadata, tokenizer)
+    _check_template_flags(args, template, file)
+    sampling = options.sampling_settings(args, file.metadata, tokenizer.eog)
+    if isinstance(model, Loading):
+        model.wait()
     costs = MachineCosts(model, identity(file), say)
     costs.recall()  # the number of threads that was measured serves every strategy
     compressor = open_compressor(
@@ -236,6 +244,8 @@ class PromptBar:
     def _show(self) -> None:
         if self._over.wait(PATIENCE):
             return
+        from tqdm import tqdm
+
         with tqdm(total=self._total, desc=self._what, unit=" tokens", leave=False) as bar:
             while not self._over.wait(REFRESH):
                 bar.n = self._done
@@ -245,13 +255,26 @@ class PromptBar:
 @contextmanager
 def loading_bar() -> Iterator[Callable[[int, int], None]]:
     """A progress bar for runtimes that copy weights, if that takes more than a second."""
-    with tqdm(
-        desc="weights", unit="B", unit_scale=True, delay=PATIENCE, leave=False, disable=None
-    ) as bar:
+    with ExitStack() as stack:
+
+        @cache
+        def bar() -> Any:
+            from tqdm import tqdm
+
+            return stack.enter_context(
+                tqdm(
+                    desc="weights",
+                    unit="B",
+                    unit_scale=True,
+                    delay=PATIENCE,
+                    leave=False,
+                    disable=None,
+                )
+            )
 
         def on_progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+            bar().total = total
+            bar().update(done - bar().n)
 
         yield on_progress
 
@@ -322,6 +345,8 @@ def _refuse(args: argparse.Namespace, strategy: str, *flags: str) -> None:
 def identity(file: WeightFile) -> str:
     """Tells model files apart: what is in them, not where they lie."""
     tensors = ((info.name, info.type.name, info.shape) for info in file.tensors.values())
+    import hashlib  # takes long, for its cryptography
+
     digest = hashlib.sha256(repr(sorted(tensors)).encode()).hexdigest()
     return f"{file.config.name} {digest[:16]}"
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
 
-from orthrus_gguf.cli.download import resolve
 from orthrus_gguf.decode import PROMPT_BATCH
 from orthrus_gguf.drafting.plan import FUSED_BLOCKS, NAMES
 from orthrus_gguf.drafting.registry import KINDS, optional_names
@@ -268,7 +266,11 @@ def model_path(args: argparse.Namespace) -> str:
         raise OrthrusError("name one model file: FILE.gguf, -m FILE.gguf, or -hf OWNER/NAME")
     if args.heads is not None and args.no_heads:
         raise OrthrusError("--heads and --no-heads exclude each other; leave one of them out")
-    return str(given[0] if args.hf_repo is None else resolve(args.hf_repo))
+    if args.hf_repo is None:
+        return str(given[0])
+    from orthrus_gguf.cli.download import resolve
+
+    return str(resolve(args.hf_repo))
 
 
 def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:
@@ -292,6 +294,11 @@ def runtime_settings(args: argparse.Namespace) -> RuntimeSettings:
     )
 
 
+def random_seed() -> int:
+    """A seed that nobody can guess. (`secrets` brings cryptography, which takes long to import.)"""
+    return int.from_bytes(os.urandom(4), "little")
+
+
 def sampling_settings(
     args: argparse.Namespace, metadata: Mapping[str, Value], eog: frozenset[int]
 ) -> SamplingSettings:
@@ -300,7 +307,7 @@ def sampling_settings(
     eog: the ids that `--ignore-eos` bans.
     """
     base = SamplingSettings(
-        seed=secrets.randbits(32) if args.seed < 0 else args.seed,
+        seed=random_seed() if args.seed < 0 else args.seed,
         banned=tuple(sorted(eog)) if args.ignore_eos else (),
     )
     flags = {field: names.split()[0] for names, field, _, _ in SAMPLING_FLAGS}

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
 
 from orthrus_gguf.cli import options
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.prefill.compression import Compression, Compressor
-from orthrus_gguf.prefill.scorer import Scorer, layers_of
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Model
 from orthrus_gguf.text.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from orthrus_gguf.prefill.compression import Compression, Compressor
 
 #: Runtimes that tell what rows attend to.
 RUNTIMES = (RuntimeName.CPU, RuntimeName.REFERENCE)
@@ -83,6 +85,9 @@ def open_compressor(
     asked = args.prefill_drafter
     if asked is None:
         return None
+    from orthrus_gguf.prefill.compression import Compressor
+    from orthrus_gguf.prefill.scorer import Scorer, layers_of
+
     compression = _compression(args)
     if compression.threshold >= (settings.context or 0):
         raise OrthrusError(
@@ -104,6 +109,8 @@ def open_compressor(
 
 
 def _compression(args: argparse.Namespace) -> Compression:
+    from orthrus_gguf.prefill.compression import Compression
+
     keep = KEEP if args.prefill_keep is None else args.prefill_keep
     threshold = THRESHOLD if args.prefill_threshold is None else args.prefill_threshold
     try:

@@ -182,13 +182,14 @@ class GGUFFile(Closing):
 
     def release(self, name: str) -> None:
         """Let the system have the memory of a tensor's data; reading it again brings it back."""
-        if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+        mapping = self._mapping  # which another thread may let go of meanwhile
+        if mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         info, page = self.tensors[name], mmap.PAGESIZE
         first = -(-info.offset // page) * page
         size = (info.offset + info.n_bytes) // page * page - first
         if size > 0:
-            self._mapping.madvise(mmap.MADV_DONTNEED, first, size)
+            mapping.madvise(mmap.MADV_DONTNEED, first, size)
 
     def close(self) -> None:
         """Let go of the mapping. It ends with the last view that data() has handed out."""

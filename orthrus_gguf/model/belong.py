@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,6 +62,8 @@ _READ = 4096
 def fingerprint(tensors: Mapping[str, TensorInfo], data: Callable[[str], NDArray[np.uint8]]) -> str:
     """SHA-256 over name, type, shape and samples of the data of all tensors, in the order of their
     names: tells a base from others, other quantizations of it included, in next to no time."""
+    import hashlib
+
     digest = hashlib.sha256()
     for name in sorted(tensors):
         info, values = tensors[name], data(name)

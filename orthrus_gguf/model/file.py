@@ -11,7 +11,6 @@ from typing import Protocol
 
 import gguf
 import numpy as np
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
@@ -279,6 +278,8 @@ def _freq_factors(file: GGUFFile, config: ModelConfig) -> tuple[float, ...]:
             f"{file.path}: tensor {ROPE_FREQS}: expected {pairs} floats, one per pair of a head, "
             f"found {info.type.name} {info.shape}; convert the model again"
         )
+    from gguf.quants import dequantize
+
     factors = dequantize(file.data(ROPE_FREQS).reshape(1, -1), info.type).ravel()
     wrong = [value for value in factors.tolist() if not 0 < value <= MAX_NUMBER]
     if wrong:

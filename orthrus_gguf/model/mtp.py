@@ -14,7 +14,6 @@ from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
@@ -177,6 +176,8 @@ def _check(file: GGUFFile, target: ModelFile) -> None:
 
 def _likeness(file: GGUFFile, target: ModelFile) -> float:
     """How alike some rows of two embeddings are, -1 to 1."""
+    from gguf.quants import dequantize
+
     some = []
     for source in (file, target):
         info = source.tensors[TOKEN_EMBD]

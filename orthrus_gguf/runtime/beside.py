@@ -20,6 +20,7 @@ from orthrus_gguf.runtime.cache_layout import BATCH_ROWS
 from orthrus_gguf.runtime.protocol import (
     Choices,
     Draw,
+    Loading,
     Logits,
     Model,
     Segment,
@@ -205,6 +206,11 @@ class ModelWithDrafter:
     def use_threads(self, count: int) -> None:
         """See `Threaded.use_threads`. The network runs on the model's threads."""
         self.model.use_threads(count)  # type: ignore[attr-defined]
+
+    def wait(self) -> None:
+        """See `Loading.wait`. The network's weights come behind the model's."""
+        if isinstance(self.model, Loading):
+            self.model.wait()
 
     def close(self) -> None:
         self._network.close()

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
 import mmap
 import os
 import sys
@@ -78,6 +77,8 @@ def linux_cores(cpus: set[int], root: Path = ROOT) -> int:
 
 def darwin_cores() -> int:
     """Performance cores where there are two kinds (as llama.cpp counts), else all physical ones."""
+    import ctypes.util
+
     library = ctypes.CDLL(ctypes.util.find_library("c"))
     for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):
         count, size = ctypes.c_int32(0), ctypes.c_size_t(4)

@@ -298,6 +298,15 @@ class Threaded(Protocol):
         ...
 
 
+@runtime_checkable
+class Loading(Protocol):
+    """A model whose weights are still coming when it has been made."""
+
+    def wait(self) -> None:
+        """Return when they are there. Passes wait by themselves."""
+        ...
+
+
 class Model(Protocol):
     """One loaded model on one runtime. Runtimes differ in speed and arithmetic, not in meaning."""
 

@@ -1,7 +1,7 @@
 """Processes that render chat templates (`chat_worker.py`), kept from one message to the next.
 
-Starting one costs ten times what rendering does. A process that is idle is used again; one that
-died or outlived its limits is replaced.
+Starting one costs ten times what rendering does, so that who will need one prepares it. A process
+that is idle is used again; one that died or outlived its limits is replaced.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class Worker:
             stderr=self._errors,
             start_new_session=True,  # Ctrl-C is for us, and what it forks is ended with it
         )
-        self._fresh = True
+        with suppress(OSError):  # it is dead, which a job will find out
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(sys.path).encode() + b"\n")
+            self.process.stdin.flush()
 
     def render(self, job: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
         """The answer. Raises TimeoutError, and EndedError; the process is of no use after them."""
@@ -59,9 +62,6 @@ class Worker:
         line = b""
         try:
             with suppress(OSError):  # it is dead, which reading tells too
-                if self._fresh:
-                    self.process.stdin.write(json.dumps(sys.path).encode() + b"\n")
-                    self._fresh = False
                 self.process.stdin.write(json.dumps(job).encode() + b"\n")
                 self.process.stdin.flush()
                 line = self.process.stdout.readline()
@@ -109,6 +109,13 @@ def end_idle() -> None:
     """End the processes that wait for work."""
     while _idle:
         _idle.pop().close()
+
+
+def prepare() -> None:
+    """Have a process get ready while the caller does something else, unless one is."""
+    if hasattr(os, "fork") and not _idle:  # without fork a process does one job
+        with suppress(OSError):  # which will be told when there is something to render
+            _idle.append(Worker())
 
 
 def render(job: dict[str, Any], wall_seconds: float) -> dict[str, Any]:

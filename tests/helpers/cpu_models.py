@@ -29,10 +29,11 @@ def kernels() -> Kernels:
 
 @contextmanager
 def loaded(path: Path, **settings: Any) -> Iterator[CpuModel]:
-    """The model of a file, on one thread unless said."""
+    """The model of a file, whole, on one thread unless said."""
     own = settings.pop("kernels", None) or kernels()
     with (
         ModelFile.open(path) as file,
         CpuModel.load(file, own, **{"threads": 1, **settings}) as model,
     ):
+        model.wait()
         yield model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -136,3 +137,28 @@ def test_messages_rendered_at_once() -> None:
         thread.join()
     assert texts == {number: str(number) for number in range(6)}
     assert len(idle()) <= chat_process.KEPT
+
+
+def test_a_prepared_process_renders(started: list[chat_process.Worker]) -> None:
+    chat_process.prepare()
+    chat_process.prepare()
+    assert len(started) == 1
+    assert echo().render(HELLO) == "hello"
+    assert len(started) == 1
+
+
+def test_a_prepared_process_that_dies_is_replaced(started: list[chat_process.Worker]) -> None:
+    chat_process.prepare()
+    started[0].process.kill()
+    started[0].process.wait()
+    assert echo().render(HELLO) == "hello"
+    assert len(started) == 2
+
+
+def test_a_process_that_cannot_be_prepared_is_missed_only_when_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    chat_process.prepare()
+    with pytest.raises(OrthrusError, match="cannot start /nowhere/python: No such file"):
+        echo().render(HELLO)

@@ -147,6 +147,14 @@ static void sigmoid(const Step *s, int task) {
         f_store(y + i, f_mul(f_load(y + i), f_sigmoid(f_load(x + i))));
 }
 
+static void repack(const Step *step, int task) {
+    const Matrix *to = &step->matrix[0];
+    int first = step->first + task * step->width, end = step->first + step->count;
+    int stop = first + step->width < end ? first + step->width : end;
+    orthrus_repack(to->type, (const uint8_t *)step->x, to->columns, to->k, first, stop,
+                   (uint8_t *)to->data);
+}
+
 void run_task(const Step *step, int task, Scratch *scratch) {
     switch (step->op) {
     case STEP_EMBED: embed(step, task); break;
@@ -163,5 +171,6 @@ void run_task(const Step *step, int task, Scratch *scratch) {
     case STEP_RECUR: recur_task(step, task, scratch); break;
     case STEP_GATED_NORM: gated_norm_task(step, task); break;
     case STEP_WEIGHTS: weights_task(step, task, scratch); break;
+    case STEP_REPACK: repack(step, task); break;
     }
 }

@@ -25,6 +25,7 @@ enum {
     STEP_RECUR,
     STEP_GATED_NORM,
     STEP_WEIGHTS,
+    STEP_REPACK,
     STEPS,
 };
 
@@ -93,6 +94,7 @@ typedef struct {
 //   SIGMOID    y = y * sigmoid(x)
 //   WEIGHTS    y plane h = the larger of y and what the query heads of kv head h weigh each column
 //              with; x = queries of `rows` rows, y = [n_head_kv][rows][y_stride]
+//   REPACK     panels first .. first+count-1 of matrix 0 = the GGUF tensor at x, `width` a task
 //
 // Of a DeltaNet layer, of n_head value heads and n_head_kv key heads:
 //

@@ -18,6 +18,7 @@ from orthrus_gguf.model.window import Window
 from orthrus_gguf.runtime.cpu.beside import CpuBeside
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.model import CpuModel, Filled
+from orthrus_gguf.runtime.cpu.pool import Pool
 from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Layer, Weights, vector
 from orthrus_gguf.runtime.passes import Piece
@@ -31,9 +32,9 @@ class DraftWeights(Weights):
     features: one vector per row, of what the target's layers read; features_norm: of it.
     """
 
-    def __init__(self, file: WeightFile, kernels: Kernels, threads: int, target: Weights) -> None:
+    def __init__(self, file: WeightFile, kernels: Kernels, pool: Pool, target: Weights) -> None:
         self._target = target
-        super().__init__(file, kernels, threads)
+        super().__init__(file, kernels, pool)
 
     def _arrange(self, file: WeightFile) -> None:
         self.token_embd, self.output = self._target.token_embd, self._target.output
@@ -60,7 +61,7 @@ class CpuNetwork(CpuBeside):
     def __init__(self, file: DrafterFile, target: CpuModel) -> None:
         """Raises OrthrusError when memory does not suffice."""
         config, kernels = file.config, target._kernels
-        weights = DraftWeights(file, kernels, target._pool.threads, target._weights)
+        weights = DraftWeights(file, kernels, target._pool, target._weights)
         super().__init__(config, weights, target)
         self.taps, self.beside, self._draft_weights = file.target_layers, file.beside, weights
         self._window, self._near = file.window, np.zeros_like(self._buffers.row)

@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from orthrus_cpu_kernels.library import LANES, Kernels, Step
 
-from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.attention import check_attention
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout, cache_layout
 from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.cache import CpuCache, whole_panels
+from orthrus_gguf.runtime.cpu.pool import Pool
 from orthrus_gguf.runtime.cpu.rows import Angles, Place, place_block, place_chain, place_tree
 from orthrus_gguf.runtime.cpu.state import HybridCpuCache, StateLayout
 from orthrus_gguf.runtime.cpu.steps import Builder, Shape, Watch
@@ -58,8 +58,8 @@ class CpuModel(HostModel[CpuCache]):
         super().__init__(file.config, layout, batch_rows)
         self._kernels, self.thread_counts = kernels, counts
         with ExitStack() as stack:
-            self._pool = stack.enter_context(closing(_Pool(kernels, threads)))
-            self._weights = Weights(file, kernels, threads)
+            self._pool = stack.enter_context(closing(Pool(kernels, threads)))
+            self._weights = Weights(file, kernels, self._pool)
             stack.callback(self._weights.close)
             self._own(stack.pop_all())
         self._buffers = Buffers(kernels, file.config, batch_rows + self._block_rows)
@@ -79,7 +79,7 @@ class CpuModel(HostModel[CpuCache]):
         batch_rows: int = BATCH_ROWS,
     ) -> CpuModel:
         """Make a model of an open file, for which `weights.why_not` says nothing. The file may be
-        closed afterwards.
+        closed afterwards. Weights are repacked in the background; the first pass waits for them.
 
         thread_counts: see `Threaded`.
         cache_type_k, cache_type_v: f32, f16, q8_0 or q4_0, for the caches of this model.
@@ -99,6 +99,10 @@ class CpuModel(HostModel[CpuCache]):
             f"cpu ({self._kernels.isa}, {threads} thread{plural}, {types} weights, "
             f"{self._layout.words} cache)"
         )
+
+    def wait(self) -> None:
+        """See `Loading.wait`."""
+        self._pool.wait()
 
     def use_threads(self, count: int) -> None:
         """See `Threaded.use_threads`."""
@@ -237,37 +241,6 @@ class Filled:
     shape: Shape
     hybrids: list[HybridCpuCache]
     alive: list[NDArray[np.int32]]
-
-
-class _Pool:
-    """Threads of the kernels."""
-
-    def __init__(self, kernels: Kernels, threads: int) -> None:
-        self._library, self._handle, self.threads = kernels.library, None, 0
-        self.start(threads)
-
-    def start(self, threads: int) -> None:
-        """Run on so many threads from now on. Raises OrthrusError."""
-        if threads == self.threads:
-            return
-        handle = self._library.orthrus_pool_new(threads) if threads > 0 else None
-        if not handle:
-            raise OrthrusError(f"cannot start {threads} threads; use fewer with --threads")
-        self.close()
-        self._handle, self.threads = handle, threads
-
-    def run(self, steps: ctypes.Array[Step]) -> None:
-        """Run the steps, one after the other. Raises OrthrusError in a forked process."""
-        if self._library.orthrus_run(self._handle, ctypes.addressof(steps), len(steps)):
-            raise OrthrusError(
-                "the model was loaded by another process, whose threads this one lacks; load it"
-                " after the fork"
-            )
-
-    def close(self) -> None:
-        if self._handle:
-            self._library.orthrus_pool_free(self._handle)
-        self._handle = None
 
 
 def _place(piece: Piece, own: OneSequence[CpuCache]) -> Place:

@@ -23,6 +23,7 @@ from orthrus_gguf.runtime.cache_layout import BATCH_ROWS
 from orthrus_gguf.runtime.cpu.beside import CpuBeside
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.cpu.model import CpuModel
+from orthrus_gguf.runtime.cpu.pool import Pool
 from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Floats, Weights, vector
 from orthrus_gguf.runtime.mtp import Entry
@@ -32,9 +33,9 @@ from orthrus_gguf.runtime.protocol import Logits, View
 class BlockWeights(Weights):
     """A block's weights; embedding and output are the target's, unless it has its own."""
 
-    def __init__(self, file: WeightFile, kernels: Kernels, threads: int, target: Weights) -> None:
+    def __init__(self, file: WeightFile, kernels: Kernels, pool: Pool, target: Weights) -> None:
         self._target = target
-        super().__init__(file, kernels, threads)
+        super().__init__(file, kernels, pool)
 
     def _arrange(self, file: WeightFile) -> None:
         own = self._matrices.get
@@ -50,7 +51,7 @@ class CpuBlock(CpuBeside):
 
     def __init__(self, file: MtpFile, target: CpuModel) -> None:
         """Raises OrthrusError when memory does not suffice."""
-        weights = BlockWeights(file, target._kernels, target._pool.threads, target._weights)
+        weights = BlockWeights(file, target._kernels, target._pool, target._weights)
         super().__init__(file.config, weights, target)
         self._block_weights, width = weights, file.config.n_embd
         form = self._kernels.form(weights.projection.type)

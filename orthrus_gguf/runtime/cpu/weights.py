@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from gguf import GGMLQuantizationType, quants
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
-from orthrus_cpu_kernels.library import LANES, Kernels, Matrix
+from orthrus_cpu_kernels.library import LANES, REPACK, Kernels, Matrix, Step, steps_array
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
@@ -27,6 +27,7 @@ from orthrus_gguf.model.tensors import (
     in_view,
     original_of,
 )
+from orthrus_gguf.runtime.cpu.pool import Part, Pool
 from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.protocol import View
 
@@ -35,6 +36,9 @@ _CONV, _QUERIES = DELTA_NET["conv"], "attn_q.weight"
 
 #: Panels that one task of repacking takes.
 PANELS = 16
+
+#: Bytes of a file that are repacked in one go: they are in memory twice until it ends.
+PART = 1 << 25
 
 Floats = NDArray[np.float32]
 
@@ -120,10 +124,11 @@ def packed_bytes(kernels: Kernels, info: TensorInfo) -> int:
 class Weights:
     """All weights of a model: matrices in panels, in one block of memory; norms as floats.
 
-    types: of the matrices.
+    types: of the matrices. They are filled in the background, by the pool's threads: what a pool
+    runs afterwards finds them whole.
     """
 
-    def __init__(self, file: WeightFile, kernels: Kernels, threads: int) -> None:
+    def __init__(self, file: WeightFile, kernels: Kernels, pool: Pool) -> None:
         """Raises OrthrusError when memory does not suffice."""
         self._kernels = kernels
         packed = [info for info in file.tensors.values() if is_packed(file.config, info)]
@@ -141,12 +146,13 @@ class Weights:
             self._memory.madvise(mmap.MADV_HUGEPAGE)
         self._block = np.frombuffer(self._memory, np.uint8)
         self._matrices: dict[str, Matrix] = {}
-        at = 0
-        with ThreadPoolExecutor(threads) as pool:
-            for info in packed:
-                self._matrices[info.name] = self._place(file, info, at, pool)
-                at += sizes[info.name]
-                file.release(info.name)
+        at = self._block.ctypes.data
+        for info in packed:
+            panels = -(-info.shape[0] // LANES)
+            shape = int(info.type), info.shape[1], info.shape[0], panels
+            self._matrices[info.name] = Matrix(*shape, at)
+            at += sizes[info.name]
+        pool.run_in_background(list(self._parts(file, packed)))
         self._arrange(file)
 
     def close(self) -> None:
@@ -166,27 +172,33 @@ class Weights:
         self.output_norm = vector(file, OUTPUT_NORM)
         self.layers = [self._layer(file, index, views) for index in range(file.config.n_layers)]
 
-    def _place(
-        self, file: WeightFile, info: TensorInfo, at: int, pool: ThreadPoolExecutor
-    ) -> Matrix:
-        columns, k = info.shape
-        panels = -(-columns // LANES)
-        raw, number = file.data(info.name), int(info.type)
-        address = self._block.ctypes.data + at
+    def _parts(self, file: WeightFile, infos: Sequence[TensorInfo]) -> Iterator[Part]:
+        """What fills the matrices: steps for some of them, behind which the file's own copy may
+        leave the memory."""
+        steps: list[Step] = []
+        read: dict[str, NDArray[np.uint8]] = {}
+        for info in infos:
+            read[info.name] = file.data(info.name)
+            steps += self._repacking(file.config, info, read[info.name])
+            if sum(data.nbytes for data in read.values()) >= PART or info is infos[-1]:
+                # The function keeps alive what the steps point to.
+                yield steps_array(steps), partial(_release, file, read, self._block)
+                steps, read = [], {}
 
-        def repack(run: tuple[int, int, int]) -> None:
-            source, first, stop = run
-            moved = (source - first) * LANES * (raw.nbytes // columns)
-            self._kernels.library.orthrus_repack(
-                number, raw.ctypes.data + moved, columns, k, first, stop, address
-            )
-
-        runs = [(one, one, min(one + PANELS, panels)) for one in range(0, panels, PANELS)]
-        if _gated(file.config, info):
-            each = file.config.head_dim // LANES
-            runs = _apart(panels // each, each)
-        list(pool.map(repack, runs))
-        return Matrix(number, k, columns, panels, address)
+    def _repacking(
+        self, config: ModelConfig, info: TensorInfo, data: NDArray[np.uint8]
+    ) -> Iterator[Step]:
+        """Steps that fill a matrix."""
+        matrix, raw = self._matrices[info.name], data.ctypes.data
+        runs = [(0, 0, matrix.panels)]
+        if _gated(config, info):
+            each = config.head_dim // LANES
+            runs = _apart(matrix.panels // each, each)
+        for source, first, stop in runs:
+            moved = (source - first) * LANES * (info.n_bytes // matrix.columns)
+            step = Step(op=REPACK, first=first, count=stop - first, width=PANELS, x=raw + moved)
+            step.tasks, step.matrix[0] = -(-(stop - first) // PANELS), matrix
+            yield step
 
     def _layer(self, file: WeightFile, index: int, views: Mapping[View, str]) -> Layer:
         prefix, config = f"blk.{index}.", file.config
@@ -245,6 +257,11 @@ class Weights:
         return Matrix(*halves, both.data), Matrix(*halves, both.data + bytes_)
 
 
+def _release(file: WeightFile, read: Mapping[str, NDArray[np.uint8]], *_: object) -> None:
+    for name in read:
+        file.release(name)
+
+
 def _gated(config: ModelConfig, info: TensorInfo) -> bool:
     """Whether a tensor holds, head by head, queries and gates."""
     return config.architecture.hybrid and original_of(info.name).endswith(_QUERIES)
@@ -264,5 +281,10 @@ def _whole_panels(values: Floats) -> Floats:
 def vector(file: WeightFile, name: str) -> Floats:
     """A tensor's values in a row, as floats."""
     info = file.tensors[name]
-    data = quants.dequantize(file.data(name), GGMLQuantizationType(info.type))
-    return np.array(data.reshape(math.prod(info.shape)), dtype=np.float32)
+    data = file.data(name)
+    if info.type == GGMLQuantizationType.F32:
+        return data.view("<f4").astype(np.float32)
+    from gguf import quants  # which no usual file needs
+
+    values = quants.dequantize(data, GGMLQuantizationType(info.type))
+    return np.array(values.reshape(math.prod(info.shape)), dtype=np.float32)
