@@ -11,7 +11,7 @@ from orthrus_kernels.elementwise.plain import (
 from orthrus_kernels.products.plain import (
     dequantize,
     gate_up,
-    head_argmax,
+    head_top2,
     matmul,
     natural_rows,
     prompt_matmul,
@@ -25,7 +25,7 @@ __all__ = [
     "embed",
     "finish_qkv",
     "gate_up",
-    "head_argmax",
+    "head_top2",
     "matmul",
     "move_columns",
     "natural_rows",

@@ -31,7 +31,7 @@ from orthrus_kernels.packing.pack import pack
 from orthrus_kernels.packing.quant_tensor import Layout
 from orthrus_kernels.products.dequantize import dequantize
 from orthrus_kernels.products.dispatch import Tile
-from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
+from orthrus_kernels.products.matmul import gate_up, head_top2, matmul
 from orthrus_kernels.tools.launches import CompileOnly, cache_folder, recorded
 from quant_rows import random_rows
 from synthetic_model import model_shape, planned_tensors, write_model
@@ -66,13 +66,13 @@ def products() -> None:
     second = pack(random_rows(T.Q6_K, 64, 512), T.Q6_K, 512)
     matmul(x, a16, TILE, 2, second=second)
     gate_up(x, a16, TILE)
-    head_argmax(x, second, TILE)
+    head_top2(x, second, TILE)
     dequantize(a16)
     rows = new_int8_rows(5, 288, "cpu")
     a8 = pack(random_rows(T.Q5_0, 128, 288), T.Q5_0, 288, Layout.A8)
     matmul(rows, a8, TILE, 2)
     gate_up(rows, a8, TILE, out=new_int8_rows(5, 64, "cpu"))
-    head_argmax(rows, a8, TILE)
+    head_top2(rows, a8, TILE)
     dequantize(a8)
 
 

@@ -17,8 +17,8 @@ from orthrus_kernels.packing.pack import interleave_rows, pack
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout, QuantTensor
 from orthrus_kernels.products.dequantize import dequantize, prompt_matmul
 from orthrus_kernels.products.dispatch import INT8_TYPES, Tile
-from orthrus_kernels.products.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
-from orthrus_kernels.sampling.sample import pick
+from orthrus_kernels.products.matmul import Activations, gate_up, head_top2, matmul, sum_partials
+from orthrus_kernels.sampling.sample import RESULT, pick
 from quant_rows import dequantized, nmse, random_rows
 from torch import Tensor
 
@@ -200,14 +200,21 @@ def test_head_takes_the_lowest_of_equal_tokens(layout: Layout) -> None:
 
 
 def best_of_all(x: Activations, weight: QuantTensor) -> tuple[Tensor, Tensor]:
-    """Tokens and values of the largest logits; the reference, too, finds these tokens."""
-    found = head_argmax(x, weight, tile(16))
-    tokens = torch.empty(found.values.shape[1], dtype=torch.int32)
-    pick(found.values, found.tokens, tokens)
-    plain, wanted = reference.head_argmax(x, weight, tile(16)), torch.empty_like(tokens)
+    """Tokens and values of the largest logits. They, the runner-up and the probabilities are what
+    the logits say, and what the reference finds."""
+    found = head_top2(x, weight, tile(16))
+    plain = reference.head_top2(x, weight, tile(16))
+    out, wanted = torch.full((2, found.values.shape[2], RESULT), -7, dtype=torch.int32)
+    pick(found.values, found.tokens, out)
     reference.pick(plain.values, plain.tokens, wanted)
-    assert torch.equal(tokens, wanted)
-    return tokens, found.values.amax(0)
+    assert torch.equal(out[:, :2], wanted[:, :2])
+    assert out[:, 4:].tolist() == wanted[:, 4:].tolist() == [[-7]] * len(out)
+    logits = matmul(x, weight, tile(16))[0]
+    both = logits.double().softmax(1).sort(1, descending=True).values[:, :2]
+    for result, rtol in ((out, 1e-5), (wanted, 0.02)):  # the reference's logits are not rounded
+        found_both = result[:, 2:4].view(torch.float32)
+        torch.testing.assert_close(found_both, both.float(), rtol=rtol, atol=0)
+    return out[:, 0], found.values[0].amax(0)
 
 
 def activations_as_f64(x: Activations, k: int) -> Tensor:

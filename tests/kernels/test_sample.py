@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -344,11 +345,26 @@ def test_rows_that_are_not_drawn(kernels: Callable[..., None]) -> None:
     assert torch.equal(out[0::2, 0], whole[0::2])
 
 
-def test_pick_takes_tiles_in_any_layout() -> None:
-    best = torch.tensor([[1.0, 5.0, 5.0], [2.0, float("-inf"), 2.0], [1, float("nan"), 0]]).T
-    tokens = torch.tensor([[0, 9, 4], [8, 1, 7], [0, 1, 2]], dtype=torch.int32).T
-    for layout in (best, best.contiguous()):
-        for implementation in (pick, reference_sample.pick):
-            out = torch.zeros(3, 2, dtype=torch.int32)
-            implementation(layout, tokens, out[:, 0])
-            assert out.tolist() == [[4, 0], [7, 0], [-1, 0]]
+@pytest.mark.parametrize("kernels", [pick, reference_sample.pick], ids=["kernels", "reference"])
+def test_pick(kernels: Callable[..., None]) -> None:
+    """Three tiles of four rows: the runner-up may stand beside the best or in another tile, the
+    lower token wins a draw, and what is not finite is no choice."""
+    inf = math.inf
+    best = torch.tensor([[1.0, 5.0, 5.0], [2.0, -inf, 1.5], [3.0, 1.0, 0.0], [1.0, inf, 0.0]])
+    second = torch.tensor([[0.0, 4.0, 5.0], [1.75, -inf, 0.0], [-inf, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    sums = torch.tensor([[2.0, 1.5, 2.5], [1.0, 0.0, 1.0], [1.0, 2.0, 1.0], [1.0, inf, 1.0]])
+    tokens = torch.tensor([[0, 9, 4], [3, 5, 8], [2, 4, 8], [0, 4, 8]], dtype=torch.int32)
+    others = torch.tensor([[1, 8, 7], [0, 4, 9], [2, 5, 9], [1, 5, 9]], dtype=torch.int32)
+    out = torch.full((4, 6), -7, dtype=torch.int32)
+    values = torch.stack([best.T, second.T, sums.T])
+    kernels(values, torch.stack([tokens.T, others.T]), out)
+    assert out[:, 0].tolist() == [4, 3, 2, -1]
+    assert out[:3, 1].tolist() == [7, 0, 4]
+    found = out[:3, 2:4].view(torch.float32).double()
+    total = torch.tensor(
+        [4 + 2 * math.exp(-4), 1 + math.exp(-0.5), 1 + 2 * math.exp(-2) + math.exp(-3)]
+    )
+    torch.testing.assert_close(found[:, 0], 1 / total.double(), rtol=1e-6, atol=0)
+    ratio = torch.tensor([1.0, math.exp(-0.25), math.exp(-2)]).double()
+    torch.testing.assert_close(found[:, 1] / found[:, 0], ratio, rtol=1e-6, atol=0)
+    assert out[:, 4:].tolist() == [[-7, -7]] * 4

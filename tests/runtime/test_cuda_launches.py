@@ -273,10 +273,8 @@ def test_how_many_launches_a_pass_takes(model: CudaModel, device: Device) -> Non
             assert watch.kernels == 0, f"{name}: torch works, too"
         views = {segment.view for segment in segments}
         per_layer = 11 if len(views) == 2 else 9
-        # Angles and embedding; final norm, head, the best of its tiles; or, in detail, logits, the
-        # best of their tiles, and what comes of it.
-        in_detail = any(s.draw is not None and s.draw.detail for s in segments)
-        around = 2 if name == "no choices" else 6 if in_detail else 5
+        # Angles and embedding; final norm, head, the best of its tiles.
+        around = 2 if name == "no choices" else 5
         if name not in ("several sequences", "penalties and log-probabilities", "a mask"):
             assert counts[name] == per_layer * LAYERS + around, name
     assert counts["a mask"] == 9 * LAYERS + 7
@@ -326,5 +324,5 @@ def test_passes_of_a_drafters_network(model: CudaModel, device: Device, tmp_path
         with watched(device) as watch:
             network.forward([block])
         assert (watch.uploads, device.downloads) == (1, 1)
-        assert len(device.launches) == (9 * config.n_layers + 6 if turn < 2 else 0)
+        assert len(device.launches) == (9 * config.n_layers + 5 if turn < 2 else 0)
     assert len(replays) == 4  # both kinds, at their second turn and their third

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from orthrus_kernels.overlap import begin
-from orthrus_kernels.products.outputs import store_best, store_gated, store_partial
+from orthrus_kernels.products.outputs import store_gated, store_partial, store_top2
 from orthrus_kernels.products.weights import weights_half
 
 
@@ -240,8 +240,8 @@ def head_a16(
     high,
     scales,
     supers,
-    best,
-    best_at,
+    values,
+    tokens,
     rows,
     n_rows,
     steps,
@@ -251,7 +251,7 @@ def head_a16(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Largest logit of each tile of the vocabulary: best f32 and best_at i32, [tiles, rows]."""
+    """The two largest logits of each tile of the vocabulary, and its sum: `store_top2`."""
     begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -260,4 +260,4 @@ def head_a16(
         x, rows_m, mask_m, main, high, scales, supers, tile, steps, x_stride,
         KIND, ASM, BM, BN, 1,
     )  # fmt: skip
-    store_best(best, best_at, acc, tile, rows, rows_m, mask_m, n_rows, BN)
+    store_top2(values, tokens, acc, tile, rows, rows_m, mask_m, n_rows, BN)

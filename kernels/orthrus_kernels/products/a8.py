@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from orthrus_kernels.overlap import begin
-from orthrus_kernels.products.outputs import store_best, store_gated, store_partial
+from orthrus_kernels.products.outputs import store_gated, store_partial, store_top2
 from orthrus_kernels.products.weights import half_bits, small_half
 from orthrus_kernels.products.weights_a8 import (
     group_scales,
@@ -285,8 +285,8 @@ def head_a8(
     high,
     scales,
     supers,
-    best,
-    best_at,
+    values,
+    tokens,
     rows,
     n_rows,
     steps,
@@ -302,7 +302,7 @@ def head_a8(
     BN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Largest logit of each tile of the vocabulary: as `head_a16`, with int8 activations."""
+    """The two largest logits of each tile, and its sum: as `head_a16`, with int8 activations."""
     begin()
     tile = tl.program_id(0)
     rows_m = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -312,4 +312,4 @@ def head_a8(
         row_stride, group_stride, scale_row_stride, scale_group_stride,
         KIND, K_TAIL, ASM, BM, BN, 1, STAGES,
     )  # fmt: skip
-    store_best(best, best_at, acc, tile, rows, rows_m, mask_m, n_rows, BN)
+    store_top2(values, tokens, acc, tile, rows, rows_m, mask_m, n_rows, BN)

@@ -169,8 +169,8 @@ def _gate_up(kind: GGMLQuantizationType, layout: Layout, int8: bool) -> Parts:
 def _head(kind: GGMLQuantizationType, layout: Layout) -> Parts:
     signature = {
         **_planes("", layout, kind),
-        "best": "*fp32",
-        "best_at": "*i32",
+        "values": "*fp32",
+        "tokens": "*i32",
         "n_rows": "i32:16",
     }
     return _HEAD, signature, {"KIND": kind_of(kind)}

@@ -34,9 +34,12 @@ Kind = tuple[int, int, int, int, int, bool, bool]
 
 
 @dataclass(frozen=True)
-class Best:
-    """Of each tile of a head's columns the largest value of each row, and its column (the lowest on
-    ties): f32 and i32 [tiles, rows]."""
+class Top2:
+    """What each tile of a head's columns leaves of each row, for `sample.pick`.
+
+    values: f32 [3, tiles, rows], the largest value, the second, and the sum of exp(value -
+    largest). tokens: i32 [2, tiles, rows], the columns of the two (the lowest on ties).
+    """
 
     values: Tensor
     tokens: Tensor
@@ -142,16 +145,15 @@ def gate_up(
     return out
 
 
-def head_argmax(x: Activations, weight: QuantTensor, tile: Tile) -> Best:
-    """The largest logits and their tokens, by tile: `sample.pick` takes it from there, and no
-    logits are stored."""
+def head_top2(x: Activations, weight: QuantTensor, tile: Tile) -> Top2:
+    """The largest logits, their tokens and what probabilities need, by tile: `sample.pick` takes it
+    from there, and no logits are stored."""
     _check(x, weight, None)
     rows, tiles = rows_of(x), _tiles(weight, tile)
-    values, tokens = (
-        torch.empty(tiles, rows, dtype=dtype, device=weight.device)
-        for dtype in (torch.float32, torch.int32)
+    out = Top2(
+        torch.empty(3, tiles, rows, device=weight.device),
+        torch.empty(2, tiles, rows, dtype=torch.int32, device=weight.device),
     )
-    out = Best(values, tokens)
     sizes = (rows, weight.rows, weight.padded_k // STEP)
     grid = (tiles, 1, triton.cdiv(rows, tile.rows))
     if isinstance(x, Int8Rows):

@@ -1,4 +1,4 @@
-"""What the products do with their sums [BN, BM]: partials, silu(gate) * up, best of a tile."""
+"""What the products do with their sums [BN, BM]: partials, silu(gate) * up, best two of a tile."""
 
 import triton
 import triton.language as tl
@@ -74,11 +74,22 @@ def store_gated(
 
 
 @triton.jit
-def store_best(best, best_at, acc, tile, rows, rows_m, mask_m, n_rows, BN: tl.constexpr):
-    """Per row of x: the largest of the tile's values and its index, the lowest one on ties."""
+def store_top2(values, tokens, acc, tile, rows, rows_m, mask_m, n_rows, BN: tl.constexpr):
+    """Per row of x, of the tile's values: the largest, the second and the sum of exp(value -
+    largest), planes of `values` [3, tiles, rows]; where the two are, planes of `tokens`. The lowest
+    index on ties; NaN counts as infinite.
+    """
     n = tile * BN + tl.arange(0, BN)
-    inside = tl.where((n < n_rows)[:, None], acc, float("-inf"))
-    value, index = tl.max(inside, 0, return_indices=True, return_indices_tie_break_left=True)
+    inside = tl.where(acc != acc, float("inf"), acc)
+    inside = tl.where((n < n_rows)[:, None], inside, float("-inf"))
+    best, best_at = tl.max(inside, 0, return_indices=True, return_indices_tie_break_left=True)
+    mass = tl.sum(tl.exp(inside - best[None, :]), 0)
+    rest = tl.where(tl.arange(0, BN)[:, None] == best_at[None, :], float("-inf"), inside)
+    second, second_at = tl.max(rest, 0, return_indices=True, return_indices_tie_break_left=True)
+    plane = tl.num_programs(0).to(tl.int64) * rows
     at = tile.to(tl.int64) * rows + rows_m
-    tl.store(best + at, value, mask=mask_m)
-    tl.store(best_at + at, tile * BN + index, mask=mask_m)
+    tl.store(values + at, best, mask=mask_m)
+    tl.store(values + plane + at, second, mask=mask_m)
+    tl.store(values + 2 * plane + at, mass, mask=mask_m)
+    tl.store(tokens + at, tile * BN + best_at, mask=mask_m)
+    tl.store(tokens + plane + at, tile * BN + second_at, mask=mask_m)

@@ -5,6 +5,8 @@ Weights come from the GGUF bytes through the `gguf` package's dequantizer, sums 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from gguf.quants import dequantize as dequantize_rows
 from torch import Tensor
@@ -14,7 +16,7 @@ from orthrus_kernels.elementwise.activations import deinterleave, interleave
 from orthrus_kernels.packing.pack import PAIR_ROWS, unpack
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, STEP, Layout, QuantTensor
 from orthrus_kernels.products.dispatch import Tile
-from orthrus_kernels.products.matmul import Activations, Best
+from orthrus_kernels.products.matmul import Activations, Top2
 
 
 def dequantize(weight: QuantTensor) -> Tensor:
@@ -74,13 +76,13 @@ def gate_up(
     return out
 
 
-def head_argmax(x: Activations, weight: QuantTensor, tile: Tile) -> Best:
-    """See `orthrus_kernels.products.matmul.head_argmax`; all columns are one tile."""
-    logits = matmul(x, weight, tile)[0]
-    values = logits.amax(dim=1)
-    # torch promises no order among equal values: take the first that equals the largest.
-    tokens = (logits == values[:, None]).int().argmax(dim=1).int()
-    return Best(values[None], tokens[None])
+def head_top2(x: Activations, weight: QuantTensor, tile: Tile) -> Top2:
+    """See `orthrus_kernels.products.matmul.head_top2`; all columns are one tile."""
+    logits = matmul(x, weight, tile)[0].nan_to_num(math.inf, math.inf, -math.inf)
+    ordered, tokens = logits.sort(dim=1, descending=True, stable=True)
+    mass = (logits - ordered[:, :1]).exp().sum(1)
+    values = torch.stack([ordered[:, 0], ordered[:, 1], mass])
+    return Top2(values[:, None], tokens.T[:2, None].int())
 
 
 def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor, out: Tensor) -> None:

@@ -129,11 +129,10 @@ def _choice_cases() -> list[KernelCase]:
             "sample pick",
             kernels.pick,
             {
-                "best": "*fp32",
+                "values": "*fp32",
                 "tokens": "*i32",
                 "out": "*i32",
-                **dict.fromkeys(("tiles", "best_tile", "token_tile", "out_stride"), "i32"),
-                **dict.fromkeys(("best_row", "token_row"), "1"),
+                **dict.fromkeys(("tiles", "rows", "out_stride"), "i32"),
             },
             {"WIDTH": 4096},
             num_warps=8,

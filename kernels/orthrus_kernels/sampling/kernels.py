@@ -311,28 +311,36 @@ def settle(
 
 
 @triton.jit
-def pick(
-    best,
-    tokens,
-    out,
-    tiles,
-    best_tile,
-    best_row,
-    token_tile,
-    token_row,
-    out_stride,
-    WIDTH: tl.constexpr,
-):
-    """The winner over the tiles of one row."""
-    row = tl.program_id(0).to(tl.int64)
+def pick(values, tokens, out, tiles, rows, out_stride, WIDTH: tl.constexpr):
+    """One row of results, from what the tiles of the head left (`store_top2`): as `settle` with
+    DETAIL, but in f32, for there are thousands of tiles."""
+    row = tl.program_id(0)
     t = tl.arange(0, WIDTH)
-    value = tl.load(best + row * best_row + t * best_tile, mask=t < tiles, other=float("-inf"))
-    token = tl.load(tokens + row * token_row + t * token_tile, mask=t < tiles, other=0x7FFFFFFF)
-    value = tl.where(value != value, float("inf"), value)
+    there = t < tiles
+    plane = tiles * rows
+    at = t * rows + row
+    value = tl.load(values + at, mask=there, other=float("-inf"))
+    token = tl.load(tokens + at, mask=there, other=0x7FFFFFFF)
     top = tl.max(value, 0)
     winner = tl.min(tl.where(value == top, token, 0x7FFFFFFF), 0)
     finite = (top < float("inf")) & (top > float("-inf"))
-    tl.store(out + row * out_stride, tl.where(finite, winner, -1))
+    level = tl.where(finite, top, 0.0)
+    mass = tl.load(values + 2 * plane + at, mask=there, other=0.0)
+    total = tl.where(finite, tl.sum(mass * tl.exp(value - level), 0), 1.0)
+    won = token == winner
+    rest = tl.load(values + plane + at, mask=there & won, other=float("-inf"))
+    rest_token = tl.load(tokens + plane + at, mask=there & won, other=0x7FFFFFFF)
+    value_left = tl.where(won, rest, value)
+    token_left = tl.where(won, rest_token, token)
+    runner_up = tl.max(value_left, 0)
+    lowest = tl.min(tl.where(there & (value_left == runner_up), token_left, 0x7FFFFFFF), 0)
+    sure = 1.0 / total
+    less_sure = tl.where(finite, tl.exp(runner_up - level) / total, 0.0)
+    to = out + row * out_stride
+    tl.store(to, tl.where(finite, winner, -1))
+    tl.store(to + 1, lowest)
+    tl.store(to + 2, sure.to(tl.int32, bitcast=True))
+    tl.store(to + 3, less_sure.to(tl.int32, bitcast=True))
 
 
 @triton.jit

@@ -47,12 +47,19 @@ def draw(logits: Tensor, draws: Draws, kind: DrawKind, scratch: SampleScratch, o
             _report(given[row], max(int(out[row, 0]), 0), kind.top, out[row])
 
 
-def pick(best: Tensor, tokens: Tensor, out: Tensor) -> None:
+def pick(values: Tensor, tokens: Tensor, out: Tensor) -> None:
     """See `orthrus_kernels.sampling.sample.pick`."""
-    values = best.double().nan_to_num(math.inf, math.inf, -math.inf)
-    top = values.amax(0)
-    winners = torch.where(values == top, tokens, 2**31 - 1).amin(0)
-    out.copy_(torch.where(top.isfinite(), winners, -1))
+    numbers = values[:2].flatten(0, 1).double()
+    by_token = tokens.flatten(0, 1).sort(dim=0).indices
+    ordered = numbers.gather(0, by_token).sort(dim=0, descending=True, stable=True).indices
+    two = by_token.gather(0, ordered)[:2]
+    best, second = numbers.gather(0, two)
+    sums = (values[2].double() * (values[0].double() - best).exp()).sum(0)
+    first, runner_up = tokens.flatten(0, 1).gather(0, two)
+    out[:, 0] = torch.where(best.isfinite(), first, -1)
+    out[:, 1] = runner_up
+    out[:, 2] = _bits(1 / sums)
+    out[:, 3] = _bits((second - best).exp() / sums)
 
 
 def gumbel_noise(seed: int, position: int, tokens: Tensor) -> Tensor:

@@ -71,10 +71,14 @@ class DrawKind:
         return self.penalizes or self.bans or self.masked
 
     @property
-    def is_argmax(self) -> bool:
-        """Whether the largest logit of each row is all that is asked for."""
-        sampled = self.extracted or self.sorted
-        return not (sampled or self.changes or self.detail or self.top)
+    def spares_logits(self) -> bool:
+        """Whether the two largest logits of each row and their probabilities are all that is asked
+        for, so that the head's kernel finds them and no logits are stored.
+
+        Log-probabilities are left out: those of a row would depend, in their last bits, on whether
+        its company needs logits.
+        """
+        return not (self.extracted or self.sorted or self.changes or self.top)
 
     @property
     def columns(self) -> int:
@@ -226,16 +230,24 @@ def draw(logits: Tensor, draws: Draws, kind: DrawKind, scratch: SampleScratch, o
         _report(given, draws, kind.top, scratch, out)
 
 
-def pick(best: Tensor, tokens: Tensor, out: Tensor) -> None:
-    """The token of the largest value per row, the lowest id on a draw, -1 if that is not finite.
+def pick(values: Tensor, tokens: Tensor, out: Tensor) -> None:
+    """The token of the largest value of each row (the lowest id on a draw, -1 if that is not
+    finite), the runner-up, and the probabilities of both.
 
-    best: f32 [tiles, rows], largest value per tile; tokens: i32, where it was. Any strides.
-    out: i32 [rows], of any stride.
+    values: f32 [3, tiles, rows]; tokens: i32 [2, tiles, rows]: see `matmul.Top2`.
+    out: i32 [rows, at least 4], see RESULT.
     """
-    tiles, rows = best.shape
-    width = triton.next_power_of_2(tiles)
-    strides = (*best.stride(), *tokens.stride(), out.stride(0))
-    kernels.pick[(rows,)](best, tokens, out, tiles, *strides, WIDTH=width, num_warps=8)
+    _, tiles, rows = values.shape
+    kernels.pick[(rows,)](
+        values,
+        tokens,
+        out,
+        tiles,
+        rows,
+        out.stride(0),
+        WIDTH=triton.next_power_of_2(tiles),
+        num_warps=8,
+    )
 
 
 def _adjust(logits: Tensor, draws: Draws, kind: DrawKind) -> None:

@@ -19,8 +19,8 @@ from orthrus_kernels.packing.pack import interleave_rows, pack
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, TRAITS, Layout, QuantTensor, row_bytes
 from orthrus_kernels.products.dequantize import dequantize
 from orthrus_kernels.products.dispatch import Tile, Use, fit_tile, layout_for, safe_tile, split_for
-from orthrus_kernels.products.matmul import Activations, gate_up, head_argmax, matmul, sum_partials
-from orthrus_kernels.sampling.sample import pick
+from orthrus_kernels.products.matmul import Activations, gate_up, head_top2, matmul, sum_partials
+from orthrus_kernels.sampling.sample import RESULT, pick
 from orthrus_kernels.tools.gpu_check_report import Check, Machine
 
 _T = GGMLQuantizationType
@@ -155,12 +155,12 @@ def _correct(machine: Machine, weight: QuantTensor, raw: Tensor) -> Iterator[Che
     both = matmul(given, weight, tile, second=weight)[0]
     error = _nmse(both, torch.cat([expected, expected], 1))
     yield Check(f"{name} two matrices in a launch", error < limit, f"NMSE {error:.1e}")
-    best = head_argmax(given, weight, _tile(machine, weight, rows, Use.HEAD))
+    best = head_top2(given, weight, _tile(machine, weight, rows, Use.HEAD))
     logits = matmul(given, weight, tile)[0]
     first = (logits == logits.amax(1, keepdim=True)).int().argmax(1)
-    tokens = torch.empty_like(first, dtype=torch.int32)
-    pick(best.values, best.tokens, tokens)
-    yield Check(f"{name} argmax", torch.equal(tokens, first.int()))
+    found = torch.empty(rows, RESULT, dtype=torch.int32, device=machine.device)
+    pick(best.values, best.tokens, found)
+    yield Check(f"{name} argmax", torch.equal(found[:, 0], first.int()))
     dense = dequantize(weight)
     if weight.layout is Layout.A16 or weight.type in PLAIN_TYPES:
         dense = deinterleave(dense, weight.k)

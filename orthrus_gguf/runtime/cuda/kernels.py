@@ -14,7 +14,7 @@ from orthrus_kernels.elementwise.embedding import embed
 from orthrus_kernels.elementwise.ops import quantize_rows, residual_norm, silu_multiply
 from orthrus_kernels.elementwise.rows import rotary_angles
 from orthrus_kernels.products.dequantize import prompt_matmul
-from orthrus_kernels.products.matmul import gate_up, head_argmax, matmul
+from orthrus_kernels.products.matmul import gate_up, head_top2, matmul
 from orthrus_kernels.sampling.sample import draw, pick
 
 Launch = Callable[..., Any]
@@ -35,7 +35,7 @@ class Kernels:
     silu_multiply: Launch
     finish_qkv: Launch
     attention: Launch
-    head_argmax: Launch
+    head_top2: Launch
     prompt_matmul: Launch
     draw: Launch
     pick: Launch
@@ -53,7 +53,7 @@ TRITON = Kernels(
     silu_multiply=silu_multiply,
     finish_qkv=finish_qkv,
     attention=attention,
-    head_argmax=head_argmax,
+    head_top2=head_top2,
     prompt_matmul=prompt_matmul,
     draw=draw,
     pick=pick,

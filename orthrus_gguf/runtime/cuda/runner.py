@@ -135,10 +135,10 @@ class PassRunner:
         kind, their logits."""
         b, kind, count = self.buffers, table.shape.kind, table.shape.wanted
         launch = self.machine.kernels
-        if kind is not None and kind.is_argmax:
+        if kind is not None and kind.spares_logits:
             (head,) = self.weights.head.matrices
-            best = launch.head_argmax(hidden, head, self.machine.tile(head, count, Use.HEAD))
-            launch.pick(best.values, best.tokens, table.drawn[:, 0])
+            found = launch.head_top2(hidden, head, self.machine.tile(head, count, Use.HEAD))
+            launch.pick(found.values, found.tokens, table.drawn)
             return
         logits = b.logits[:count]
         self.logits(hidden, logits)
