@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from orthrus_gguf.cli import options
-from orthrus_gguf.cli.drafter import add_drafter_option
+from orthrus_gguf.cli.drafter import add_draft_ids_option, add_drafter_option
 from orthrus_gguf.cli.llama_flags import foreign
 from orthrus_gguf.cli.prefill import add_prefill_options
 from orthrus_gguf.command import Parser
@@ -19,6 +19,7 @@ def add_answering_options(
     which stands behind the model in the help."""
     options.add_model_options(parser)
     add_drafter_option(parser)
+    add_draft_ids_option(parser)
     add_own(parser)
     options.add_decoding_options(parser)
     add_prefill_options(parser)

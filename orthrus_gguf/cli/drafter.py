@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
+from orthrus_gguf.cli.options import positive
+from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
@@ -28,6 +30,17 @@ def add_drafter_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_draft_ids_option(parser: argparse.ArgumentParser) -> None:
+    """For commands that generate."""
+    parser.add_argument(
+        "--draft-ids",
+        type=positive,
+        metavar="N",
+        help="MTP drafts: of the first N ids of the vocabulary only, which are its most frequent"
+        " ones mostly; drafting takes less time, other tokens are never drafted (default: all)",
+    )
+
+
 def open_drafter(
     path: str | None,
     file: ModelFile,
@@ -36,12 +49,13 @@ def open_drafter(
     say: Callable[[str], None],
     *,
     mtp: bool = True,
+    ids: int | None = None,
 ) -> tuple[DrafterFile | MtpFile | None, ModelConfig]:
     """The drafter at `path`, if one is named, else with `mtp` the block that the model's own file
     holds; and the config of the model with it beside.
 
-    runtime: what they will run on; `say` hears that it leaves a block unused. Raises OrthrusError
-    if the file is no drafter of this model.
+    ids: see `add_draft_ids_option`. runtime: what they will run on; `say` hears that it leaves a
+    block unused. Raises OrthrusError if the file is no drafter of this model.
     """
     found: DrafterFile | MtpFile | None = None
     if path is not None:
@@ -52,5 +66,9 @@ def open_drafter(
             found = MtpFile.inside(file)
         else:
             say(f"{file.paths[0]}: --runtime {runtime.value} leaves its MTP block unused")
+    if ids is not None:
+        if not isinstance(found, MtpFile):
+            raise OrthrusError("--draft-ids: is for MTP drafts, and there is no MTP block")
+        found.cut(ids)
     config = file.config
     return found, config if found is None else replace(config, beside=found.beside)

@@ -165,7 +165,9 @@ def load(
     settings = resolve(options.runtime_settings(args), say)
     check_prefill_options(args, settings)
     mtp = args.mtp if args.mtp is not None else _strategy_name(args) != Strategy.AR.value
-    drafter, config = open_drafter(args.drafter, file, settings.name, resources, say, mtp=mtp)
+    drafter, config = open_drafter(
+        args.drafter, file, settings.name, resources, say, mtp=mtp, ids=args.draft_ids
+    )
     plan = _plan(args, config)
     trained = file.config.n_ctx_train
     n_ctx = args.ctx_size or max(

@@ -50,7 +50,8 @@ class MtpFile(Closing):
     """An MTP block, checked against its model. Use as a context manager, or close it.
 
     config: its sizes, those of a model of one layer. tensors: by the names of such a model,
-    whatever the file calls them: layer 0, and the norm behind it.
+    whatever the file calls them: layer 0, and the norm behind it. ids: the first ones of the
+    vocabulary, of which drafts are made.
     """
 
     beside = Beside("mtp", MOST + 1, USUAL, chain=True)
@@ -64,7 +65,7 @@ class MtpFile(Closing):
         self.paths = (own.path,) if own is not None else target.paths
         #: What it reads of the model: the residual stream behind the last norm.
         self.taps = (config.n_layers + 1,)
-        self.config = block_config(config)
+        self.config, self.ids = block_config(config), config.n_vocab
         block = f"blk.{config.n_layers}."
         self._names = {
             OUTPUT_NORM if name == block + MTP_NORM else f"blk.0.{name.removeprefix(block)}": name
@@ -92,6 +93,14 @@ class MtpFile(Closing):
             found = cls(file, target, file)
             stack.pop_all()
         return found
+
+    def cut(self, ids: int) -> None:
+        """Draft with the first `ids` of the vocabulary only, which are the most frequent ones where
+        ids count merges. Less of the output matrix is read then. Raises OrthrusError."""
+        if not 1 <= ids <= self.config.n_vocab:
+            raise OrthrusError(f"--draft-ids {ids}: expected 1 to {self.config.n_vocab:,}")
+        self.ids = ids
+        self.config = replace(self.config, name=f"{self.config.name}, {ids:,} ids")
 
     def data(self, name: str) -> NDArray[np.uint8]:
         """See `ModelFile.data`."""

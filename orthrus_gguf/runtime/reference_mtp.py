@@ -36,7 +36,7 @@ class ReferenceBlock(ReferenceModel):
         def own_or(name: str, shared: Tensor) -> Tensor:
             return own(name) if f"blk.0.{name}" in file.tensors else shared
 
-        self.config = file.config
+        self.config, self._ids = file.config, file.ids
         self.embedding = own_or(MTP_EMBD, target.embedding)
         self.output = own_or(MTP_OUTPUT, target.output)
         self.layers = [layer_weights(file, 0, {View.AR: ""})]
@@ -62,7 +62,9 @@ class ReferenceBlock(ReferenceModel):
     def step(self, entries: Sequence[Entry]) -> tuple[Floats, Logits]:
         """See `mtp.Block.step`."""
         given = torch.cat([self._given(entry) for entry in entries])
-        return given.numpy(), (given @ self.output.T).numpy()
+        logits = given @ self.output.T
+        logits[:, self._ids :] = -torch.inf
+        return given.numpy(), logits.numpy()
 
     def _given(self, entry: Entry) -> Tensor:
         """What one row gives, [1, n_embd]."""

@@ -1,13 +1,12 @@
 """What MTP drafts cost on a CPU: a token of a chain, following the text, and whole cycles.
 
-    python tests/bench/mtp_cost.py MODEL.gguf [-t THREADS] [-c CONTEXT] [-r TURNS] [--head ROWS]
+    python tests/bench/mtp_cost.py MODEL.gguf [-t THREADS] [-c CONTEXT] [-r TURNS] [--draft-ids N]
 
 The model's file holds the block. Passes of one to nine rows, chains of one to eight tokens and what
 the block must learn of committed rows run turn by turn, the fastest of each turn. Beside plain
 decoding, as medians of the turns: what each takes in passes of one row; what a cycle of a chain
 takes, when all of its tokens are accepted; and the acceptance of a token (given those before) from
-which on a cycle pays. --head: the output matrix cut to so many ids for drafting. Only ratios of one
-run mean something on a shared machine.
+which on a cycle pays. Only ratios of one run mean something on a shared machine.
 """
 
 from __future__ import annotations
@@ -17,11 +16,9 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from orthrus_cpu_kernels.library import LANES, Matrix
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
@@ -92,16 +89,16 @@ def main() -> None:
     parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("-c", "--context", type=int, default=64)
     parser.add_argument("-r", "--turns", type=int, default=5)
-    parser.add_argument("--head", type=int, help="rows of the output that drafts are drawn from")
+    parser.add_argument("--draft-ids", type=int, help="as orthrus-run takes it")
     args = parser.parse_args()
     with ExitStack() as stack:
         file = stack.enter_context(ModelFile.open(args.model))
         asked = RuntimeSettings(RuntimeName.CPU, threads=args.threads)
-        loaded = load_model(file, asked, drafter=MtpFile.inside(file))
+        block = MtpFile.inside(file)
+        block.cut(args.draft_ids or block.ids)
+        loaded = load_model(file, asked, drafter=block)
         model = stack.enter_context(closing(loaded))
         assert isinstance(model, ModelWithDrafter)
-        if args.head:
-            cut_head(model, args.head)
         work = cases(model, args.context)
         times: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(args.turns):
@@ -121,15 +118,6 @@ def main() -> None:
         pays = "never" if least is None else f"{100 * least:.0f} %"
         cells = [f"{part:.2f}" for part in (*parts, sum(parts))]
         print(f"| {depth} | {' | '.join(cells)} | {pays} |")
-
-
-def cut_head(model: ModelWithDrafter, rows: int) -> None:
-    """Have chains drawn from the first ids only, as if they were the most frequent ones."""
-    block: Any = model._network._block  # type: ignore[attr-defined]
-    whole = block._block_weights.output
-    panels = -(-rows // LANES)
-    block._block_weights.output = Matrix(whole.type, whole.k, rows, panels, whole.data)
-    block.config = replace(block.config, n_vocab=rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,19 @@ from orthrus_gguf.cli.bench import main
 FEW = ["--strategies", "two-pass,fused@x2,auto+no-lookup,auto"]
 
 
+def test_chains_on_a_modelled_curve(capsys: pytest.CaptureFixture[str]) -> None:
+    """Drafts of an MTP block, token by token; the curve is the one that BENCHMARKS.md names."""
+    modelled = Path(__file__).resolve().parents[1] / "bench" / "modelled_desktop.json"
+    argv = ["simulate", "--acceptance", "mtp-qwen3.5-9b", "--costs", str(modelled), "-o", "json"]
+    assert main([*argv, "--strategies", "two-pass"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["simulations"]
+    assert any("A token of a chain takes" in sentence for sentence in found["assumptions"])
+    plain, drafted = found["outcomes"]
+    assert [*drafted["sources"]] == ["mtp"]
+    ratio = drafted["tokens_per_second"] / plain["tokens_per_second"]
+    assert ratio == pytest.approx(drafted["tokens_per_cycle"] / (1 + 0.08 + 0.01), rel=0.02)
+
+
 @pytest.fixture(scope="module")
 def recorded(demo_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recorded")

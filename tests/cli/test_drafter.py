@@ -209,6 +209,7 @@ def test_mtp_drafts(capsys: pytest.CaptureFixture[str]) -> None:
         (mtp_model(), "--strategy", "two-pass"),
         (mtp_model(), "--strategy", "ar", "--mtp", "--lookup"),
         (stock_model(), "-md", mtp_block(), "--draft-width", "2"),
+        (mtp_model(), "--strategy", "two-pass", "--draft-ids", "250"),
     ):
         found = answer(capsys, *flags, *MTP)
         assert found["text"] == plain["text"]
@@ -221,6 +222,8 @@ def test_mtp_bad_input(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ((base, "--no-heads", "--mtp", "--strategy", "ar"), "--mtp: needs an MTP block: a model"),
         ((stock_model(), "--mtp", *MTP), "--mtp: needs an MTP block"),
         ((mtp_model(), "--draft-width", "10", *MTP), "must lie in 1..9"),
+        ((mtp_model(), "--draft-ids", "271", *MTP), "--draft-ids 271: expected 1 to 270"),
+        ((stock_model(), "--draft-ids", "9", *MTP), "there is no MTP block"),
         ((base, "--no-heads", "--drafter", mtp_block()), "is an MTP block of qwen35"),
         ((mtp_model(), "--no-mtp", "--strategy", "two-pass", *MTP), "no diffusion heads"),
     ):

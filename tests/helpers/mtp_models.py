@@ -101,13 +101,21 @@ def mtp_block(change: Callable[[gguf.ReaderTensor], NDArray[Any] | None] | None 
 
 @contextmanager
 def loaded_mtp(
-    target: Path, runtime: RuntimeName, block: Path | None = None, **settings: Any
+    target: Path,
+    runtime: RuntimeName,
+    block: Path | None = None,
+    ids: int | None = None,
+    **settings: Any,
 ) -> Iterator[ModelWithDrafter]:
-    """A model with its MTP block beside it, from its own file unless `block` is named."""
+    """A model with its MTP block beside it, from its own file unless `block` is named. ids: see
+    `MtpFile.cut`."""
     with ExitStack() as stack:
         file = stack.enter_context(ModelFile.open(target))
         beside = MtpFile.inside(file) if block is None else open_beside(block, file)
         stack.enter_context(closing(beside))
+        if ids is not None:
+            assert isinstance(beside, MtpFile)
+            beside.cut(ids)
         asked = RuntimeSettings(runtime, threads=1, **settings)
         model = stack.enter_context(closing(load_model(file, asked, drafter=beside)))
         assert isinstance(model, ModelWithDrafter)

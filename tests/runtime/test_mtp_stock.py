@@ -3,6 +3,8 @@ and what its `draft-mtp` drafts."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from mtp_models import loaded_mtp, mtp_model
@@ -17,13 +19,13 @@ from orthrus_gguf.runtime.protocol import ar_segment
 _RNG = np.random.default_rng(3)
 PROMPTS = [_RNG.integers(0, 256, n).tolist() for n in (1, 2, 3, 3, 4, 5, 17, 21, 40)]
 TEXT = _RNG.integers(0, 256, 100).tolist()
-CACHE = {"cache_type_k": "f32", "cache_type_v": "f32"}
+CACHE: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
 
 
 def logprobs(weights: str) -> NDArray[np.float64]:
     """Ours of what follows each token of TEXT, [rows, vocabulary], in one pass."""
     file = mtp_model(weights, wide=True)
-    with loaded_mtp(file, RuntimeName.CPU, None, **CACHE) as model:
+    with loaded_mtp(file, RuntimeName.CPU, **CACHE) as model:
         (logits,) = model.logits([ar_segment(model.new_cache(len(TEXT)), TEXT, 0)])
     found: NDArray[np.float64] = logits.astype(np.float64)
     return found - np.logaddexp.reduce(found, axis=1, keepdims=True)
@@ -53,7 +55,7 @@ def test_log_probabilities_and_perplexity(weights: str, most: float, perplexity:
 def test_what_is_drafted_and_accepted(depth: int) -> None:
     """The same numbers of draft tokens, and of accepted ones, on every prompt."""
     stock = Stock(mtp_model(), "f32", 128, mtp=depth)
-    with loaded_mtp(mtp_model(), RuntimeName.CPU, None, **CACHE) as model:
+    with loaded_mtp(mtp_model(), RuntimeName.CPU, **CACHE) as model:
         for prompt in PROMPTS:
             session = Session(model, ENDLESS, 128)
             asked = request(model, f"two-pass@{depth}", prompt, 0, 49)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from orthrus_cpu_kernels import library as k
-from orthrus_cpu_kernels.library import Kernels, Step
+from orthrus_cpu_kernels.library import LANES, Kernels, Matrix, Step
 
 from orthrus_gguf.model.file import WeightFile
 from orthrus_gguf.model.mtp import MtpFile
@@ -54,6 +54,9 @@ class CpuBlock(CpuBeside):
         weights = BlockWeights(file, target._kernels, target._pool, target._weights)
         super().__init__(file.config, weights, target)
         self._block_weights, width = weights, file.config.n_embd
+        self._ids = file.ids
+        whole = weights.output
+        weights.output = Matrix(whole.type, whole.k, file.ids, -(-file.ids // LANES), whole.data)
         form = self._kernels.form(weights.projection.type)
         assert form is not None
         self._form = form
@@ -96,7 +99,9 @@ class CpuBlock(CpuBeside):
             hidden = np.stack([entry.hidden for entry in entries])
             self._run_block([entry.token for entry in entries], hidden, drafts=True)
             given = b.tap(self._tap)[:count, : self.config.n_embd].copy()
-            return given, b.logits[:count, : self.config.n_vocab].copy()
+            logits = np.full((count, self.config.n_vocab), -np.inf, np.float32)
+            logits[:, : self._ids] = b.logits[:count, : self._ids]
+            return given, logits
 
     def _run_block(self, tokens: Sequence[int], hidden: Floats, *, drafts: bool) -> None:
         """Run rows of which the kernels know where they lie."""
