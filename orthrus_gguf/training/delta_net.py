@@ -51,13 +51,16 @@ class Updates:
         since = total.gather(-1, last).transpose(1, 2)[..., None] - total[:, None]
         weights = since.masked_fill(~seen, -math.inf).exp()
         keys = self.keys.repeat(1, total.shape[1] // self.keys.shape[1], 1, 1)
-        weighed = weights[..., None] * self.deltas[:, None]
-        state = keys[:, None].transpose(-1, -2) @ weighed
+        # One block after the other: products with all deltas at once would be many times as large.
+        states = [
+            keys.transpose(-1, -2) @ (weights[:, block, ..., None] * self.deltas)
+            for block in range(anchors.shape[1])
+        ]
         back = anchors[..., None] + torch.arange(-BACK, 0, device=anchors.device)
         index = back.clamp(min=0).flatten(1)[..., None]
         rows = self.rows[:, 0].gather(1, index.expand(-1, -1, self.rows.shape[-1]))
         rows = rows.view(*back.shape, -1) * (back >= 0)[..., None]
-        return state, rows
+        return torch.stack(states, dim=1), rows
 
 
 @dataclass(frozen=True)
@@ -134,20 +137,20 @@ def _inputs(h: Tensor, w: DeltaNet, hybrid: Hybrid, before: Tensor) -> tuple[Ten
     count, size, groups = h.shape[1], hybrid.head_dim, hybrid.n_key_heads
     taps = [around[:, i : i + count] * w.conv[:, i] for i in range(CONV_KERNEL)]
     mixed = F.silu(torch.stack(taps).sum(0))
-    heads = mixed.view(len(h), count, -1, size).transpose(1, 2)
+    heads = mixed.reshape(len(h), count, -1, size).transpose(1, 2)
     q, k, v = heads[:, :groups], heads[:, groups : 2 * groups], heads[:, 2 * groups :]
     share = hybrid.n_value_heads // groups  # value head h reads key head h mod n_key_heads
     q = (_unit(q) / size**0.5).repeat(1, share, 1, 1)
     k = _unit(k).repeat(1, share, 1, 1)
     beta = torch.sigmoid(F.linear(h, w.beta).float()).transpose(1, 2)
-    step = F.softplus(F.linear(h, w.alpha).float() + w.dt)
-    return rows, Rows(q, k, v, beta, (w.a * step).transpose(1, 2))
+    step = (F.linear(h, w.alpha).float() + w.dt).transpose(1, 2).contiguous()
+    return rows, Rows(q, k, v, beta, w.a[:, None] * F.softplus(step))
 
 
 def _outputs(told: Tensor, h: Tensor, w: DeltaNet, eps: float) -> Tensor:
     """What is added to the residual stream. told: [batch, value heads, rows, head_dim]."""
     normed = F.rms_norm(told.transpose(1, 2), w.norm.shape, w.norm, eps)
-    gate = F.silu(F.linear(h, w.gate).float()).view(normed.shape)
+    gate = F.silu(F.linear(h, w.gate).float()).reshape(normed.shape)
     return F.linear((normed * gate).flatten(2).to(h.dtype), w.out)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compiled_layers import compiled_layers
 from hf_hybrid import VOCAB, write_hybrid
 from mtp_models import CONFIG, mtp_weights, stock_model
 from orthrus_converters.cli import main as converter
@@ -134,6 +135,13 @@ def test_what_is_written_is_what_was_trained(tmp_path: Path) -> None:
             for name, head in loaded.named_heads():
                 found = loaded.stored(name, head.detach()).numpy()
                 np.testing.assert_allclose(found, heads[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_both_kinds_of_layers_compile_whole() -> None:
+    """Twice for DeltaNet, since the first layer's input has no gradient, once for attention."""
+    with ModelFile.open(stock_model()) as file:
+        assert compiled_layers(file) == 3
 
 
 @pytest.mark.slow
