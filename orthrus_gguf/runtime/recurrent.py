@@ -134,10 +134,9 @@ class Records:
         if plan.advance:
             before = self.window if self.ahead is None else self.ahead
             self.ahead = [*before, *(int(slot) for slot in plan.records if slot >= 0)][-BACK:]
-        elif order is None:
-            self._rows += plan.records.tolist()
         else:
-            self._rows += plan.records[np.argsort(order)].tolist()
+            in_order = plan.records if order is None else plan.records[np.argsort(order)]
+            self._rows += in_order.tolist()
 
     def drop(self) -> None:
         """Forget the pending rows."""
