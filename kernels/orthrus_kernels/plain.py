@@ -16,15 +16,18 @@ from orthrus_kernels.products.plain import (
     natural_rows,
     prompt_matmul,
 )
+from orthrus_kernels.recurrence.plain import convolve, gated_norm, recur
 from orthrus_kernels.sampling.plain import draw, pick
 
 __all__ = [
     "attention",
+    "convolve",
     "dequantize",
     "draw",
     "embed",
     "finish_qkv",
     "gate_up",
+    "gated_norm",
     "head_top2",
     "matmul",
     "move_columns",
@@ -32,6 +35,7 @@ __all__ = [
     "pick",
     "prompt_matmul",
     "quantize_rows",
+    "recur",
     "residual_norm",
     "rotary_angles",
     "silu_multiply",

@@ -138,7 +138,7 @@ def _bench(path: str, args: argparse.Namespace) -> int:
         batch=args.batch_size,
     )
     with open_model(path, args, say) as file, ExitStack() as resources:
-        asked = resolve(options.runtime_settings(args), say)
+        asked = resolve(options.runtime_settings(args), say, file.config)
         drafter, _ = open_drafter(args.drafter, file, asked.name, resources, say)
         loaded = load_model(file, asked, drafter=drafter)
         model = resources.enter_context(closing(loaded))

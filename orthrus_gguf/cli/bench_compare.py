@@ -146,7 +146,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.plots is not None:
         _prepare_folder(args.plots)
     with open_model(path, args, say) as file, ExitStack() as resources:
-        settings = resolve(options.runtime_settings(args), say)
+        settings = resolve(options.runtime_settings(args), say, file.config)
         drafter, config = open_drafter(args.drafter, file, settings.name, resources, say)
         file.prefetch(heads=True)
         tokenizer = load_tokenizer(file.metadata, path=file.paths[0], n_vocab=file.config.n_vocab)

@@ -162,7 +162,7 @@ def load(
         chat_process.prepare()
     file = resources.enter_context(open_model(path, args, say))
     file.prefetch(heads=_strategy_name(args) not in (AUTO, Strategy.AR.value))
-    settings = resolve(options.runtime_settings(args), say)
+    settings = resolve(options.runtime_settings(args), say, file.config)
     check_prefill_options(args, settings)
     mtp = args.mtp if args.mtp is not None else _strategy_name(args) != Strategy.AR.value
     drafter, config = open_drafter(

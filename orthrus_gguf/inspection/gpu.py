@@ -32,11 +32,6 @@ def gpu_fit(report: Report, target: int | None) -> GpuFit:
     the packages whose tensors are counted."""
     if report.config is None:
         raise OrthrusError(f"--gpu: not for this file: {report.problem}")
-    if report.config.hybrid is not None:
-        name = report.config.architecture.name
-        raise OrthrusError(
-            f"--gpu: models of architecture {name} do not run on GPUs yet; leave it out"
-        )
     if not extra_installed():
         raise OrthrusError(f"--gpu counts the tensors of PyTorch and Triton: {INSTALL}")
     from orthrus_gguf.runtime.cuda.fit import CARDS, context_table

@@ -82,8 +82,8 @@ def load_model(
     Raises OrthrusError when the runtime is not installed, cannot take a setting, or cannot run
     the model.
     """
-    settings = resolve(settings, say or _to_stderr)
-    _check_kinds(file, settings.name)
+    settings = resolve(settings, say or _to_stderr, file.config)
+    _check_kinds(file, settings.name, drafter)
     if settings.device is not None and settings.name is not RuntimeName.CUDA:
         raise OrthrusError(
             f"--device {settings.device}: only --runtime cuda has devices, not "
@@ -93,12 +93,8 @@ def load_model(
         return _load_reference(file, settings, drafter)
     if settings.name is RuntimeName.CPU:
         return _load_cpu(file, settings, say or _to_stderr, drafter)
-    if isinstance(drafter, MtpFile):
-        raise OrthrusError(
-            f"{drafter.paths[0]}: MTP blocks do not run on --runtime {settings.name.value} yet; use"
-            " --runtime cpu, or --no-mtp"
-        )
     if settings.name is RuntimeName.CUDA:
+        assert not isinstance(drafter, MtpFile)  # checked
         return _load_cuda(file, settings, on_progress, say or _to_stderr, drafter)
     if drafter is not None:
         raise OrthrusError(
@@ -107,10 +103,13 @@ def load_model(
     return _load_ggml(file, settings)
 
 
-def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSettings:
+def resolve(
+    settings: RuntimeSettings, say: Callable[[str], None], config: ModelConfig | None = None
+) -> RuntimeSettings:
     """The settings with AUTO replaced: cuda where a GPU can be used or a device is named, else cpu.
 
-    A GPU that stays unused is worth a line to `say`; machines without one hear nothing.
+    config: of the model that will run; on a GPU only if the kernels take its heads. A GPU that
+    stays unused is worth a line to `say`; machines without one hear nothing.
     """
     if settings.name is not RuntimeName.AUTO:
         return settings
@@ -128,6 +127,14 @@ def resolve(settings: RuntimeSettings, say: Callable[[str], None]) -> RuntimeSet
     if reason is not None:
         say(f"running on the CPU, since the GPU cannot be used: {reason}")
         return replace(settings, name=RuntimeName.CPU)
+    if config is not None:
+        from orthrus_gguf.runtime.cuda.cache import check_head_size
+
+        try:
+            check_head_size(config)
+        except OrthrusError as error:
+            say(f"running on the CPU: {str(error).partition(';')[0]}")
+            return replace(settings, name=RuntimeName.CPU)
     return replace(settings, name=RuntimeName.CUDA)
 
 
@@ -144,17 +151,22 @@ def fitting_context(
     """
     if settings.name is not RuntimeName.CUDA or why_unusable(settings.device) is not None:
         return wanted
-    _check_kinds(file, settings.name)
-    assert not isinstance(drafter, MtpFile)  # a hybrid's
+    _check_kinds(file, settings.name, drafter)
+    assert not isinstance(drafter, MtpFile)  # checked
     from orthrus_gguf.runtime.cuda.fit import fitting_context
 
     types = (settings.cache_type_k or "f16", settings.cache_type_v or "f16")
     return fitting_context(file, settings.device, types, wanted, say, drafter=drafter)
 
 
-def _check_kinds(file: ModelFile, name: RuntimeName) -> None:
-    """Raise OrthrusError for layers that a runtime does not know."""
-    if file.config.hybrid is not None and name not in (RuntimeName.REFERENCE, RuntimeName.CPU):
+def _check_kinds(file: ModelFile, name: RuntimeName, drafter: DrafterFile | MtpFile | None) -> None:
+    """Raise OrthrusError for layers or drafters that a runtime does not know."""
+    if isinstance(drafter, MtpFile) and name not in MTP_RUNTIMES:
+        raise OrthrusError(
+            f"{drafter.paths[0]}: MTP blocks do not run on --runtime {name.value} yet; use"
+            " --runtime cpu, or --no-mtp"
+        )
+    if file.config.hybrid is not None and name is RuntimeName.GGML:
         raise OrthrusError(
             f"{file.paths[0]}: models of architecture {file.config.architecture.name} do not run on"
             f" --runtime {name.value} yet; use --runtime cpu"

@@ -21,7 +21,8 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.hybrid import CONV_KERNEL, Hybrid
 from orthrus_gguf.runtime.checkpoints import Checkpoints
 from orthrus_gguf.runtime.passes import check_path
-from orthrus_gguf.runtime.protocol import Checkpoint, path_to
+from orthrus_gguf.runtime.protocol import path_to
+from orthrus_gguf.runtime.recurrent import Returning
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
 
 #: What the squared length of queries and keys is raised by, as transformers has it.
@@ -141,7 +142,7 @@ def _unit(heads: Tensor) -> Tensor:
     return heads * torch.rsqrt(heads.pow(2).sum(-1, keepdim=True) + L2_EPS)
 
 
-class HybridCache(ReferenceCache):
+class HybridCache(Returning[State], ReferenceCache):
     """Keys and values of the attention layers; of the others the state behind the committed rows.
 
     Pending rows leave that state alone: each keeps its updates, and committing applies those of the
@@ -210,20 +211,11 @@ class HybridCache(ReferenceCache):
         if self._kept.due(self._length):
             self._keep()
 
-    def checkpoint(self, length: int | None = None) -> Checkpoint:
-        """See `Cache.checkpoint`. Without `length`, the state is kept to come back to."""
-        if length is None:
-            self._keep()
-        return self._kept.reach(super().checkpoint(length), self._length)
+    def _set(self, state: State | None) -> None:
+        self._committed = State.empty(self._config) if state is None else state
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """See `Cache.restore`."""
-        length = checkpoint.length
-        self._kept.check(length, self._length)
-        if length < self._length:
-            self._committed = self._kept.get(length) or State.empty(self._config)
-        self._kept.forget_behind(length)
-        self._length = length
+    def drop(self) -> None:
+        """Forget what is pending."""
         self.pend(())
 
     def _keep(self) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import orthrus_kernels.products.plain
+import pytest
+from orthrus_kernels.attention import kv_cache
+from orthrus_kernels.recurrence import states
 from orthrus_kernels.packing.quant_tensor import QuantTensor
 from torch import Tensor
 
@@ -16,6 +19,7 @@ from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cuda import cache
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.protocol import Model, ar_segment
@@ -49,6 +53,17 @@ def stand_in(path: Path, **settings: Any) -> Iterator[CudaModel]:
         CudaModel.load(file, **{"device": "cpu", **settings}) as model,
     ):
         yield model
+
+
+@contextmanager
+def small_heads() -> Iterator[None]:
+    """Let the runtime take heads of tests' hybrids, which are smaller than those of any kernel;
+    stand-ins need none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (kv_cache, cache):
+            patch.setattr(module, "HEAD_DIMS", (32, *kv_cache.HEAD_DIMS))
+        patch.setattr(cache, "STATE_DIMS", (16, *states.STATE_DIMS))
+        yield
 
 
 class FakeGraphs:

@@ -19,7 +19,7 @@ from orthrus_kernels.attention import attention
 from orthrus_kernels.tools.budget_table import load_budgets, violations
 from orthrus_kernels.tools.offline import CAPABILITIES, Resources, report_module
 
-ROOMS = ("attention", "elementwise", "sampling")
+ROOMS = ("attention", "elementwise", "recurrence", "sampling")
 MODULES = tuple(f"orthrus_kernels.{room}.cases" for room in ROOMS)
 
 CARDS = (86, 90)
@@ -92,8 +92,10 @@ def test_arguments_that_vary_do_not_specialize() -> None:
     code = """
 from orthrus_kernels.attention import attention, finish_qkv
 from orthrus_kernels.elementwise import ops
+from orthrus_kernels.recurrence import delta_net
 for kernel in (
-    attention._parts, attention._combine, ops._residual_norm, finish_qkv._finish_qkv
+    attention._parts, attention._combine, ops._residual_norm, finish_qkv._finish_qkv,
+    delta_net._convolve, delta_net._recur, delta_net._gated_norm,
 ):
     print(kernel.fn.__name__, *(p.name for p in kernel.params if p.do_not_specialize))
 """
@@ -107,9 +109,12 @@ for kernel in (
     )
     free = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
     assert free["_parts"] == ["layer", "block_capacity", "packed", "lanes"]
-    assert free["_combine"] == ["packed", "lanes"]
+    assert free["_combine"] == ["packed", "lanes", "part_rows"]
     assert free["_residual_norm"] == ["part_rows"]
     assert free["_finish_qkv"] == ["part_rows", "layer", "block_capacity"]
+    assert free["_convolve"] == ["part_rows", "gate_rows", "layer"]
+    assert free["_recur"] == ["layer", "layers"]
+    assert free["_gated_norm"] == ["part_rows"]
 
 
 def test_constants_agree() -> None:

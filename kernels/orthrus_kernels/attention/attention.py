@@ -49,6 +49,7 @@ from orthrus_kernels.elementwise.activation_rows import (
     row_strides,
     store_columns,
 )
+from orthrus_kernels.elementwise.ops import part_sizes, split_sum
 from orthrus_kernels.elementwise.rows import Rows
 from orthrus_kernels.overlap import begin, overlapped
 
@@ -158,6 +159,7 @@ def attention(
     tiles: Tiles,
     scratch: AttentionScratch,
     out: Tensor | Int8Rows,
+    gates: Tensor | None = None,
 ) -> None:
     """Softmax attention of every row, scaled by 1 / sqrt(head_dim).
 
@@ -166,6 +168,8 @@ def attention(
     block_keys, block_values: the pass's scratch, f16 planes by row, filled for diffusion rows.
     rows: `visible`, `block_first` and `block_stop` say what each sees.
     out: f16 rows of n_head * head_dim columns, or int8 rows (head_dim a multiple of 32).
+    gates: f32 partials of gated queries, as `finish_qkv` reads them: a head's output is multiplied
+    by the sigmoid of its gate.
     """
     n_head, head_dim = q.shape[1:]
     group = n_head // caches.heads
@@ -211,15 +215,18 @@ def attention(
             rows.block_first[first:],
             rows.block_stop[first:],
             *row_pointers(out, first),
+            scratch.sums if gates is None else gates[:, first:],
             packed,
             lanes,
             *row_strides(out),
+            *((0, 0) if gates is None else part_sizes(gates)),
             HEADS=caches.heads,
             GROUP=group,
             D=head_dim,
             WIDTH=triton.next_power_of_2(head_dim),
             CHUNK=CHUNK,
             INT8=isinstance(out, Int8Rows),
+            GATE_SPLITS=0 if gates is None else gates.shape[0],
             num_warps=1,
             enable_fp_fusion=False,
             **overlapped(),
@@ -367,7 +374,7 @@ def _parts(
     tl.store(stats + o * 2 + 1, total, mask=used)
 
 
-@triton.jit(do_not_specialize=["packed", "lanes"])
+@triton.jit(do_not_specialize=["packed", "lanes", "part_rows"])
 def _combine(
     sums,
     stats,
@@ -377,18 +384,22 @@ def _combine(
     out,
     scales,
     group_sums,
+    gates,
     packed,
     lanes,
     row_stride,
     group_stride,
     scale_row_stride,
     scale_group_stride,
+    part_rows,
+    part_stride,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     INT8: tl.constexpr,
+    GATE_SPLITS: tl.constexpr,
 ):
     """Program (query head, row): merge the lanes that the row uses, in order, the block last."""
     begin()
@@ -416,6 +427,10 @@ def _combine(
         top = new_top
     result = tl.where(total > 0.0, tl.div_rn(acc, tl.where(total > 0.0, total, 1.0)), 0.0)
     first = query_head * D
+    if GATE_SPLITS > 0:
+        at_gate = (2 * query_head + 1) * D + d
+        gate = split_sum(gates, row, part_rows, part_stride, at_gate, d < D, GATE_SPLITS)
+        result = tl.div_rn(result, 1.0 + tl.exp(-gate))
     store_columns(
         result,
         out,

@@ -60,11 +60,11 @@ def _attention_case(type_name: str, head_dim: int) -> KernelCase:
     )
 
 
-def _combine_case(int8: bool) -> KernelCase:
+def _combine_case(int8: bool, head_dim: int = 128, gate_splits: int = 0) -> KernelCase:
     targets = row_targets(int8)
     targets["group_sums"] = targets.pop("sums")
     return KernelCase(
-        f"attention combine {'int8' if int8 else 'f16'}",
+        f"attention combine {'int8' if int8 else 'f16'}" + (" gated" if gate_splits else ""),
         attention._combine,
         {
             **targets,
@@ -73,16 +73,18 @@ def _combine_case(int8: bool) -> KernelCase:
             "visible": "*i32",
             "block_first": "*i32",
             "block_stop": "*i32",
-            "packed": "i32",
-            "lanes": "i32",
+            "gates": "*fp32",
+            **dict.fromkeys(("packed", "lanes", "part_rows"), "i32"),
+            "part_stride": "i32:16",
         },
         {
             "HEADS": 8,
             "GROUP": 4,
-            "D": 128,
-            "WIDTH": 128,
+            "D": head_dim,
+            "WIDTH": head_dim,
             "CHUNK": attention.CHUNK,
             "INT8": int8,
+            "GATE_SPLITS": gate_splits,
         },
         num_warps=1,
     )
@@ -90,7 +92,8 @@ def _combine_case(int8: bool) -> KernelCase:
 
 def _qkv_case(
     type_name: str, name: str = "", *, norms: bool = True, biases: bool = False,
-    adjacent: bool = False, n_head: int = 32,
+    adjacent: bool = False, n_head: int = 32, head_dim: int = 128, turned: int = 128,
+    gated: bool = False,
 ) -> KernelCase:  # fmt: skip
     columns = ("views", "sequences", "places", "more_first", "more_stop", "more")
     return KernelCase(
@@ -109,13 +112,15 @@ def _qkv_case(
             "SPLITS": 2,
             "N_HEAD": n_head,
             "HEADS": 8,
-            "D": 128,
-            "WIDTH": 128,
+            "D": head_dim,
+            "WIDTH": head_dim,
             "K_FORMAT": FORMATS[type_name],
             "V_FORMAT": FORMATS[type_name],
             "NORMS": norms,
             "BIASES": biases,
             "ADJACENT": adjacent,
+            "TURNED": turned,
+            "GATED": gated,
         },
         num_warps=1,
     )
@@ -151,9 +156,14 @@ CASES: tuple[KernelCase, ...] = (
         if type_name == "f16" or head_dim % QBLOCK == 0
     ),
     *(_combine_case(int8) for int8 in (False, True)),
+    *(_combine_case(int8, head_dim=256, gate_splits=2) for int8 in (False, True)),
     *(_qkv_case(type_name) for type_name in FORMATS),
     _qkv_case("f16", " with biases", norms=False, biases=True),
     _qkv_case("f16", " in adjacent pairs", norms=False, adjacent=True),
     *(_qkv_case(type_name, " of k and v alone", n_head=0) for type_name in FORMATS),
+    *(
+        _qkv_case(type_name, " gated", n_head=24, head_dim=256, turned=64, gated=True)
+        for type_name in FORMATS
+    ),
     *(_move_case(type_name) for type_name in FORMATS),
 )

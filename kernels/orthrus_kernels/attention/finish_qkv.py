@@ -20,13 +20,15 @@ class HeadWeights:
 
     norms: f32 [2 views, 2 (q, k), head_dim], or None for architectures without.
     biases: f32 [2 views, (n_head + 2 n_head_kv) * head_dim], or None.
-    adjacent: RoPE turns elements 2i and 2i + 1, instead of i and i + head_dim / 2.
+    adjacent: RoPE turns elements 2i and 2i + 1, instead of i and i + half of those that it turns.
+    gated: in the product, the gate of each query head's output comes behind that head.
     """
 
     norms: Tensor | None
     biases: Tensor | None
     adjacent: bool
     eps: float
+    gated: bool = False
 
 
 def finish_qkv(
@@ -42,7 +44,8 @@ def finish_qkv(
     """Sum the q, k and v products, add biases, norm and rotate q and k; write all three where they
     belong.
 
-    partials: f32 [splits, rows, (n_head + 2 n_head_kv) * head_dim], q heads, then k, then v.
+    partials: f32 [splits, rows, (n_head + 2 n_head_kv) * head_dim], q heads, then k, then v; n_head
+    more where queries are gated. RoPE turns as many elements of a head as `rows` has angles for.
     q: f16 [rows, n_head, head_dim]; with 0 heads, the product is of k and v alone. AR keys and
     values go to the row's place in its cache (and to further ones, see `Rows`), those of diffusion
     rows to the pass's scratch (f16 planes by row); unused rows write only q.
@@ -81,6 +84,8 @@ def finish_qkv(
         NORMS=norms is not None,
         BIASES=biases is not None,
         ADJACENT=weights.adjacent,
+        TURNED=2 * rows.cos.shape[1],
+        GATED=weights.gated,
         num_warps=1,
         enable_fp_fusion=False,
         **overlapped(),
@@ -123,6 +128,8 @@ def _finish_qkv(
     NORMS: tl.constexpr,
     BIASES: tl.constexpr,
     ADJACENT: tl.constexpr,
+    TURNED: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Program (row, head), heads counted over q, k and v."""
     begin()
@@ -131,7 +138,10 @@ def _finish_qkv(
     view = tl.load(views + row)
     c = tl.arange(0, WIDTH)
     inside = c < D
-    x = split_sum(partials, row, part_rows, part_stride, head * D + c, inside, SPLITS)
+    first = head * D
+    if GATED:
+        first += tl.minimum(head, N_HEAD) * D
+    x = split_sum(partials, row, part_rows, part_stride, first + c, inside, SPLITS)
     at_bias = biases + tl.maximum(view, 0) * ((N_HEAD + 2 * HEADS) * D) + head * D
     if BIASES:
         x += tl.load(at_bias + c, mask=inside, other=0.0)
@@ -139,24 +149,26 @@ def _finish_qkv(
     at_block = kv_head * block_capacity + row
     if head < N_HEAD + HEADS:
         # Norm and rotation: element c turns with its partner.
+        HALF: tl.constexpr = TURNED // 2
+        turns = c < TURNED
         if ADJACENT:
             is_first = c % 2 == 0
             partner = c ^ 1
-            pair = row * (D // 2) + c // 2
+            pair = row * HALF + c // 2
         else:
-            is_first = c < D // 2
-            partner = tl.where(is_first, c + D // 2, c - D // 2)
-            pair = row * (D // 2) + tl.where(is_first, c, c - D // 2)
-        y = split_sum(partials, row, part_rows, part_stride, head * D + partner, inside, SPLITS)
+            is_first = c < HALF
+            partner = tl.where(is_first, c + HALF, c - HALF)
+            pair = row * HALF + tl.where(is_first, c, c - HALF)
+        y = split_sum(partials, row, part_rows, part_stride, first + partner, turns, SPLITS)
         if BIASES:
-            y += tl.load(at_bias + partner, mask=inside, other=0.0)
+            y += tl.load(at_bias + partner, mask=turns, other=0.0)
         if NORMS:
             inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, 0) / D + eps))
             at_norm = norms + (tl.maximum(view, 0) * 2 + (head >= N_HEAD).to(tl.int32)) * D
             x = x * inverse * tl.load(at_norm + c, mask=inside, other=0.0)
-            y = y * inverse * tl.load(at_norm + partner, mask=inside, other=0.0)
-        turned = y * tl.load(sin + pair, mask=inside, other=0.0)
-        x = x * tl.load(cos + pair, mask=inside, other=0.0)
+            y = y * inverse * tl.load(at_norm + partner, mask=turns, other=0.0)
+        turned = y * tl.load(sin + pair, mask=turns, other=0.0)
+        x = x * tl.load(cos + pair, mask=turns, other=1.0)
         x = x + tl.where(is_first, -turned, turned)
         if head < N_HEAD:
             at_q = q + (row * N_HEAD + head).to(tl.int64) * D + c

@@ -24,6 +24,7 @@ def attention(
     tiles: Tiles,
     scratch: AttentionScratch,
     out: Tensor | Int8Rows,
+    gates: Tensor | None = None,
 ) -> None:
     """See `orthrus_kernels.attention.attention.attention`; `scratch` is not used."""
     count, n_head, head_dim = q.shape
@@ -50,6 +51,9 @@ def attention(
                 scores = torch.einsum("hgd,hnd->hgn", heads, k) / head_dim**0.5
                 mixed = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), v)
                 result[row] = mixed.reshape(-1)
+    if gates is not None:
+        heads = gates.double().sum(0)[:, : 2 * n_head * head_dim].view(count, n_head, 2, head_dim)
+        result *= heads[:, :, 1].flatten(1).sigmoid()
     store_rows(result, out)
 
 
@@ -78,6 +82,9 @@ def finish_qkv(
     if weights.biases is not None:
         x = x + weights.biases[views]
     heads = x.view(count, -1, d)
+    if weights.gated:
+        queries = heads[:, : 2 * n_head : 2]
+        heads = torch.cat([queries, heads[:, 2 * n_head :]], dim=1)
     turned = []
     for part, index in ((slice(0, n_head), 0), (slice(n_head, n_head + caches.heads), 1)):
         y = heads[:, part].contiguous()
@@ -136,11 +143,12 @@ def write_planes(planes: KvPlanes, position: int, x: Tensor) -> None:
 
 
 def _rotated(x: Tensor, rows: Rows, adjacent: bool) -> Tensor:
-    """Heads [rows, heads, d], each pair turned by its row's angle."""
+    """Heads [rows, heads, d], each pair turned by its row's angle, as far as there are angles."""
     cos, sin = rows.cos.double()[:, None], rows.sin.double()[:, None]
+    x, rest = x.tensor_split([2 * cos.shape[-1]], dim=-1)
     if adjacent:
         low, high = x[..., 0::2], x[..., 1::2]
         pairs = torch.stack([low * cos - high * sin, high * cos + low * sin], dim=-1)
-        return pairs.flatten(-2)
+        return torch.cat([pairs.flatten(-2), rest], dim=-1)
     low, high = x.chunk(2, dim=-1)
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)

@@ -34,6 +34,7 @@ MODULES = (
     "orthrus_kernels.products.cases",
     "orthrus_kernels.attention.cases",
     "orthrus_kernels.elementwise.cases",
+    "orthrus_kernels.recurrence.cases",
     "orthrus_kernels.sampling.cases",
 )
 """Modules whose CASES are compiled."""

@@ -18,26 +18,19 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Step
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.hybrid import CONV_KERNEL, Hybrid
+from orthrus_gguf.model.hybrid import Hybrid
 from orthrus_gguf.runtime.cache_layout import CacheLayout
 from orthrus_gguf.runtime.checkpoints import Checkpoints
 from orthrus_gguf.runtime.cpu.cache import CpuCache
 from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.passes import Piece
-from orthrus_gguf.runtime.protocol import Checkpoint, path_to
+from orthrus_gguf.runtime.recurrent import BACK, Ints, Records, Returning, RunPlan, record_count
 from orthrus_gguf.runtime.trees import TreeLayout
 
 #: Pending rows of which any may be dropped. Drafts are shorter.
 PENDING_ROWS = 32
 
-#: Rows that the convolution looks back on.
-BACK = CONV_KERNEL - 1
-
-#: Records of a sequence: of the rows accepted last and of the pending ones, and rows to look back
-#: on that are neither.
-RECORDS = 2 * PENDING_ROWS + BACK
-
-Ints = NDArray[np.int32]
+RECORDS = record_count(PENDING_ROWS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class State:
         return [part.reshape(-1).view(np.uint8) for part in (self.memory, self.rows)]
 
 
-class HybridCpuCache(CpuCache):
+class HybridCpuCache(Returning[State], CpuCache):
     """See `protocol.Cache`.
 
     A state cannot be turned back. Of up to PENDING_ROWS pending rows, any may be dropped. Longer
@@ -122,12 +115,8 @@ class HybridCpuCache(CpuCache):
         for name in ("memory", "saved", "records"):
             array = getattr(self, name)
             self.states[name] = array.ctypes.data + np.arange(state.n_layers) * array.strides[0]
-        self._window = list(range(BACK))  # records of the last committed rows, the newest last
-        self._accepted: list[int] = []  # records of committed rows that the state lacks
-        self._rows: list[int] = []  # records of the pending rows
-        self._ahead: list[int] | None = None  # the window of a state that has pending rows
-        self._planned: list[int] | None = None  # the same, once the pass has run
-        self._reach = 0  # how many pending rows that state has
+        self._book = Records(PENDING_ROWS)
+        self._plan: RunPlan | None = None  # of the AR rows of the pass that runs next
         self._kept = Checkpoints[State](state.kept_bytes)
 
     # --- passes ---
@@ -141,28 +130,8 @@ class HybridCpuCache(CpuCache):
 
         first: the pass's row that the piece begins with.
         """
-        segment, count = piece.segment, piece.count
-        advance = segment.parents is None and len(segment) > PENDING_ROWS
-        window = self._window if self._ahead is None else self._ahead
-        before = [*window, *self._rows][-BACK:]
-        kept = min(count, BACK) if advance else count
-        used = {*self._window, *window, *self._accepted, *self._rows}
-        new = [slot for slot in range(RECORDS) if slot not in used][:kept]
-        rows["record"], rows["follows"], rows["replays"] = -1, 1, 0
-        rows["record"][count - kept :] = new
-        keep = [np.array(self._accepted, np.int32)]
-        if segment.parents is None:
-            _look_back(rows["back"], first, before)
-            if self._rows:
-                keep += _replay(rows, 0, self._rows)
-        else:
-            keep += _branches(rows, first, before, segment.parents, new)
-        run["applied"], run["apply"] = len(self._accepted), keep[0].ctypes.data
-        run["advance"], run["save"] = advance, advance and piece.first == 0
-        self._planned = [*before, *new][-BACK:] if advance else None
-        self._reach = piece.first + count
-        self._rows += [] if advance else new
-        return keep
+        self._plan = self._book.plan(piece)
+        return _describe(self._plan, first, rows, run)
 
     def plan_block(
         self,
@@ -179,45 +148,29 @@ class HybridCpuCache(CpuCache):
         alone: no AR rows of this sequence share the pass; else those are planned, and run before
         the block does. Raises ValueError where the state before `start` is not at hand.
         """
-        pending, window = start - self._length, self._ahead if alone else self._planned
-        if window is None:
-            known = 0 <= pending <= len(self._rows)
-            replayed = [*(self._accepted if alone else ()), *self._rows[: max(pending, 0)]]
-            window = [*self._window, *self._rows[: max(pending, 0)]][-BACK:]
-        else:
-            known, replayed = pending == self._reach, []
-        if not known:
-            raise ValueError(f"no state at {start}: {self._length} rows are committed")
-        rows["record"], rows["follows"], rows["replays"] = -1, 1, 0
-        _look_back(rows["back"], first, window)
-        run["applied"] = run["advance"] = run["save"] = 0
-        return _replay(rows, 0, replayed)
+        shared = None if alone else self._plan
+        plan = self._book.plan_block(start, self._length, len(rows), shared)
+        return _describe(plan, first, rows, run)
 
     def ran(self) -> None:
         """The pass that was planned has run."""
-        self._accepted, self._ahead = [], self._planned
+        assert self._plan is not None
+        self._book.ran(self._plan)
 
     def drop(self) -> None:
         """See `HostCache.drop`."""
-        super().drop()
-        self._rows = []
-        if self._ahead is not None:
+        CpuCache.drop(self)
+        if self._book.ahead is not None:
             self.memory[...] = self.saved
-            self._ahead = None
+        self._book.drop()
 
     def commit(self, rows: Sequence[int]) -> None:
         """See `Cache.commit`."""
-        if self._ahead is not None and self._pending and 0 < len(rows) < self._pending[0]:
-            raise ValueError(
-                f"{len(rows)} of {self._pending[0]} rows: of more than {PENDING_ROWS} a recurrent"
-                " state keeps all or none"
-            )
+        pending = self._pending[0] if self._pending else 0
+        self._book.check(rows, pending)
         super().commit(rows)
-        if self._ahead is None:
-            self._accepted = [self._rows[row] for row in rows]
-            self._window = [*self._window, *self._accepted][-BACK:]
-        elif rows:
-            self._window, self._ahead = self._ahead, None
+        if rows:
+            self._book.commit(rows, pending)
         self.drop()
         if self._kept.due(self._length):
             self._keep()
@@ -233,22 +186,6 @@ class HybridCpuCache(CpuCache):
         super().make_room(tree)
 
     # --- places to come back to ---
-
-    def checkpoint(self, length: int | None = None) -> Checkpoint:
-        """See `Cache.checkpoint`. Without `length`, the state is kept to come back to."""
-        if length is None:
-            self._keep()
-        return self._kept.reach(super().checkpoint(length), self._length)
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """See `Cache.restore`."""
-        length = checkpoint.length
-        self._kept.check(length, self._length)
-        self.drop()
-        if length < self._length:
-            self._set(self._kept.get(length))
-        self._kept.forget_behind(length)
-        self._length = length
 
     def take(self, rows: int) -> list[NDArray[np.uint8]]:
         """See `Portable.take`: up to where the cache stands, or to a checkpoint."""
@@ -283,11 +220,12 @@ class HybridCpuCache(CpuCache):
 
     def _state(self) -> State:
         """A copy of the state behind all committed rows."""
-        if self._accepted:
+        book = self._book
+        if book.accepted:
             self._settle()
-        memory = self.memory if self._ahead is None else self.saved
+        memory = self.memory if book.ahead is None else self.saved
         channels = self._layout.hybrid.channels
-        return State(memory.copy(), self.records[:, self._window, :channels])
+        return State(memory.copy(), self.records[:, book.window, :channels])
 
     def _empty(self) -> State:
         """Of a text that has not begun."""
@@ -298,13 +236,13 @@ class HybridCpuCache(CpuCache):
     def _set(self, state: State | None) -> None:
         """Take over a state; None: of a text that has not begun."""
         state = state or self._empty()
-        self._window, self._accepted = list(range(BACK)), []
+        self._book.begin()
         self.memory[...] = state.memory
         self.records[:, :BACK, : self._layout.hybrid.channels] = state.rows
 
     def _settle(self) -> None:
         """Make the accepted rows part of the state."""
-        apply, run = np.array(self._accepted, np.int32), np.zeros(1, k.RUN)
+        apply, run = np.array(self._book.accepted, np.int32), np.zeros(1, k.RUN)
         run["applied"], run["apply"] = len(apply), apply.ctypes.data
         hybrid = self._layout.hybrid
         step = Step(op=k.RECUR, tasks=hybrid.inner // tile_columns(hybrid))
@@ -313,7 +251,7 @@ class HybridCpuCache(CpuCache):
         for layer in range(self._layout.n_layers):
             step.state = self.states[layer:].ctypes.data
             self._kernels.library.orthrus_run_here(ctypes.addressof(step))
-        self._accepted = []
+        self._book.accepted = []
 
 
 def tile_columns(hybrid: Hybrid) -> int:
@@ -322,35 +260,18 @@ def tile_columns(hybrid: Hybrid) -> int:
     return LANES if hybrid.head_dim % wide else wide
 
 
-def _look_back(back: Ints, first: int, before: Sequence[int]) -> None:
-    """The rows before each row of a chain, [rows, BACK]: rows of the pass, which holds the chain's
-    from `first` on; records (`library.STATE_ROW`) of those before."""
-    at = np.arange(len(back))[:, None] - np.arange(1, BACK + 1)
-    records = -1 - np.array(before, np.int32)
-    back[...] = np.where(at >= 0, first + at, records[np.minimum(BACK + at, BACK - 1)])
-
-
-def _replay(rows: NDArray[np.void], row: int, records: Sequence[int]) -> list[Ints]:
-    """Have a row begin from the committed state and these records."""
-    index = np.array(records, np.int32)
-    rows["follows"][row], rows["replays"][row] = 0, len(index)
-    rows["replay"][row] = index.ctypes.data
-    return [index]
-
-
-def _branches(
-    rows: NDArray[np.void],
-    first: int,
-    before: Sequence[int],
-    parents: Sequence[int],
-    records: Sequence[int],
+def _describe(
+    plan: RunPlan, first: int, rows: NDArray[np.void], run: NDArray[np.void]
 ) -> list[Ints]:
-    """The rows of a tree: what lies before each, and where it begins again."""
-    keep: list[Ints] = []
-    for row, parent in enumerate(parents):
-        path = path_to(parent, parents) if parent >= 0 else []
-        way = [*(-1 - record for record in before), *(first + i for i in path)]
-        rows["back"][row] = way[: -BACK - 1 : -1]
-        if parent != row - 1:
-            keep += _replay(rows, row, [records[i] for i in path])
+    """Tell the kernels of a plan; see `HybridCpuCache.plan`."""
+    rows["record"], rows["follows"], rows["replays"] = plan.records, 1, 0
+    rows["back"] = np.where(plan.back >= 0, plan.back + first, plan.back)
+    keep = [np.array(plan.apply, np.int32)]
+    for row, records in plan.replays.items():
+        index = np.array(records, np.int32)
+        rows["follows"][row], rows["replays"][row] = 0, len(index)
+        rows["replay"][row] = index.ctypes.data
+        keep.append(index)
+    run["applied"], run["apply"] = len(plan.apply), keep[0].ctypes.data
+    run["advance"], run["save"] = plan.advance, plan.begins
     return keep

@@ -16,27 +16,30 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.draws import WantedRows
 from orthrus_gguf.runtime.cuda.passes import padded, power
+from orthrus_gguf.runtime.cuda.state import HybridCudaCache
 from orthrus_gguf.runtime.cuda.tables import Host, Shape
 from orthrus_gguf.runtime.cuda.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.recurrent import RunPlan
 
 _COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 #: Sizes of tables start here, so that most passes have the same.
-_MOVES, _MORE, _BANS = 64, 64, 16
+_MOVES, _MORE, _BANS, _SLOTS = 64, 64, 16, 64
 
 
 @dataclass(frozen=True)
 class Placed:
     """A piece in a pass: its first row there, the rows of the segment in the order of the pass, and
-    where its sequence stands in the table of caches."""
+    where its sequence stands in the table of caches. plan: what the recurrence of a hybrid does."""
 
     piece: Piece
     first: int
     order: Sequence[int]
     sequence: int
     tree: TreeLayout | None = None
+    plan: RunPlan | None = None
 
     def rows(self, wanted: Sequence[int]) -> list[int]:
         """Where rows of the segment are in the pass."""
@@ -78,8 +81,30 @@ class Arrangement:
         for placed in self.placed:
             _fill_rows(host["rows"], placed, more)
         host["more"][: len(more)] = more
+        if self.shape.runs:
+            self._fill_states(host)
         if self.draws is not None:
             self.draws.fill(host, config.n_vocab)
+
+    def _fill_states(self, host: Host) -> None:
+        """What the recurrence of a hybrid does."""
+        slots: list[int] = []
+        runs = 0
+        for number, cache in enumerate(self.caches):
+            assert isinstance(cache, HybridCudaCache)
+            host["states"][number] = cache.state_entry
+        for placed in self.placed:
+            if placed.plan is not None:
+                host["runs"][runs] = _fill_run(host["state_rows"], placed, placed.plan, slots)
+                runs += 1
+        host["slots"][: len(slots)] = slots
+
+    def ran(self) -> None:
+        """The pass has run: what that means for the states of hybrids."""
+        for placed in self.placed:
+            if placed.plan is not None:
+                cache = cast(HybridCudaCache, placed.piece.segment.cache)
+                cache.ran(placed.plan, None if placed.tree is None else placed.tree.order)
 
 
 def arrange(
@@ -114,6 +139,8 @@ def arrange(
     moves = sum(len(cache.moves) for cache in caches)
     taps = tuple(sorted({tap for piece in pieces for tap in piece.segment.taps})) if draws else ()
     count = len(rows)
+    plans = [one.plan for one in placed if one.plan is not None]
+    slots = sum(len(p.apply) + sum(map(len, p.replays.values())) for p in plans)
     shape = Shape(
         *sizes,
         wanted=count if prompt else padded(count, 0, most)[0],
@@ -124,6 +151,8 @@ def arrange(
         windows=power(len(wanted.windows)),
         bans=power(len(wanted.bans), _BANS) if wanted.bans else 1,
         taps=taps,
+        runs=padded(len(plans), 0, most)[0],
+        slots=power(slots, _SLOTS) if plans else 0,
     )
     return Arrangement(
         shape, windows, tuple(placed), caches, tuple(tiles), tuple(rows), wanted if draws else None
@@ -131,18 +160,44 @@ def arrange(
 
 
 def _place(piece: Piece, first: int, sequence: int) -> Placed:
-    segment = piece.segment
+    segment, cache = piece.segment, cast(CudaCache, piece.segment.cache)
+    hybrid = cache if isinstance(cache, HybridCudaCache) else None
     if segment.parents is None:
         order = range(piece.first, piece.first + piece.count)
-        return Placed(piece, first, order, sequence)
-    cache = cast(CudaCache, segment.cache)
+        plan = hybrid.plan(piece) if hybrid and segment.view is View.AR else None
+        return Placed(piece, first, order, sequence, plan=plan)
     tree = tree_layout(segment.parents, segment.start)
     if not cache.holds(tree):
         raise ValueError(
             f"a tree of {len(segment)} rows in {len(tree.branches)} branches needs {tree.columns} "
             "columns, more than the cache has: ask `fit` first"
         )
-    return Placed(piece, first, tree.order, sequence, tree)
+    plan = hybrid.plan(piece, tree.order) if hybrid else None
+    return Placed(piece, first, tree.order, sequence, tree, plan)
+
+
+def _fill_run(
+    rows: NDArray[Any], placed: Placed, plan: RunPlan, slots: list[int]
+) -> tuple[int, ...]:
+    """Columns of a run's rows, i32 [len(ROW), rows], and its entry (`states.RUN`). slots: receives
+    the records that it names."""
+    first, count = placed.first, placed.piece.count
+    record, *back, replay_first, replay_stop = rows[:, first : first + count]
+    record[:] = plan.records
+    for column, before in zip(back, plan.back.T, strict=True):
+        column[:] = np.where(before >= 0, before + first, before)
+    begin = len(slots)
+    slots += plan.apply
+    stop = len(slots)
+    replay_first[:] = -1
+    for row, records in plan.replays.items():
+        replay_first[row] = len(slots)
+        slots += records
+        replay_stop[row] = len(slots)
+    source, target, stamp = cast(HybridCudaCache, placed.piece.segment.cache).run_entry(plan)
+    return (
+        first, count, placed.sequence, source, target, begin, stop, stamp, int(plan.advance)
+    )  # fmt: skip
 
 
 def _fill_rows(rows: NDArray[Any], placed: Placed, more: list[int]) -> None:

@@ -20,6 +20,11 @@ from orthrus_kernels.sampling.sample import SampleScratch, new_sample_scratch
 from torch import Tensor
 
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.runtime.cuda.delta_net import (
+    DeltaBuffers,
+    new_delta_buffers,
+    output_layouts,
+)
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan
 from orthrus_gguf.runtime.protocol import View
 
@@ -30,7 +35,7 @@ class Buffers:
 
     normed, mixed, gated, hidden: rows of activations by layout, for the products that read them.
     qkv, attention_sums, down: f32 partials [split, rows, columns]; gate, up likewise, where those
-    are separate products.
+    are separate products. Of layers with DeltaNets, delta_inputs by product, delta_sums, and delta.
     """
 
     cos: Tensor
@@ -52,6 +57,9 @@ class Buffers:
     logits: Tensor
     sampling: SampleScratch
     codebook: Tensor
+    delta_inputs: tuple[Tensor, ...] = ()
+    delta_sums: Tensor | None = None
+    delta: DeltaBuffers | None = None
 
 
 def pass_rows(config: ModelConfig) -> int:
@@ -62,8 +70,10 @@ def pass_rows(config: ModelConfig) -> int:
 def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> Buffers:
     """Buffers for the passes of a model."""
     c, rows = config, pass_rows(config)
-    first = plan.layers[0]
+    first = next(layer for layer in plan.layers if layer.qkv)
+    net = next((layer.delta_net for layer in plan.layers if layer.delta_net), None)
     heads = c.n_head * c.head_dim
+    gated = heads if c.architecture.hybrid else 0
 
     def activations(columns: int, layouts: set[Layout]) -> dict[Layout, Activations]:
         return {layout: new_rows(layout, rows, columns, device) for layout in layouts}
@@ -73,7 +83,7 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
 
     separate = [layer.gate_up for layer in plan.layers if len(layer.gate_up.matrices) > 1]
     gate, up = (partials(separate[0].split, c.n_ff) if separate else None for _ in range(2))
-    cos, sin = new_angles(rows, c.head_dim, device)
+    cos, sin = new_angles(rows, c.rotary_dim, device)
     block_keys, block_values = (
         new_planes("f16", c.n_head_kv, rows, c.head_dim, device) for _ in range(2)
     )
@@ -82,12 +92,14 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
         sin=sin,
         x=torch.empty(rows, c.n_embd, device=device),
         normed=activations(c.n_embd, normed_layouts(plan)),
-        qkv=partials(first.qkv[View.AR].split, heads + 2 * c.n_head_kv * c.head_dim),
+        qkv=partials(first.qkv[View.AR].split, gated + heads + 2 * c.n_head_kv * c.head_dim),
         q=torch.empty(rows, c.n_head, c.head_dim, dtype=torch.float16, device=device),
         block_keys=block_keys,
         block_values=block_values,
         scratch=new_attention_scratch(rows, c.n_head, c.n_head_kv, c.head_dim, device),
-        mixed=activations(heads, {layer.output[View.AR].layout for layer in plan.layers}),
+        mixed=activations(
+            heads, {layer.output[View.AR].layout for layer in plan.layers if layer.output}
+        ),
         attention_sums=partials(first.output[View.AR].split, c.n_embd),
         gate=gate,
         up=up,
@@ -97,13 +109,19 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
         logits=torch.empty(rows, c.n_vocab, device=device),
         sampling=new_sample_scratch(rows, c.n_vocab, device),
         codebook=iq4_codebook(device),
+        delta_inputs=tuple(partials(p.split, p.columns) for p in net.inputs) if net else (),
+        delta_sums=partials(net.output.split, c.n_embd) if net else None,
+        delta=new_delta_buffers(c, rows, device, output_layouts(plan), new_rows),
     )
 
 
 def normed_layouts(plan: WeightPlan) -> set[Layout]:
     """Forms in which products read normed rows, the head's aside."""
-    found = {layer.qkv[View.AR].layout for layer in plan.layers}
-    return found | {layer.gate_up.layout for layer in plan.layers}
+    found = {layer.gate_up.layout for layer in plan.layers}
+    for layer in plan.layers:
+        readers = layer.delta_net.inputs if layer.delta_net else (layer.qkv[View.AR],)
+        found |= {product.layout for product in readers}
+    return found
 
 
 def new_rows(layout: Layout, rows: int, columns: int, device: torch.device) -> Activations:

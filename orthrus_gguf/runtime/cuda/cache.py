@@ -13,9 +13,11 @@ from orthrus_kernels.attention.kv_cache import (
     cache_entry,
     new_planes,
 )
+from orthrus_kernels.recurrence.states import STATE_DIMS
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.passes import check_path
@@ -23,11 +25,21 @@ from orthrus_gguf.runtime.protocol import Checkpoint, is_chain
 
 
 def check_head_size(config: ModelConfig) -> None:
-    """Raise OrthrusError for heads that no kernel takes."""
+    """Raise OrthrusError for heads that no kernel takes: of attention, DeltaNets, drafts."""
     if config.head_dim not in HEAD_DIMS:
         raise OrthrusError(
             f"{config.name}: heads of {config.head_dim} elements have no CUDA kernel "
             f"(expected {', '.join(map(str, HEAD_DIMS))}); use --runtime cpu"
+        )
+    if config.hybrid is not None and config.has_heads:
+        raise OrthrusError(
+            f"{config.name}: the cuda runtime has no diffusion heads of {config.architecture.name}"
+            " models yet; use --runtime cpu"
+        )
+    if config.hybrid is not None and config.hybrid.head_dim not in STATE_DIMS:
+        raise OrthrusError(
+            f"{config.name}: DeltaNet heads of {config.hybrid.head_dim} elements have no CUDA"
+            f" kernel (expected {', '.join(map(str, STATE_DIMS))}); use --runtime cpu"
         )
 
 
@@ -48,9 +60,10 @@ def check_cache_types(config: ModelConfig, type_k: str, type_v: str) -> None:
 def new_cache_planes(
     config: ModelConfig, type_k: str, type_v: str, columns: int, device: torch.device
 ) -> tuple[KvPlanes, KvPlanes]:
-    """Keys and values of all layers, for `columns` rows."""
+    """Keys and values of all layers of attention, for `columns` rows."""
+    layers = config.layer_kinds.count(LayerKind.ATTENTION)
     keys, values = (
-        new_planes(name, config.n_head_kv, columns, config.head_dim, device, config.n_layers)
+        new_planes(name, config.n_head_kv, columns, config.head_dim, device, layers)
         for name in (type_k, type_v)
     )
     return keys, values

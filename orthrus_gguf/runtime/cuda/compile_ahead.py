@@ -71,7 +71,7 @@ def empty_model(
         machine,
         empty_weights(config, tensors, plan),
         new_buffers(config, plan, META),
-        torch.empty(config.head_dim // 2, dtype=torch.float64, device=META),
+        torch.empty(config.rotary_dim // 2, dtype=torch.float64, device=META),
         1.0,
         torch.empty(256, dtype=torch.uint8, device=META),
         cache_types,
@@ -137,7 +137,9 @@ def drafter_passes(network: CudaNetwork) -> Iterator[list[Segment]]:
 def one_layer_of_each(
     config: ModelConfig, tensors: Mapping[str, TensorInfo]
 ) -> tuple[ModelConfig, dict[str, TensorInfo]]:
-    """The model with one layer for each mix of types that its layers have."""
+    """The model with one layer for each mix of types that its layers have; of a hybrid, with as
+    many layers in a row as it takes until their kinds repeat themselves."""
+    period = 1 if config.hybrid is None else config.hybrid.attention_every
     layers: dict[int, dict[str, TensorInfo]] = {}
     rest: dict[str, TensorInfo] = {}
     for name, info in tensors.items():
@@ -146,12 +148,17 @@ def one_layer_of_each(
             layers.setdefault(int(number), {})[part] = info
         else:
             rest[name] = info
-    kinds: dict[object, dict[str, TensorInfo]] = {}
-    for _, parts in sorted(layers.items()):
-        kinds.setdefault(tuple(sorted((part, info.type) for part, info in parts.items())), parts)
-    for place, parts in enumerate(kinds.values()):
+    found = [layers[index] for index in range(config.n_layers)]
+    runs = [found[first : first + period] for first in range(0, config.n_layers, period)]
+    whole: dict[object, list[dict[str, TensorInfo]]] = {}
+    for run in runs:
+        types = [sorted((part, info.type) for part, info in parts.items()) for parts in run]
+        whole.setdefault(str(types), run)
+    # What ends before its kinds repeat stands last.
+    chosen = [parts for run in sorted(whole.values(), key=len, reverse=True) for parts in run]
+    for place, parts in enumerate(chosen):
         rest |= {f"blk.{place}.{part}": info for part, info in parts.items()}
-    return replace(config, n_layers=len(kinds)), rest
+    return replace(config, n_layers=len(chosen)), rest
 
 
 def usual_passes(model: CudaModel, prompt_rows: int) -> Iterator[list[Segment]]:

@@ -15,6 +15,7 @@ from orthrus_kernels.elementwise.ops import quantize_rows, residual_norm, silu_m
 from orthrus_kernels.elementwise.rows import rotary_angles
 from orthrus_kernels.products.dequantize import prompt_matmul
 from orthrus_kernels.products.matmul import gate_up, head_top2, matmul
+from orthrus_kernels.recurrence.delta_net import convolve, gated_norm, recur
 from orthrus_kernels.sampling.sample import draw, pick
 
 Launch = Callable[..., Any]
@@ -39,6 +40,9 @@ class Kernels:
     prompt_matmul: Launch
     draw: Launch
     pick: Launch
+    convolve: Launch
+    recur: Launch
+    gated_norm: Launch
 
 
 TRITON = Kernels(
@@ -57,6 +61,9 @@ TRITON = Kernels(
     prompt_matmul=prompt_matmul,
     draw=draw,
     pick=pick,
+    convolve=convolve,
+    recur=recur,
+    gated_norm=gated_norm,
 )
 """For a GPU; in a process with TRITON_INTERPRET=1 also for tensors on the CPU."""
 

@@ -19,16 +19,19 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile, WeightFile
+from orthrus_gguf.model.hybrid import CONV_KERNEL
 from orthrus_gguf.model.tensors import TOKEN_EMBD
 from orthrus_gguf.runtime.cuda.staging import StagedReader
 from orthrus_gguf.runtime.cuda.weight_plan import (
+    DELTA_VECTORS,
+    DeltaPlan,
     Join,
     LayerPlan,
     MatrixPlan,
     ProductPlan,
     WeightPlan,
 )
-from orthrus_gguf.runtime.cuda.weights import Embedding, Layer, Product, Weights
+from orthrus_gguf.runtime.cuda.weights import DeltaNet, Embedding, Layer, Product, Weights
 from orthrus_gguf.runtime.protocol import OWN_VIEWS, View
 
 log = logging.getLogger(__name__)
@@ -197,16 +200,25 @@ def assemble(
         matrices = tuple(packed[matrix] for matrix in wanted.matrices)
         return Product(matrices, wanted.split, wanted.layout)
 
+    kinds = config.layer_kinds
+
+    def delta_net(prefix: str, wanted: DeltaPlan) -> DeltaNet:
+        conv, a, dt, norm = (vectors[prefix + name] for name in DELTA_VECTORS)
+        inputs = tuple(product(part) for part in wanted.inputs)
+        return DeltaNet(inputs, conv.view(-1, CONV_KERNEL), a, dt, norm, product(wanted.output))
+
     def layer(index: int, wanted: LayerPlan) -> Layer:
-        prefix = f"blk.{index}."
+        prefix, delta = f"blk.{index}.", wanted.delta_net
         return Layer(
+            kinds[:index].count(kinds[index]),
             vectors[prefix + "attn_norm.weight"],
-            _head_weights(config, vectors, prefix, plan.suffixes),
+            _head_weights(config, vectors, prefix, {} if delta else plan.suffixes),
             {view: product(part) for view, part in wanted.qkv.items()},
             {view: product(part) for view, part in wanted.output.items()},
-            vectors[prefix + "ffn_norm.weight"],
+            vectors[f"{prefix}{config.architecture.mlp_norm}.weight"],
             product(wanted.gate_up),
             product(wanted.down),
+            None if delta is None else delta_net(prefix, delta),
         )
 
     layers = tuple(layer(index, wanted) for index, wanted in enumerate(plan.layers))
@@ -217,22 +229,23 @@ def _head_weights(
     config: ModelConfig, vectors: Mapping[str, Tensor], prefix: str, named: Mapping[View, str]
 ) -> HeadWeights:
     """Norms and biases of both views. Without heads the second view's are never read, but have a
-    place."""
+    place. named: suffixes of the views' tensors; a layer without attention has none."""
     arch = config.architecture
     suffixes = [named.get(view, "") for view in OWN_VIEWS]
     norms = biases = None
-    if arch.qk_norms:
+    if arch.qk_norms and named:
         norms = torch.stack(
             [
                 torch.stack([vectors[f"{prefix}attn_{part}_norm{suffix}.weight"] for part in "qk"])
                 for suffix in suffixes
             ]
         )
-    if arch.qkv_biases:
+    if arch.qkv_biases and named:
         biases = torch.stack(
             [
                 torch.cat([vectors[f"{prefix}attn_{part}{suffix}.bias"] for part in "qkv"])
                 for suffix in suffixes
             ]
         )
-    return HeadWeights(norms, biases, arch.pairing is Pairing.ADJACENT, config.rms_eps)
+    adjacent = arch.pairing is Pairing.ADJACENT
+    return HeadWeights(norms, biases, adjacent, config.rms_eps, gated=arch.hybrid)

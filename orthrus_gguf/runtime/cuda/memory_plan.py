@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from orthrus_kernels.packing.quant_tensor import row_bytes
+from orthrus_kernels.recurrence.states import new_state
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
@@ -28,6 +29,7 @@ from orthrus_gguf.runtime.cuda.drafter_weights import (
 )
 from orthrus_gguf.runtime.cuda.loader import assemble
 from orthrus_gguf.runtime.cuda.prompt_pass import new_prompt_buffers
+from orthrus_gguf.runtime.cuda.state import state_shape
 from orthrus_gguf.runtime.cuda.weight_plan import MatrixPlan, WeightPlan
 from orthrus_gguf.runtime.cuda.weights import Embedding, Weights
 
@@ -138,7 +140,8 @@ def empty_weights(
 def cache_sizes(
     config: ModelConfig, type_k: str, type_v: str, drafter: ModelConfig | None = None
 ) -> tuple[int, int]:
-    """Bytes of a cache per token, and beside its rows; with what a drafter keeps beside it."""
+    """Bytes of a cache per token, and beside its rows, a hybrid's state among them; with what a
+    drafter keeps beside it."""
     if drafter is not None:
         (row, spare), (more, apart) = (cache_sizes(c, type_k, type_v) for c in (config, drafter))
         return row + more, spare + apart
@@ -147,7 +150,8 @@ def cache_sizes(
         allocated(new_cache_planes(config, type_k, type_v, columns, META))
         for columns in (rows, rows + 1)
     )
-    return one - none, none
+    state = 0 if config.hybrid is None else allocated(new_state(state_shape(config), META))
+    return one - none, none + state
 
 
 def tensors_in(thing: Any) -> Iterator[Tensor]:

@@ -32,6 +32,7 @@ from orthrus_gguf.runtime.cuda.prompt_pass import run_prompt
 from orthrus_gguf.runtime.cuda.results import Gathered
 from orthrus_gguf.runtime.cuda.row_check import check_rows
 from orthrus_gguf.runtime.cuda.runner import PassRunner
+from orthrus_gguf.runtime.cuda.state import HybridCudaCache
 from orthrus_gguf.runtime.cuda.tables import Shape, Table
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan, plan_weights
 from orthrus_gguf.runtime.passes import Piece
@@ -139,7 +140,7 @@ class CudaModel:
             weights = load_weights(file, plan, machine.device, on_progress=on_progress)
             machine.trim()
             buffers = new_buffers(config, plan, machine.device)
-            inv_freq, rope_scale = frequencies(config.rope, config.head_dim)
+            inv_freq, rope_scale = frequencies(config.rope, config.rotary_dim)
             runner = PassRunner(
                 config,
                 machine,
@@ -195,9 +196,10 @@ class CudaModel:
                     f"choose -c {max(0, free - spare) // row} or less, or smaller cache types with"
                     " -ctk and -ctv"
                 )
-            return CudaCache(
-                self.config, *self._types, capacity, self.runner.anchor, pass_rows(self.config)
-            )
+            own = (self.config, *self._types, capacity, self.runner.anchor, pass_rows(self.config))
+            if self.config.hybrid is not None:
+                return HybridCudaCache(*own, self.machine, self.lock)
+            return CudaCache(*own)
 
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         """See `Model.forward`."""
@@ -216,14 +218,14 @@ class CudaModel:
         (pieces,) = cut(segments, self._prompt_rows, pass_rows(self.config), draws=True)
         if is_prompt(pieces):
             raise ValueError("prompts are not launched as one")
+        for segment in segments:
+            segment.cache.drop()  # type: ignore[attr-defined]  # as `forward` does
         arranged = arrange(pieces, self.config, pass_rows(self.config), draws=True, prompt=False)
         table, runner = self._tables[arranged.shape], self.runner
-        planes = [cache.planes for cache in arranged.caches if cache.planes is not None]
 
         def launch() -> None:
-            runner.held[:] = planes
-            self.graphs.run(arranged.shape, partial(runner.run, table))
-            runner.held.clear()
+            with runner.holding(arranged.caches):
+                self.graphs.run(arranged.shape, partial(runner.run, table))
 
         return launch
 
@@ -271,24 +273,24 @@ class CudaModel:
         table = self._table(arranged, keep=not prompt)
         arranged.fill(table.begin(), self.config)
         table.upload()
-        runner.held[:] = [cache.planes for cache in arranged.caches if cache.planes is not None]
         runner.progress.moved = False
         logits = None
         try:
-            if prompt:
-                if not draws and arranged.wanted_rows:
-                    logits = self._logits_for(len(arranged.wanted_rows))
-                run_prompt(runner, table, logits)
-            else:
-                self.graphs.run(arranged.shape, partial(runner.run, table))
-                runner.progress.moved = True
-                if self.machine.check_rows:
-                    check_rows(runner, table)
+            with runner.holding(arranged.caches):
+                if prompt:
+                    if not draws and arranged.wanted_rows:
+                        logits = self._logits_for(len(arranged.wanted_rows))
+                    run_prompt(runner, table, logits)
+                else:
+                    self.graphs.run(arranged.shape, partial(runner.run, table))
+                    runner.progress.moved = True
+                    if self.machine.check_rows:
+                        check_rows(runner, table)
         finally:
-            runner.held.clear()
             if runner.progress.moved:
                 for cache in arranged.caches:
                     cache.moves.clear()
+        arranged.ran()
         if draws:
             if arranged.wanted_rows or arranged.shape.taps:
                 gathered.add(arranged, table.download(), self.config.n_embd)

@@ -15,16 +15,17 @@ from dataclasses import dataclass
 import torch
 from orthrus_kernels.elementwise.activation_rows import new_f16_rows
 from orthrus_kernels.elementwise.activations import deinterleave
-from orthrus_kernels.elementwise.rows import new_angles
+from orthrus_kernels.elementwise.rows import Rows, new_angles
 from orthrus_kernels.packing.pack import PAIR_ROWS
 from orthrus_kernels.packing.quant_tensor import PLAIN_TYPES, Layout
 from torch import Tensor
 
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.runtime.cuda.buffers import pass_rows, row_range
+from orthrus_gguf.runtime.cuda.buffers import new_rows, pass_rows, row_range
+from orthrus_gguf.runtime.cuda.delta_net import DeltaBuffers, new_delta_buffers, remember
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 from orthrus_gguf.runtime.cuda.tables import Table
-from orthrus_gguf.runtime.cuda.weights import Layer, Product, Weights
+from orthrus_gguf.runtime.cuda.weights import DeltaNet, Layer, Product, Weights
 from orthrus_gguf.runtime.protocol import View
 
 
@@ -33,7 +34,8 @@ class PromptBuffers:
     """What a prompt pass of some rows works in, allocated for the pass.
 
     dense: f16, the largest matrix of a layer. product: f32 [1, rows, columns], of the widest
-    product. narrow: f32 [1, rows, n_embd], what the next norm adds.
+    product. narrow: f32 [1, rows, n_embd], what the next norm adds. delta, gates: of DeltaNets; the
+    gates f32 [1, rows, 2 value heads].
     """
 
     dense: Tensor
@@ -46,6 +48,8 @@ class PromptBuffers:
     q: Tensor
     product: Tensor
     narrow: Tensor
+    delta: DeltaBuffers | None = None
+    gates: Tensor | None = None
 
 
 def new_prompt_buffers(
@@ -57,7 +61,7 @@ def new_prompt_buffers(
     products = [part for part in weights.products() if part is not weights.head]
     matrices = [matrix for part in products for matrix in part.matrices]
     widest = max(part.columns for part in products)
-    cos, sin = new_angles(rows, c.head_dim, device)
+    cos, sin = new_angles(rows, c.rotary_dim, device)
 
     def numbers(*shape: int) -> Tensor:
         return torch.empty(*shape, device=device)
@@ -76,6 +80,8 @@ def new_prompt_buffers(
         q=halves(rows, c.n_head, c.head_dim),
         product=numbers(rows * widest),
         narrow=numbers(1, rows, c.n_embd),
+        delta=new_delta_buffers(c, rows, device, {Layout.A16}, new_rows),
+        gates=numbers(1, rows, 2 * c.hybrid.n_value_heads) if c.hybrid else None,
     )
 
 
@@ -87,21 +93,16 @@ def run_prompt(runner: PassRunner, table: Table, logits: Tensor | None) -> None:
     b = new_prompt_buffers(c, w, count, runner.machine.device)
     rows = table.rows(b.cos, b.sin)
     runner.prepare(table, rows)
-    caches, tiles, static = runner.caches(table), table.tiles, runner.buffers
+    static = runner.buffers
     launch.embed(w.embedding.table, w.embedding.type_name, rows.tokens, static.codebook, b.x)
     partials: Tensor | None = None
     for index, layer in enumerate(w.layers):
         launch.residual_norm(partials, b.x, layer.attn_norm, c.rms_eps, b.normed)
         runner.tap(table, index, b.x)
-        qkv = _product(runner, b, b.normed, layer.qkv[View.AR])
-        launch.finish_qkv(
-            qkv, layer.heads, rows, b.q, caches, index, static.block_keys, static.block_values
-        )
-        launch.attention(
-            b.q, caches, index, static.block_keys, static.block_values, rows, tiles,
-            static.scratch, b.mixed,
-        )  # fmt: skip
-        sums = _product(runner, b, b.mixed, layer.output[View.AR])
+        if layer.delta_net is None:
+            sums = _attend(runner, table, b, rows, layer)
+        else:
+            sums = _remember(runner, table, b, rows, layer, layer.delta_net)
         launch.residual_norm(sums, b.x, layer.ffn_norm, c.rms_eps, b.normed)
         _gate_up(runner, b, layer)
         partials = _product(runner, b, b.gated, layer.down, b.narrow)
@@ -117,6 +118,37 @@ def run_prompt(runner: PassRunner, table: Table, logits: Tensor | None) -> None:
             some = static.logits[: stop - start]
             runner.logits(hidden, some)
             logits[start:stop].copy_(some)
+
+
+def _attend(runner: PassRunner, table: Table, b: PromptBuffers, rows: Rows, layer: Layer) -> Tensor:
+    """Attention's output, until the next product."""
+    launch, static, caches = runner.machine.kernels, runner.buffers, runner.caches(table)
+    blocks = static.block_keys, static.block_values
+    qkv = _product(runner, b, b.normed, layer.qkv[View.AR])
+    launch.finish_qkv(qkv, layer.heads, rows, b.q, caches, layer.place, *blocks)
+    launch.attention(
+        b.q, caches, layer.place, *blocks, rows, table.tiles, static.scratch, b.mixed,
+        qkv if layer.heads.gated else None,
+    )  # fmt: skip
+    return _product(runner, b, b.mixed, layer.output[View.AR])
+
+
+def _remember(
+    runner: PassRunner, table: Table, b: PromptBuffers, rows: Rows, layer: Layer, net: DeltaNet
+) -> Tensor:
+    """A DeltaNet's output, until the next product."""
+    assert b.delta is not None
+    parts = [
+        _product(runner, b, b.normed, product, out)
+        for product, out in zip(net.inputs, (None, b.gates), strict=False)
+    ]
+    told = b.delta.normed[Layout.A16]
+    assert isinstance(told, Tensor)
+    remember(
+        runner.machine.kernels, runner.config, layer, rows, table.runs, runner.states(table),
+        b.delta, parts, told,
+    )  # fmt: skip
+    return _product(runner, b, told, net.output)
 
 
 def _product(

@@ -7,7 +7,8 @@ of the pass, so that a pass can be captured as a graph.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,11 +16,16 @@ from orthrus_kernels.attention.kv_cache import Caches, KvPlanes
 from orthrus_kernels.elementwise.rows import Rows
 from orthrus_kernels.products.dispatch import Use
 from orthrus_kernels.products.matmul import Activations
+from orthrus_kernels.recurrence.states import StateMemory, States
 from torch import Tensor
 
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.buffers import Buffers, row_range
+from orthrus_gguf.runtime.cuda.cache import CudaCache
+from orthrus_gguf.runtime.cuda.delta_net import remember
 from orthrus_gguf.runtime.cuda.device import Machine
+from orthrus_gguf.runtime.cuda.state import HybridCudaCache, state_shape
 from orthrus_gguf.runtime.cuda.tables import Table
 from orthrus_gguf.runtime.cuda.weights import Layer, Product, Weights
 from orthrus_gguf.runtime.protocol import View
@@ -36,8 +42,8 @@ class Progress:
 class PassRunner:
     """Everything that passes of one model share.
 
-    inv_freq: radians per position [head_dim/2], f64; rope_scale: factor on cosine and sine.
-    anchor, cache_types, held: see `kv_cache.Caches`.
+    inv_freq: radians per position [rotary_dim/2], f64; rope_scale: factor on cosine and sine.
+    anchor, cache_types, held: see `kv_cache.Caches`; held_states: see `states.States`.
     """
 
     config: ModelConfig
@@ -50,12 +56,33 @@ class PassRunner:
     cache_types: tuple[str, str]
     held: list[tuple[KvPlanes, KvPlanes]] = field(default_factory=list)
     progress: Progress = field(default_factory=Progress)
+    held_states: list[StateMemory] = field(default_factory=list)
 
     def caches(self, table: Table) -> Caches:
         """The caches that a pass may name."""
         c = self.config
         entries = table.tensors["entries"]
         return Caches(*self.cache_types, c.n_head_kv, c.head_dim, self.anchor, entries, self.held)
+
+    def states(self, table: Table) -> States:
+        """The states that a pass may name."""
+        entries = table.tensors["states"]
+        return States(state_shape(self.config), self.anchor, entries, self.held_states)
+
+    @contextmanager
+    def holding(self, caches: Sequence[CudaCache]) -> Iterator[None]:
+        """These are the caches of the passes that run inside."""
+        self.held[:] = [cache.planes for cache in caches if cache.planes is not None]
+        self.held_states[:] = [
+            cache.state
+            for cache in caches
+            if isinstance(cache, HybridCudaCache) and cache.state is not None
+        ]
+        try:
+            yield
+        finally:
+            self.held.clear()
+            self.held_states.clear()
 
     def run(self, table: Table) -> None:
         """A pass: choices (or logits, in `buffers.logits`) of its wanted rows, and its taps."""
@@ -73,35 +100,73 @@ class PassRunner:
         """Move what committed trees left behind; angles of all rows."""
         launch = self.machine.kernels
         if table.shape.moves:
-            launch.move_columns(self.caches(table), table.tensors["moves"], self.config.n_layers)
+            layers = self.config.layer_kinds.count(LayerKind.ATTENTION)
+            launch.move_columns(self.caches(table), table.tensors["moves"], layers)
         self.progress.moved = True
         launch.rotary_angles(rows, self.inv_freq, self.rope_scale)
 
     def layers(self, table: Table, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """The residual f32 [rows, n_embd] after all layers, and partials still to be added."""
-        launch, b, w = self.machine.kernels, self.buffers, self.weights
-        shape, caches, tiles = table.shape, self.caches(table), table.tiles
-        total = shape.rows
-        x = b.x[:total]
-        launch.embed(w.embedding.table, w.embedding.type_name, rows.tokens, b.codebook, x)
+        b, w = self.buffers, self.weights
+        x = b.x[: table.shape.rows]
+        self.machine.kernels.embed(
+            w.embedding.table, w.embedding.type_name, rows.tokens, b.codebook, x
+        )
         partials: Tensor | None = None
         for index, layer in enumerate(w.layers):
-            normed = row_range(b.normed[layer.qkv[View.AR].layout], 0, total)
-            launch.residual_norm(partials, x, layer.attn_norm, self.config.rms_eps, normed)
-            self.tap(table, index, x)
-            qkv, q = b.qkv[:, :total], b.q[:total]
-            self._by_view(normed, layer.qkv, qkv, shape.ar)
-            launch.finish_qkv(
-                qkv, layer.heads, rows, q, caches, index, b.block_keys, b.block_values
-            )
-            mixed = row_range(b.mixed[layer.output[View.AR].layout], 0, total)
-            launch.attention(
-                q, caches, index, b.block_keys, b.block_values, rows, tiles, b.scratch, mixed
-            )
-            sums = b.attention_sums[:, :total]
-            self._by_view(mixed, layer.output, sums, shape.ar)
+            attend = self._attend if layer.delta_net is None else self._remember
+            sums = attend(table, rows, layer, index, x, partials)
             partials = self._mlp(layer, sums, x)
         return x, partials
+
+    def _attend(
+        self, table: Table, rows: Rows, layer: Layer, index: int, x: Tensor, partials: Tensor | None
+    ) -> Tensor:
+        """Attention's output, partials [split, rows, n_embd]."""
+        launch, b, caches = self.machine.kernels, self.buffers, self.caches(table)
+        total, ar = table.shape.rows, table.shape.ar
+        normed = row_range(b.normed[layer.qkv[View.AR].layout], 0, total)
+        launch.residual_norm(partials, x, layer.attn_norm, self.config.rms_eps, normed)
+        self.tap(table, index, x)
+        qkv, q = b.qkv[:, :total], b.q[:total]
+        self._by_view(normed, layer.qkv, qkv, ar)
+        launch.finish_qkv(
+            qkv, layer.heads, rows, q, caches, layer.place, b.block_keys, b.block_values
+        )
+        mixed = row_range(b.mixed[layer.output[View.AR].layout], 0, total)
+        launch.attention(
+            q, caches, layer.place, b.block_keys, b.block_values, rows, table.tiles, b.scratch,
+            mixed, qkv if layer.heads.gated else None,
+        )  # fmt: skip
+        sums = b.attention_sums[:, :total]
+        self._by_view(mixed, layer.output, sums, ar)
+        return sums
+
+    def _remember(
+        self, table: Table, rows: Rows, layer: Layer, index: int, x: Tensor, partials: Tensor | None
+    ) -> Tensor:
+        """A DeltaNet's output, partials [split, rows, n_embd]."""
+        b, net, total = self.buffers, layer.delta_net, table.shape.rows
+        assert net is not None
+        assert b.delta is not None
+        assert b.delta_sums is not None
+        parts = [part[:, :total] for part in b.delta_inputs]
+        for product, part in zip(net.inputs, parts, strict=True):
+            normed = row_range(b.normed[product.layout], 0, total)
+            self.machine.kernels.residual_norm(
+                partials, x, layer.attn_norm, self.config.rms_eps, normed
+            )
+            partials = None  # x holds their sum now
+            self.product(normed, product, part)
+        self.tap(table, index, x)
+        told = row_range(b.delta.normed[net.output.layout], 0, total)
+        remember(
+            self.machine.kernels, self.config, layer, rows, table.runs, self.states(table), b.delta,
+            parts, told,
+        )  # fmt: skip
+        sums = b.delta_sums[:, :total]
+        self.product(told, net.output, sums)
+        return sums
 
     def tap(self, table: Table, layer: int, x: Tensor) -> None:
         """Keep the residual, if it is asked for here."""

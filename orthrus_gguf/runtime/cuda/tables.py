@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from orthrus_kernels.attention.attention import TILE_SIZE, Tiles
 from orthrus_kernels.attention.kv_cache import ENTRY
 from orthrus_kernels.elementwise.rows import COLUMNS, UNUSED, Rows
+from orthrus_kernels.recurrence.states import ROW, RUN, STATE_ENTRY, Runs
 from orthrus_kernels.sampling.sample import NUMBERS, DrawKind, Draws
 from torch import Tensor
 
@@ -37,7 +38,8 @@ class Shape:
     ar, blocks: rows by view. wanted: rows that the head computes. tiles: of attention.
     kind: how the wanted rows are drawn; None leaves their logits.
     more, moves, windows, bans: sizes of tables, see `Rows`, `CudaCache` and `Draws`.
-    taps: see `protocol.Segment`.
+    taps: see `protocol.Segment`. runs, slots: of the recurrence, see `states.Runs`; 0 where there
+    is none.
     """
 
     ar: int
@@ -50,6 +52,8 @@ class Shape:
     windows: int = 1
     bans: int = 1
     taps: tuple[int, ...] = ()
+    runs: int = 0
+    slots: int = 0
 
     @property
     def rows(self) -> int:
@@ -80,6 +84,10 @@ def _fields(shape: Shape, n_vocab: int) -> dict[str, tuple[str, tuple[int, ...]]
         "window_stop": ("i4", (wanted,)),
         "windows": ("i4", (shape.windows,)),
         "bans": ("i4", (shape.bans, 2)),
+        "states": ("i8", (rows if shape.runs else 0, STATE_ENTRY)),
+        "runs": ("i4", (shape.runs, len(RUN))),
+        "state_rows": ("i4", (len(ROW), rows if shape.runs else 0)),
+        "slots": ("i4", (shape.slots,)),
         "masks": ("i4", (wanted if masked else 0, -(-n_vocab // 32))),
     }
 
@@ -173,6 +181,13 @@ class Table:
     @property
     def tiles(self) -> Tiles:
         return Tiles(self.tensors["tiles"], self.windows)
+
+    @property
+    def runs(self) -> Runs:
+        """What the recurrence of a hybrid does."""
+        t = self.tensors
+        columns = dict(zip(ROW, t["state_rows"], strict=True))
+        return Runs(t["runs"], slots=t["slots"], **columns)
 
     @property
     def draws(self) -> Draws:

@@ -26,6 +26,7 @@ from orthrus_kernels.packing.quant_tensor import (
 from orthrus_kernels.products.dispatch import layout_for, split_for
 
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
 from orthrus_gguf.runtime.protocol import View
@@ -34,6 +35,10 @@ _T = GGMLQuantizationType
 
 #: Suffix of a view's tensors.
 SUFFIX = {View.AR: "", View.DIFFUSION: "_diff"}
+
+
+#: What a DeltaNet has beside its products: taps of the convolution, A, dt, norm.
+DELTA_VECTORS = ("ssm_conv1d.weight", "ssm_a", "ssm_dt.bias", "ssm_norm.weight")
 
 
 class Join(enum.Enum):
@@ -88,15 +93,36 @@ class ProductPlan:
     def layout(self) -> Layout:
         return self.matrices[0].layout
 
+    @property
+    def columns(self) -> int:
+        return sum(matrix.rows for matrix in self.matrices)
+
+
+@dataclass(frozen=True)
+class DeltaPlan:
+    """The products of a gated DeltaNet. inputs: qkv and gate, then alpha and beta; two products
+    where these want another form of the rows."""
+
+    inputs: tuple[ProductPlan, ...]
+    output: ProductPlan
+
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The products of one layer; attention by view."""
+    """The products of one layer; attention by view, of which there is none beside a DeltaNet."""
 
     qkv: Mapping[View, ProductPlan]
     output: Mapping[View, ProductPlan]
     gate_up: ProductPlan
     down: ProductPlan
+    delta_net: DeltaPlan | None = None
+
+    def products(self) -> Iterator[ProductPlan]:
+        """All of them."""
+        yield from (*self.qkv.values(), *self.output.values())
+        if self.delta_net is not None:
+            yield from (*self.delta_net.inputs, self.delta_net.output)
+        yield from (self.gate_up, self.down)
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,7 @@ class WeightPlan:
     def products(self) -> Iterator[ProductPlan]:
         """Every product, layer by layer."""
         for layer in self.layers:
-            yield from (*layer.qkv.values(), *layer.output.values(), layer.gate_up, layer.down)
+            yield from layer.products()
         yield self.head
 
     def matrices(self) -> Iterator[MatrixPlan]:
@@ -167,17 +193,32 @@ def plan_layers(
         return {view: _stacked(part, tensors, shared, q_apart) for view, part in names.items()}
 
     layers = []
-    for index in range(config.n_layers):
+    for index, kind in enumerate(config.layer_kinds):
         ffn = [f"blk.{index}.ffn_{name}.weight" for name in ("gate", "up")]
+        attends = kind is LayerKind.ATTENTION
         layers.append(
             LayerPlan(
-                attention(index, ("q", "k", "v")),
-                attention(index, ("output",)),
+                attention(index, ("q", "k", "v")) if attends else {},
+                attention(index, ("output",)) if attends else {},
                 _gate_up(ffn, tensors, _layout(ffn, tensors, capability)),
                 plan_product(f"blk.{index}.ffn_down.weight", tensors, capability),
+                None if attends else _plan_delta_net(f"blk.{index}.", tensors, capability),
             )
         )
     return tuple(layers)
+
+
+def _plan_delta_net(prefix: str, tensors: Mapping[str, TensorInfo], capability: int) -> DeltaPlan:
+    pairs = [
+        [f"{prefix}{name}.weight" for name in names]
+        for names in (("attn_qkv", "attn_gate"), ("ssm_alpha", "ssm_beta"))
+    ]
+    layouts = [_layout(names, tensors, capability) for names in pairs]
+    if layouts[0] is layouts[1]:
+        pairs = [[*pairs[0], *pairs[1]]]
+    inputs = [_stacked(names, tensors, own) for names, own in zip(pairs, layouts, strict=False)]
+    output = plan_product(f"{prefix}ssm_out.weight", tensors, capability)
+    return DeltaPlan(tuple(inputs), output)
 
 
 def plan_product(name: str, tensors: Mapping[str, TensorInfo], capability: int) -> ProductPlan:
@@ -222,11 +263,15 @@ def _gate_up(names: list[str], tensors: Mapping[str, TensorInfo], layout: Layout
 def plan_vectors(config: ModelConfig, suffixes: Mapping[View, str]) -> tuple[str, ...]:
     """Names of the norms and biases."""
     arch, names = config.architecture, []
-    for index in range(config.n_layers):
-        names += [f"blk.{index}.{name}.weight" for name in ("attn_norm", "ffn_norm")]
+    for index, kind in enumerate(config.layer_kinds):
+        prefix = f"blk.{index}."
+        names += [f"{prefix}{name}.weight" for name in ("attn_norm", arch.mlp_norm)]
+        if kind is LayerKind.DELTA_NET:
+            names += [prefix + name for name in DELTA_VECTORS]
+            continue
         for suffix in dict.fromkeys(suffixes.values()):
             if arch.qk_norms:
-                names += [f"blk.{index}.attn_{part}_norm{suffix}.weight" for part in "qk"]
+                names += [f"{prefix}attn_{part}_norm{suffix}.weight" for part in "qk"]
             if arch.qkv_biases:
-                names += [f"blk.{index}.attn_{part}{suffix}.bias" for part in "qkv"]
+                names += [f"{prefix}attn_{part}{suffix}.bias" for part in "qkv"]
     return (*names, OUTPUT_NORM)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from orthrus_kernels.attention.finish_qkv import HeadWeights
 from orthrus_kernels.packing.quant_tensor import Layout, QuantTensor
 from torch import Tensor
 
-from orthrus_gguf.runtime.protocol import View
+from orthrus_gguf.runtime.protocol import OWN_VIEWS, View
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,26 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One transformer layer. heads: what happens between q, k and v and attention."""
+class DeltaNet:
+    """A gated DeltaNet. inputs: see `DeltaPlan`. conv: f32 [channels, taps]. a, dt: f32 [value
+    heads]. norm: f32 [head_dim]."""
 
+    inputs: tuple[Product, ...]
+    conv: Tensor
+    a: Tensor
+    dt: Tensor
+    norm: Tensor
+    output: Product
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: views of attention, or a DeltaNet in their place; all else is shared.
+
+    place: among the layers of its kind. heads: what happens between q, k and v and attention.
+    """
+
+    place: int
     attn_norm: Tensor
     heads: HeadWeights
     qkv: Mapping[View, Product]
@@ -40,6 +57,22 @@ class Layer:
     ffn_norm: Tensor
     gate_up: Product
     down: Product
+    delta_net: DeltaNet | None = None
+
+    def products(self, views: Sequence[View] = OWN_VIEWS) -> list[Product]:
+        """Those that some views read."""
+        found = [by_view[v] for by_view in (self.qkv, self.output) for v in views if v in by_view]
+        if self.delta_net is not None:
+            found += [*self.delta_net.inputs, self.delta_net.output]
+        return [*found, self.gate_up, self.down]
+
+    def vectors(self) -> list[Tensor]:
+        """Norms, biases and the like."""
+        own = [self.attn_norm, self.heads.norms, self.heads.biases, self.ffn_norm]
+        if self.delta_net is not None:
+            net = self.delta_net
+            own += [net.conv, net.a, net.dt, net.norm]
+        return [vector for vector in own if vector is not None]
 
 
 @dataclass(frozen=True)
@@ -61,19 +94,13 @@ class Weights:
 
     def products(self) -> list[Product]:
         """Every product of the model."""
-        found = [self.head]
-        for layer in self.layers:
-            found += [*layer.qkv.values(), *layer.output.values(), layer.gate_up, layer.down]
-        return found
+        return [self.head, *(part for layer in self.layers for part in layer.products())]
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        vectors = [self.output_norm]
-        for layer in self.layers:
-            own = (layer.attn_norm, layer.heads.norms, layer.heads.biases, layer.ffn_norm)
-            vectors += [vector for vector in own if vector is not None]
-        tensors = [self.embedding.table, *vectors]
+        vectors = [vector for layer in self.layers for vector in layer.vectors()]
+        tensors = [self.embedding.table, self.output_norm, *vectors]
         packed = sum(m.nbytes for product in self.products() for m in product.matrices)
         return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -82,5 +109,5 @@ class Weights:
         """Bytes of matrices that one AR pass reads, the head included, the embedding not."""
         products = [self.head]
         for layer in self.layers:
-            products += [layer.qkv[View.AR], layer.output[View.AR], layer.gate_up, layer.down]
+            products += layer.products((View.AR,))
         return sum(matrix.nbytes for product in products for matrix in product.matrices)
