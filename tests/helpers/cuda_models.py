@@ -10,8 +10,8 @@ from typing import Any
 import orthrus_kernels.products.plain
 import pytest
 from orthrus_kernels.attention import kv_cache
-from orthrus_kernels.recurrence import states
 from orthrus_kernels.packing.quant_tensor import QuantTensor
+from orthrus_kernels.recurrence import states
 from torch import Tensor
 
 from orthrus_gguf.decode import decode, drive, prefill
