@@ -189,7 +189,7 @@ def load(
     costs = MachineCosts(model, identity(file), say)
     costs.recall()  # the number of threads that was measured serves every strategy
     compressor = open_compressor(
-        args, file, model, tokenizer, replace(settings, context=n_ctx), resources
+        args, file, model, tokenizer, replace(settings, context=n_ctx), resources, say
     )
     session = Session(model, tokenizer, n_ctx, prompt_batch=args.batch_size)
     if n_ctx > file.config.n_ctx_train:

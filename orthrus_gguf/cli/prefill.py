@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
@@ -77,8 +78,10 @@ def open_compressor(
     tokenizer: Tokenizer,
     settings: RuntimeSettings,
     resources: ExitStack,
+    say: Callable[[str], None],
 ) -> Compressor | None:
     """What shortens prompts, if the flags ask for it. settings: of the model, with its context.
+    say: takes a line about what may be less than expected.
 
     Raises OrthrusError.
     """
@@ -100,6 +103,12 @@ def open_compressor(
         name = f"the first {layers[-1] + 1} of its {file.config.n_layers} layers"
         return Compressor(Scorer(name, own, layers, tokenizer), compression)
     small = resources.enter_context(ModelFile.open(asked))
+    trained = small.config.n_ctx_train
+    if trained < (settings.context or 0):
+        say(
+            f"--prefill-drafter {asked}: was trained for {trained} tokens of context; it may miss"
+            " what matters in longer prompts"
+        )
     theirs = load_tokenizer(small.metadata, path=small.paths[0], n_vocab=small.config.n_vocab)
     scorer = load_model(small, settings)
     resources.enter_context(closing(scorer))

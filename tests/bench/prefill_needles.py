@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 from prefill_prompts import FACTS, QUESTIONS, Case, file_cases, needle_case
 
-from orthrus_gguf.cli.loaded import Loaded, load
+from orthrus_gguf.cli.loaded import Loaded, load, say
 from orthrus_gguf.cli.prefill import open_compressor
 from orthrus_gguf.cli.run import _parser
 from orthrus_gguf.prefill.compression import Compression, Compressor
+from orthrus_gguf.prefill.scorer import Scorer
 from orthrus_gguf.runtime.cpu import model as cpu_model
 from orthrus_gguf.text.chat import Message
 
@@ -107,7 +108,7 @@ def run_case(
         scoring = Clock()
         with scoring:
             scores = compressor.scorer.scores(request.prompt)
-        ready = Compressor(_Scored(compressor.scorer, scores), compressor.compression)
+        ready = Compressor(_Scored(**vars(compressor.scorer), found=scores), compressor.compression)
         for keep in keeps:
             selection = ready.select(request.prompt, [text], Compression(keep, 0))
             assert selection is not None
@@ -123,15 +124,15 @@ def run_case(
     return found
 
 
-class _Scored:
-    """A scorer that has read the prompt."""
+@dataclass(frozen=True)
+class _Scored(Scorer):
+    """One that has read the prompt. found: its scores."""
 
-    def __init__(self, scorer: Any, scores: Any) -> None:
-        self.name, self.target, self._scores = scorer.name, scorer.target, scores
+    found: Any = None
 
     def scores(self, tokens: Any, on_progress: Callable[[int], None] | None = None) -> Any:
-        assert len(tokens) == len(self._scores)
-        return self._scores
+        assert len(tokens) == len(self.found)
+        return self.found
 
 
 def table(found: list[dict[tuple[str, float], tuple[float, ...]]]) -> Iterator[str]:
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2000)
     parser.add_argument("--needles", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=6)
+    parser.add_argument("--only", type=int, help="one of the prompts, counted from 0")
     parser.add_argument("--file", choices=list(QUESTIONS))
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)))
     parser.add_argument("--own", action="store_true", help="also at their own positions")
@@ -182,8 +184,8 @@ def main() -> None:
         scorers = {}
         for name in names:
             parsed.prefill_drafter = name
-            what = loaded.file, loaded.model, loaded.tokenizer, settings
-            compressor = open_compressor(parsed, *what, resources)
+            parts = loaded.file, loaded.model, loaded.tokenizer, settings
+            compressor = open_compressor(parsed, *parts, resources, say)
             assert compressor is not None
             scorers[name.rpartition("/")[2]] = compressor
         if args.file:
@@ -195,7 +197,8 @@ def main() -> None:
             cases = [needle_case(facts, tokens, *shape, i, count) for i in range(count)]
         found = [
             run_case(loaded, case, scorers, keeps, own=args.own, show=args.show)
-            for case in cases[: args.prompts]
+            for number, case in enumerate(cases[: args.prompts])
+            if args.only in (None, number)
         ]
     what = args.file or f"{args.needles} needle(s), {args.facts}, about {args.length} tokens"
     print(f"{what}; {len(found)} prompts, {args.threads} thread(s)")

@@ -92,7 +92,7 @@ QUESTIONS = {
         ("What does the function dedent remove from every line?", "whitespace"),
     ),
     "csv": (
-        ("What is the default value of extrasaction in DictWriter?", "raise"),
+        ("What is the default value of extrasaction in DictWriter?", '"raise"'),
         ("Which quoting does the unix_dialect use?", "QUOTE_ALL"),
         ("Which error does the Sniffer raise if it finds no delimiter?", "ould not determine"),
     ),

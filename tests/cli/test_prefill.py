@@ -128,6 +128,16 @@ def test_turns_are_forgotten_by_what_was_kept_of_them(
     assert "turns are forgotten]" in err
 
 
+def test_a_scorer_for_shorter_prompts_says_so(
+    demo_file: DemoFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = demo_file("q8_0")
+    flags = ("--prefill-drafter", file, "--strategy", "ar", *SHORTER)
+    _, err = answered(capsys, file, *flags, "-c", "2049")
+    assert f"--prefill-drafter {file}: was trained for 2048 tokens of context" in err
+    assert "was trained for 2048 tokens" not in answered(capsys, file, *flags, "-c", "2048")[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

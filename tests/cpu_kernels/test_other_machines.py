@@ -15,11 +15,11 @@ from typing import Any
 import gguf
 import pytest
 from cpu_calls import Case, assert_same, run_driver, run_here
-from cpu_cases import WEIGHTS, hybrid_passes, passes, products
+from cpu_cases import WEIGHTS, attention_passes, hybrid_passes, passes, products
 from hf_hybrid import TEXT, WIDE, weights, write_hybrid
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
-from orthrus_cpu_kernels.library import Kernels
+from orthrus_cpu_kernels.library import Kernels, load
 from synthetic_model import model_shape, write_model
 
 from orthrus_gguf.ggml.library import load_library
@@ -50,6 +50,7 @@ def cases(portable: Kernels, tmp_path_factory: pytest.TempPathFactory) -> list[C
     write_model(load_library().api, path, config, mixed_types)
     for k, v in zip(CACHE_TYPES, [*CACHE_TYPES][::-1], strict=True):
         found += passes(path, portable, k, v)
+        found += attention_passes(path, load(), k, v)
     for number, overrides in enumerate(({}, WIDE)):
         hybrid = path.with_name(f"hybrid{number}.gguf")
         folder = write_hybrid(hybrid.with_suffix(""), TEXT | overrides, weights(overrides))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from orthrus_cpu_kernels.library import LANES, Kernels
 
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.runtime.cpu import model as cpu_model
 from orthrus_gguf.runtime.cpu import steps
 from orthrus_gguf.runtime.cpu.model import CpuModel
 from orthrus_gguf.runtime.cpu.state import HybridCpuCache
@@ -89,6 +91,10 @@ def activations(kind: str, rows: int, k: int, seed: int = 0) -> NDArray[np.float
     elif kind == "wild":
         x = np.where(rng.random(x.shape) < 0.02, rng.choice([np.inf, -np.inf, np.nan], x.shape), x)
     return x.astype(np.float32)
+
+
+#: Tokens of a text in which blocks are left out.
+LONG = 960
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,32 @@ def passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]:
         for tap in (0, 2):  # so that they are among the memory
             model._buffers.tap(tap)
         run(ar_segment(cache, [9, 8], 23, wanted=range(0), taps=(0, 2)), taps=True)
+    return recorder.cases
+
+
+def attention_passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]:
+    """The end of a long text through a scorer's layers: rows that attend to blocks of it, and the
+    weights that the last ones give. These, and caches, are compared. kernels: that read what comes
+    before; quick ones, as it is long."""
+    recorder = Recorder(kernels.library)
+    library: Any = recorder
+    with (
+        ModelFile.open(path) as file,
+        CpuModel.load(file, kernels, threads=1, cache_type_k=k, cache_type_v=v) as model,
+        patch.multiple(cpu_model, EXACT=0, BLOCKS=1),
+    ):
+        cache, layers, before = model.new_cache(LONG), (0, 1), LONG - 60
+        model.attention(ar_segment(cache, np.arange(before) % 79, 0, wanted=range(0)), layers)
+        cache.commit(range(before))
+        model._pool._library = library
+
+        def watch(layers: tuple[int, ...], weights: NDArray[np.float32]) -> steps.Watch:
+            recorder.memory.append((weights, True))
+            return steps.Watch(layers, weights)
+
+        recorder.memory = memory(model, cache)
+        with patch.object(cpu_model, "Watch", watch):
+            model.attention(ar_segment(cache, range(60), before, wanted=range(44, 60)), layers)
     return recorder.cases
 
 
