@@ -197,7 +197,9 @@ def attention_passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]
         patch.multiple(cpu_model, EXACT=0, BLOCKS=1),
     ):
         cache, layers, before = model.new_cache(LONG), (0, 1), LONG - 60
-        model.attention(ar_segment(cache, np.arange(before) % 79, 0, wanted=range(0)), layers)
+        model.attention(
+            ar_segment(cache, [i % 79 for i in range(before)], 0, wanted=range(0)), layers
+        )
         cache.commit(range(before))
         model._pool._library = library
 

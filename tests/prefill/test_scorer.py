@@ -44,5 +44,6 @@ def test_a_prompt_without_a_route_to_the_other_vocabulary(checkpoint: Path) -> N
 def test_layers_that_can_score() -> None:
     assert layers_of(HYBRID, None) == layers_of(HYBRID, 8) == (3, 7)
     assert layers_of(HYBRID, 4) == (3,)
-    with pytest.raises(OrthrusError, match=r"self:3: none .* has attention; .* that has is layer 4"):
+    words = r"self:3: none .* has attention; .* that has is layer 4"
+    with pytest.raises(OrthrusError, match=words):
         layers_of(HYBRID, 3)
