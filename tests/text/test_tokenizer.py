@@ -24,7 +24,8 @@ from vocabularies import (
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from orthrus_gguf.text.vocab.bpe import LONG
+from orthrus_gguf.text.vocab.bpe import BPE, FEW, LONG
+from orthrus_gguf.text.vocab.pre_tokenizers import PRE_TOKENIZERS
 
 ENDOFTEXT, IM_START, IM_END, MASK = range(4092, 4096)
 FILE = Path("some.gguf")
@@ -82,6 +83,44 @@ def test_bpe_equals_hugging_face(ours: Tokenizer, theirs: Any, corpus: list[str]
     long = "".join(corpus[:2000])  # goes another way, which lets other threads run
     assert len(long) > LONG
     assert ours.encode(long) == theirs.encode(long).ids
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "gpt-2", "smollm", "llama-bpe", "tekken"])
+@pytest.mark.parametrize("whole", [True, False], ids=["every byte", "bytes that are lacking"])
+def test_bpe_without_the_library_s_merges_equals_it(
+    tokenizer_json: dict[str, Any], corpus: list[str], pre: str, whole: bool
+) -> None:
+    metadata, lacking = bpe_metadata(tokenizer_json) | {"tokenizer.ggml.pre": pre}, "ĀāĂÈÕ"
+    if not whole:
+        tokens = metadata["tokenizer.ggml.tokens"]
+        metadata["tokenizer.ggml.tokens"] = [f"<{t}>" if t in lacking else t for t in tokens]
+        merges = metadata["tokenizer.ggml.merges"]
+        metadata["tokenizer.ggml.merges"] = [m for m in merges if not set(lacking) & set(m)]
+    codec = load(metadata)._codec
+    assert isinstance(codec, BPE)
+    merged = 0
+    for text in [*corpus[:600], *corpus[-600:], "\0\1 a\2b", "Aa\u0300 ﬁ", "ab" * 400]:
+        ids = codec._merged(text)
+        if ids is not None:
+            merged += 1
+            assert ids == codec._by_library(text), ascii(text)
+    assert merged > 1000
+    assert codec._merged("ab" * 400) is None  # one piece, which would take long
+
+
+def test_the_library_gets_the_merges_when_there_is_much_to_do(ours: Tokenizer) -> None:
+    def given(codec: object) -> bool:
+        return "library" in vars(codec)
+
+    text = "words " * 100
+    codec = ours._codec
+    assert isinstance(codec, BPE)
+    fresh = BPE(codec._index, codec._merges, PRE_TOKENIZERS["qwen2"])
+    first = fresh.encode(text)
+    assert not given(fresh)
+    for _ in range(FEW // len(text)):
+        assert fresh.encode(text) == first
+    assert given(fresh)
 
 
 def test_bpe_equals_hugging_face_when_special_tokens_are_text(
