@@ -92,9 +92,9 @@ def test_bpe_without_the_library_s_merges_equals_it(
 ) -> None:
     metadata, lacking = bpe_metadata(tokenizer_json) | {"tokenizer.ggml.pre": pre}, "ĀāĂÈÕ"
     if not whole:
-        tokens = metadata["tokenizer.ggml.tokens"]
+        tokens: Any = metadata["tokenizer.ggml.tokens"]
         metadata["tokenizer.ggml.tokens"] = [f"<{t}>" if t in lacking else t for t in tokens]
-        merges = metadata["tokenizer.ggml.merges"]
+        merges: Any = metadata["tokenizer.ggml.merges"]
         metadata["tokenizer.ggml.merges"] = [m for m in merges if not set(lacking) & set(m)]
     codec = load(metadata)._codec
     assert isinstance(codec, BPE)
