@@ -22,7 +22,8 @@ from orthrus_cpu_kernels.library import LANES, Step, load
 
 from orthrus_gguf.model.shapes import HYBRID_SHAPES
 from orthrus_gguf.runtime.cache_layout import cache_layout, spare_rows
-from orthrus_gguf.runtime.cpu.state import BACK, HybridCpuCache, StateLayout, tile_columns
+from orthrus_gguf.runtime.cpu.state import HybridCpuCache, StateLayout, tile_columns
+from orthrus_gguf.runtime.recurrent import BACK
 
 ROWS = (1, 8)
 

@@ -11,6 +11,7 @@ import orthrus_kernels.products.plain
 import pytest
 from orthrus_kernels.attention import kv_cache
 from orthrus_kernels.packing.quant_tensor import QuantTensor
+from orthrus_kernels.recurrence import states
 from torch import Tensor
 
 from orthrus_gguf.decode import decode, drive, prefill
@@ -61,7 +62,7 @@ def small_heads() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in (kv_cache, cache):
             patch.setattr(module, "HEAD_DIMS", (32, *kv_cache.HEAD_DIMS))
-        patch.setattr(cache, "STATE_DIMS", (16, *cache.STATE_DIMS))
+        patch.setattr(cache, "STATE_DIMS", (16, *states.STATE_DIMS))
         yield
 
 

@@ -25,11 +25,16 @@ from orthrus_gguf.runtime.protocol import Checkpoint, is_chain
 
 
 def check_head_size(config: ModelConfig) -> None:
-    """Raise OrthrusError for heads that no kernel takes."""
+    """Raise OrthrusError for heads that no kernel takes: of attention, DeltaNets, drafts."""
     if config.head_dim not in HEAD_DIMS:
         raise OrthrusError(
             f"{config.name}: heads of {config.head_dim} elements have no CUDA kernel "
             f"(expected {', '.join(map(str, HEAD_DIMS))}); use --runtime cpu"
+        )
+    if config.hybrid is not None and config.has_heads:
+        raise OrthrusError(
+            f"{config.name}: the cuda runtime has no diffusion heads of {config.architecture.name}"
+            " models yet; use --runtime cpu"
         )
     if config.hybrid is not None and config.hybrid.head_dim not in STATE_DIMS:
         raise OrthrusError(
