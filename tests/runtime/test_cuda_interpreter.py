@@ -26,7 +26,7 @@ HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 #: Architecture, RoPE to go with it, the card that is pretended (int8 activations on 86), and what
 #: is decoded.
 CASES = {
-    "qwen3": (QWEN3, Rope(1e6), 86, ["ar", "fused"]),
+    "qwen3": (QWEN3, Rope(1e6), 86, ["fused"]),
     "qwen2": (QWEN2, Rope(1e6, factor=4.0, original_context=8, ext_factor=1.0), 80, []),
     "llama": (LLAMA, Rope(1e4, freq_factors=tuple(float(i) for i in range(1, 33))), 80, []),
 }

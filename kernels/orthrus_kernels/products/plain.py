@@ -79,10 +79,14 @@ def gate_up(
 def head_top2(x: Activations, weight: QuantTensor, tile: Tile) -> Top2:
     """See `orthrus_kernels.products.matmul.head_top2`; all columns are one tile."""
     logits = matmul(x, weight, tile)[0].nan_to_num(math.inf, math.inf, -math.inf)
-    ordered, tokens = logits.sort(dim=1, descending=True, stable=True)
-    mass = (logits - ordered[:, :1]).exp().sum(1)
-    values = torch.stack([ordered[:, 0], ordered[:, 1], mass])
-    return Top2(values[:, None], tokens.T[:2, None].int())
+    best = logits.amax(1, keepdim=True)
+    # torch promises no order among equal values: take the first that equals the largest.
+    first = (logits == best).int().argmax(1, keepdim=True)
+    rest = logits.scatter(1, first, -math.inf)
+    second = rest.amax(1, keepdim=True)
+    runner_up = (rest == second).int().argmax(1, keepdim=True)
+    values = torch.cat([best, second, (logits - best).exp().sum(1, keepdim=True)], 1)
+    return Top2(values.T[:, None], torch.cat([first, runner_up], 1).T[:, None].int())
 
 
 def prompt_matmul(x: Tensor, weight: QuantTensor, scratch: Tensor, out: Tensor) -> None:
