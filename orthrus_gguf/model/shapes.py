@@ -150,6 +150,9 @@ _HYBRIDS = {
     "qwen3.5-9b": _qwen35(
         "Qwen3.5-9B", layers=32, width=4096, mlp=12_288, heads=(16, 4), values=32
     ),
+    "qwen3.6-27b": _qwen35(
+        "Qwen3.6-27B", layers=64, width=5120, mlp=17_408, heads=(24, 4), values=48
+    ),
 }
 
 #: and without; also with an MTP block, under `NAME-mtp`.

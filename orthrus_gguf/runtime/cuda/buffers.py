@@ -22,6 +22,7 @@ from torch import Tensor
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.delta_net import (
     DeltaBuffers,
+    input_sizes,
     new_delta_buffers,
     output_layouts,
 )
@@ -35,7 +36,8 @@ class Buffers:
 
     normed, mixed, gated, hidden: rows of activations by layout, for the products that read them.
     qkv, attention_sums, down: f32 partials [split, rows, columns]; gate, up likewise, where those
-    are separate products. Of layers with DeltaNets, delta_inputs by product, delta_sums, and delta.
+    are separate products. Of DeltaNets: delta_inputs, floats for the partials of each product with
+    their inputs; delta_sums like attention_sums; delta.
     """
 
     cos: Tensor
@@ -109,7 +111,7 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
         logits=torch.empty(rows, c.n_vocab, device=device),
         sampling=new_sample_scratch(rows, c.n_vocab, device),
         codebook=iq4_codebook(device),
-        delta_inputs=tuple(partials(p.split, p.columns) for p in net.inputs) if net else (),
+        delta_inputs=tuple(torch.empty(rows * size, device=device) for size in input_sizes(plan)),
         delta_sums=partials(net.output.split, c.n_embd) if net else None,
         delta=new_delta_buffers(c, rows, device, output_layouts(plan), new_rows),
     )

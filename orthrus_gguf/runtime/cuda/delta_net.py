@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from orthrus_kernels.elementwise.rows import Rows
@@ -49,6 +50,16 @@ def new_delta_buffers(
         torch.zeros(rows, h.inner, device=device),  # unused rows are never written
         {layout: new_rows(layout, rows, h.inner, device) for layout in layouts},
     )
+
+
+def input_sizes(plan: WeightPlan) -> list[int]:
+    """Floats per row of the partials of each product with inputs, in the layer that has most."""
+    sizes = [
+        [product.split * product.columns for product in layer.delta_net.inputs]
+        for layer in plan.layers
+        if layer.delta_net is not None
+    ]
+    return [max(some) for some in zip_longest(*sizes, fillvalue=0)]
 
 
 def output_layouts(plan: WeightPlan) -> set[Layout]:

@@ -150,7 +150,10 @@ class PassRunner:
         assert net is not None
         assert b.delta is not None
         assert b.delta_sums is not None
-        parts = [part[:, :total] for part in b.delta_inputs]
+        parts = [
+            floats[: product.split * total * product.columns].view(product.split, total, -1)
+            for floats, product in zip(b.delta_inputs, net.inputs, strict=False)
+        ]
         for product, part in zip(net.inputs, parts, strict=True):
             normed = row_range(b.normed[product.layout], 0, total)
             self.machine.kernels.residual_norm(
