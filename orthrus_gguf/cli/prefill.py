@@ -99,6 +99,7 @@ def open_compressor(
         )
     if asked.startswith(SELF):
         own = model.model if isinstance(model, ModelWithDrafter) else model
+        _check_attentive(own)
         layers = layers_of(file.config, _first_layers(asked))
         name = f"the first {layers[-1] + 1} of its {file.config.n_layers} layers"
         return Compressor(Scorer(name, own, layers, tokenizer), compression)
@@ -112,9 +113,22 @@ def open_compressor(
     theirs = load_tokenizer(small.metadata, path=small.paths[0], n_vocab=small.config.n_vocab)
     scorer = load_model(small, settings)
     resources.enter_context(closing(scorer))
+    _check_attentive(scorer)
     other = None if theirs.same_ids(tokenizer) else theirs
     layers = layers_of(small.config, None)
     return Compressor(Scorer(small.config.name, scorer, layers, tokenizer, other), compression)
+
+
+def _check_attentive(model: Model) -> None:
+    """Raises OrthrusError for a model that ggml runs, as it may where the CPU runtime was asked
+    for."""
+    from orthrus_gguf.runtime.attention import Attentive
+
+    if not isinstance(model, Attentive):
+        raise OrthrusError(
+            f"--prefill-drafter: {model.description} does not tell what a model attends to; use"
+            " --runtime reference, or build the CPU kernels"
+        )
 
 
 def _compression(args: argparse.Namespace) -> Compression:

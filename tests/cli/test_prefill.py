@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from live_server import chat_model
+from orthrus_cpu_kernels.library import NoKernelsError
 
 from orthrus_gguf.cli.conversation import Conversation
 from orthrus_gguf.cli.loaded import load
@@ -126,6 +127,28 @@ def test_turns_are_forgotten_by_what_was_kept_of_them(
     assert lengths[:-1] == sorted(lengths[:-1])
     assert lengths[-1] < lengths[-2], "some are forgotten"
     assert "turns are forgotten]" in err
+
+
+@pytest.mark.parametrize("scorer", ["self:2", "itself"])
+def test_without_cpu_kernels_nothing_is_scored(
+    demo_file: DemoFile,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    scorer: str,
+) -> None:
+    """ggml runs the model then, as it says."""
+
+    def none() -> None:
+        raise NoKernelsError("none of them")
+
+    monkeypatch.setattr("orthrus_gguf.runtime.load.load", none)
+    file = str(demo_file("q8_0"))
+    name = file if scorer == "itself" else scorer
+    capsys.readouterr()
+    assert run([file, "-p", CODE, "--prefill-drafter", name, *SHORTER]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "does not tell what a model attends to; use --runtime reference" in err.splitlines()[-1]
 
 
 def test_a_scorer_for_shorter_prompts_says_so(
