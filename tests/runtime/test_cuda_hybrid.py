@@ -25,7 +25,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime import load
 from orthrus_gguf.runtime.cuda import memory_plan, presence
-from orthrus_gguf.runtime.cuda.cache import check_head_size
+from orthrus_gguf.runtime.cuda.cache import CudaCache, check_head_size
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.state import PENDING_ROWS, HybridCudaCache
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, resolve
@@ -50,7 +50,7 @@ def model() -> Iterator[CudaModel]:
         yield found
 
 
-def append(model: CudaModel, cache: HybridCudaCache, tokens: Sequence[int]) -> NDArray[np.float32]:
+def append(model: CudaModel, cache: CudaCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Logits of rows, which are committed."""
     (logits,) = model.logits([ar_segment(cache, tokens, cache.length)])
     cache.commit(range(len(tokens)))
@@ -119,7 +119,8 @@ def test_a_pass_that_breaks_off(
             raise KeyboardInterrupt
         launch(*arguments)
 
-    machine = replace(model.machine, kernels=replace(model.machine.kernels, **{kernel: fail}))
+    broken: dict[str, Any] = {kernel: fail}
+    machine = replace(model.machine, kernels=replace(model.machine.kernels, **broken))
     monkeypatch.setattr(model, "_runner", replace(model.runner, machine=machine))
     monkeypatch.setattr(model.graphs, "run", lambda key, step: step())
     with pytest.raises(KeyboardInterrupt):
@@ -149,6 +150,7 @@ def test_a_pass_again(model: CudaModel, expected: NDArray[np.float32]) -> None:
 
 def test_memory_is_what_is_said(model: CudaModel) -> None:
     cache = model.new_cache(100)
+    assert isinstance(cache, HybridCudaCache)
     row, spare = memory_plan.cache_sizes(model.config, "f16", "f16")
     assert memory_plan.allocated((cache.planes, cache.state)) == 100 * row + spare
     hybrid = model.config.hybrid
