@@ -79,7 +79,7 @@ def test_greedy_tokens_are_hugging_faces(tmp_path: Path) -> None:
             assert (difference**2).sum() < 1e-4 * (wanted**2).sum()
             for token in greedy[index]:
                 others += int(found[-1].argmax()) != token
-                assert found[-1, token] > found[-1].max() - 0.1
+                assert found[-1, token] > found[-1].max() - 0.4  # of about 17
                 found = append(model, cache, [token])
     assert others <= 1  # fp16 decides a near tie otherwise here and there
 
@@ -151,6 +151,7 @@ def test_a_pass_again(model: CudaModel, expected: NDArray[np.float32]) -> None:
 def test_memory_is_what_is_said(model: CudaModel) -> None:
     cache = model.new_cache(100)
     assert isinstance(cache, HybridCudaCache)
+    assert cache.state is not None
     row, spare = memory_plan.cache_sizes(model.config, "f16", "f16")
     assert memory_plan.allocated((cache.planes, cache.state)) == 100 * row + spare
     hybrid = model.config.hybrid
