@@ -50,6 +50,7 @@ def cases(portable: Kernels, tmp_path_factory: pytest.TempPathFactory) -> list[C
     write_model(load_library().api, path, config, mixed_types)
     for k, v in zip(CACHE_TYPES, [*CACHE_TYPES][::-1], strict=True):
         found += passes(path, portable, k, v)
+    for k, v in (("f32", "q4_0"), ("q8_0", "f16")):
         found += attention_passes(path, load(), k, v)
     for number, overrides in enumerate(({}, WIDE)):
         hybrid = path.with_name(f"hybrid{number}.gguf")

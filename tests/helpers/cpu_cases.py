@@ -196,7 +196,7 @@ def attention_passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]
         CpuModel.load(file, kernels, threads=1, cache_type_k=k, cache_type_v=v) as model,
         patch.multiple(cpu_model, EXACT=0, BLOCKS=1),
     ):
-        cache, layers, before = model.new_cache(LONG), (0, 1), LONG - 60
+        cache, layers, before = model.new_cache(LONG), (0, 1), LONG - 36
         model.attention(
             ar_segment(cache, [i % 79 for i in range(before)], 0, wanted=range(0)), layers
         )
@@ -209,7 +209,7 @@ def attention_passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]
 
         recorder.memory = memory(model, cache)
         with patch.object(cpu_model, "Watch", watch):
-            model.attention(ar_segment(cache, range(60), before, wanted=range(44, 60)), layers)
+            model.attention(ar_segment(cache, range(36), before, wanted=range(33, 36)), layers)
     return recorder.cases
 
 
