@@ -10,12 +10,13 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, NoReturn
 
 from orthrus_gguf import __version__
 from orthrus_gguf.entry import INTERRUPTED
 from orthrus_gguf.errors import OrthrusError, did_you_mean
+from orthrus_gguf.records import dataclass
 
 #: What can go wrong without a bug. Anything else is one, and shows its traceback.
 REPORTED = (OrthrusError, MemoryError, OSError)

@@ -33,7 +33,7 @@ from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.protocol import Choices, Model, Segment, View
 from orthrus_gguf.sampling import Choice
 
@@ -45,7 +45,7 @@ Clock = Callable[[], float]
 T = TypeVar("T")
 
 
-@record()
+@dataclass(frozen=True)
 class Done:
     """A pass that has run, as one sequence sees it: its choices, one per segment, and its cost."""
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.policy import Policy
 from orthrus_gguf.drafting.sequence import Constraint
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.sampling import LogProbs, SamplingSettings
 from orthrus_gguf.stats import Statistics, Timings
 

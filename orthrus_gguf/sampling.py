@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 
 MAX_SEED = 2**64 - 1
 
@@ -112,7 +111,7 @@ class LogProbs:
     top: tuple[tuple[int, float], ...]
 
 
-@record()
+@dataclass(frozen=True)
 class Choice:
     """The token drawn from one row of logits.
 

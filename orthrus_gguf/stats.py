@@ -8,11 +8,11 @@ prompt's counted as one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Source
+from orthrus_gguf.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from orthrus_gguf.drafting.block import BLOCK
 from orthrus_gguf.drafting.carried_blocks import LAST, NEXT
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.plan import prior_acceptance
+from orthrus_gguf.records import dataclass
 
 #: Confidences are told apart in this many classes.
 CLASSES = 10

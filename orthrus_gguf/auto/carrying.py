@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from orthrus_gguf.drafting.cycle import Cycle, Guess, Hypothesis
+from orthrus_gguf.records import dataclass
 
 #: Weight of the newest cycle.
 NEWEST = 0.05

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 from orthrus_gguf.drafting.cycle import Pass
+from orthrus_gguf.records import dataclass
 
 #: Weight of the newest pass in the running correction.
 NEWEST = 0.05

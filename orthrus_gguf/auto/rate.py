@@ -10,7 +10,7 @@ average reward of a semi-Markov process, solved for its two states.)
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from orthrus_gguf.drafting.carried_blocks import SOURCES
 from orthrus_gguf.drafting.cycle import Guess
 from orthrus_gguf.drafting.draft import Source
 from orthrus_gguf.drafting.plan import PLAIN, Plan, Strategy
+from orthrus_gguf.records import dataclass
 
 Floats = NDArray[np.float64]
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from orthrus_gguf.cli.llama_table import GROUPS, Status
 from orthrus_gguf.command import Foreign, ForeignFlag, Parser
+from orthrus_gguf.records import dataclass
 
 #: What may follow a flag whose argument older versions did not have.
 SWITCH = frozenset({"on", "off", "auto", "true", "false", "enabled", "disabled", "0", "1"})

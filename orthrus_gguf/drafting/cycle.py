@@ -8,11 +8,11 @@ from typing import NamedTuple
 from orthrus_gguf.drafting.draft import NO_DRAFT, Draft, Source
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.protocol import Segment
 
 
-@record()
+@dataclass(frozen=True)
 class Pass:
     """One forward pass of a cycle: its rows by view, the context it saw, how long it took.
 
@@ -73,7 +73,7 @@ class Hypothesis(NamedTuple):
         return self.guess is Guess.LAST or self.anchor == cycle.tokens[-1]
 
 
-@record()
+@dataclass(frozen=True)
 class Cycle:
     """One committed step.
 

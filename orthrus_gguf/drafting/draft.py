@@ -6,10 +6,9 @@ Nothing here can change the text: the decode loop commits only what the AR view 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from orthrus_gguf.drafting.tree import Branches, Tree
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.sampling import Choice
 
 
@@ -30,7 +29,7 @@ class Source:
     margin: float = 1.0
 
 
-@record()
+@dataclass(frozen=True)
 class Draft:
     """Tokens proposed for the positions after the anchor.
 

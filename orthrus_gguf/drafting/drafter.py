@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.draft import Draft, Source
 from orthrus_gguf.drafting.sequence import TokenSequence
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.protocol import Choices, Segment, View
 
 
-@record()
+@dataclass(frozen=True)
 class DraftPass:
     """A pass that would bring a draft.
 
@@ -41,7 +41,7 @@ class DraftPass:
         )
 
 
-@record()
+@dataclass(frozen=True)
 class Results:
     """What a pass left for drafters.
 

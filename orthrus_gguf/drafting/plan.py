@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 
 from orthrus_gguf.drafting import registry
@@ -19,6 +19,7 @@ from orthrus_gguf.drafting.tail import TAIL
 from orthrus_gguf.drafting.tree import NO_TREE, Tree, best_first
 from orthrus_gguf.errors import OrthrusError, did_you_mean
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 
 #: Blocks that a fused pass carries unless the caller says otherwise.
 FUSED_BLOCKS = 3

@@ -7,7 +7,6 @@ the plan language know it by that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from orthrus_gguf.drafting.block import BlockDrafter
 from orthrus_gguf.drafting.carried_blocks import CarriedBlocks
@@ -18,6 +17,7 @@ from orthrus_gguf.drafting.mtp import MtpDrafter
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tail import TailDrafter
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 from orthrus_gguf.drafting.tree import Tree
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.beside import DraftCache
 from orthrus_gguf.runtime.protocol import (
     Cache,

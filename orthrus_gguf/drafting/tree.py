@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 
 
-@record()
+@dataclass(frozen=True)
 class Tree:
     """Draft tokens to verify in one pass.
 
@@ -67,7 +67,7 @@ class Tree:
 NO_TREE = Tree(())
 
 
-@record()
+@dataclass(frozen=True)
 class Branches:
     """The likeliest continuations of a draft, in the order in which a tree should take them.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.records import dataclass
 
 #: Far above any real setting, far below what overflows single precision.
 MAX_NUMBER = 1e12

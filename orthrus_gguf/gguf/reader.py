@@ -12,7 +12,7 @@ import mmap
 import struct
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.gguf.closing import Closing
 from orthrus_gguf.gguf.cursor import Cursor, map_file
+from orthrus_gguf.records import dataclass
 
 #: A metadata value. Arrays of strings are lists; arrays of numbers or bools are read-only numpy
 #: arrays of the element type in the file.

@@ -6,8 +6,9 @@ the converter (`hf_config.py`) if it is to be made from Hugging Face checkpoints
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+
+from orthrus_gguf.records import dataclass
 
 
 class Pairing(Enum):

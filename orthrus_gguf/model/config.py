@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from orthrus_gguf.model.architectures import (
 )
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.hybrid import Hybrid, mtp_key, read_hybrid
+from orthrus_gguf.records import dataclass
 
 # Sanity limits, far above any model and far below what could exhaust memory by itself.
 MAX_LAYERS = 1024

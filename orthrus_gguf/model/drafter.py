@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -26,6 +26,7 @@ from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import BLOCK_SIZES, MAX_VOCAB, ModelConfig
 from orthrus_gguf.model.tensors import check_tensors, drafter_tensors
 from orthrus_gguf.model.window import Window, read_window
+from orthrus_gguf.records import dataclass
 
 #: Architectures of other dialects, and what their files are.
 DIALECTS = {

@@ -6,7 +6,6 @@ the rows that its causal convolution looks back on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import gguf
@@ -15,6 +14,7 @@ import numpy as np
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.model.architectures import LayerKind
+from orthrus_gguf.records import dataclass
 
 #: Rows that the convolution of every released model spans.
 CONV_KERNEL = 4

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import gguf
 import numpy as np
 
 from orthrus_gguf.gguf import keys
 from orthrus_gguf.gguf.fields import Fields, describe
 from orthrus_gguf.model.config import MAX_CONTEXT, ModelConfig
+from orthrus_gguf.records import dataclass
 
 
 @dataclass(frozen=True)

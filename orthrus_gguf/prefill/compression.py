@@ -14,7 +14,6 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.prefill.choice import choose, may_go
 from orthrus_gguf.prefill.scorer import Scorer
 from orthrus_gguf.prefill.spans import within
+from orthrus_gguf.records import dataclass
 
 #: Roles whose messages may be shortened; what others say always stays.
 COMPRESSIBLE = ("user", "assistant")

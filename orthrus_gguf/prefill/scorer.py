@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.prefill.spans import spelt_alike
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.attention import Attentive, attention_layers
 from orthrus_gguf.runtime.protocol import Model, ar_segment
 from orthrus_gguf.text.tokenizer import Tokenizer

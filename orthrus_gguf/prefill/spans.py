@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.text.tokenizer import Tokenizer
 
 Bools = NDArray[np.bool_]

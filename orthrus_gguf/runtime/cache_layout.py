@@ -5,13 +5,12 @@ Shared by the runtimes, which allocate, and by `orthrus-inspect`, which only say
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import gguf
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 
 _TYPES = gguf.GGMLQuantizationType
 

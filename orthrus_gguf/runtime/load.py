@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
 
 from orthrus_cpu_kernels.library import Kernels, NoKernelsError, load
@@ -17,6 +17,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.beside import ModelWithDrafter, Network
 from orthrus_gguf.runtime.cpu.weights import why_not
 from orthrus_gguf.runtime.cuda.presence import (

@@ -8,7 +8,6 @@ own values; those of a draft are written behind them, with the block's, and over
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.checkpoints import Checkpoints
 from orthrus_gguf.runtime.drawing import Prefix
 from orthrus_gguf.runtime.protocol import Checkpoint, Choices, Logits, Segment

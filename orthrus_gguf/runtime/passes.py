@@ -7,13 +7,12 @@ segments, except for which rows run together, and rows do not depend on their co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.protocol import Segment, View, path_to
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """`count` rows of a segment from its row `first` on, which run in one pass.
 

@@ -26,7 +26,6 @@ themselves leave only through `Model.logits`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.sampling import Choice, Sampler
 
 Logits = NDArray[np.float32]
@@ -56,7 +55,7 @@ class View(Enum):
 OWN_VIEWS = (View.AR, View.DIFFUSION)
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False)
 class Draw:
     """How tokens are drawn from the wanted rows of a segment.
 
@@ -77,7 +76,7 @@ class Draw:
     allowed: Masks | None = None
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """Rows of one view and one sequence, consecutive unless they are a tree.
 
@@ -123,7 +122,7 @@ class Segment:
         return self.start + (len(self) if self.parents is None else max(depths(self.parents)) + 1)
 
 
-@record(eq=False)
+@dataclass(frozen=True, eq=False)
 class Choices:
     """What a pass says of one segment.
 

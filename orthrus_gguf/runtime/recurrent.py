@@ -8,13 +8,13 @@ and dropping the others costs nothing. This is the bookkeeping; kernels and memo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.model.hybrid import CONV_KERNEL
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.checkpoints import Checkpoints
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Checkpoint, path_to

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.cache_layout import CacheLayout
 from orthrus_gguf.runtime.host_cache import HostCache
 from orthrus_gguf.runtime.passes import Piece

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.cache_layout import COLUMNS
 from orthrus_gguf.runtime.protocol import depths, path_to
 
@@ -19,7 +19,7 @@ from orthrus_gguf.runtime.protocol import depths, path_to
 STORES = 32
 
 
-@record()
+@dataclass(frozen=True)
 class TreeLayout:
     """A tree on a cache of `start` rows.
 

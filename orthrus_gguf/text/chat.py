@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import gguf
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.fields import describe
 from orthrus_gguf.gguf.reader import Value
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.text import chat_process
 from orthrus_gguf.text.tokenizer import Tokenizer
 

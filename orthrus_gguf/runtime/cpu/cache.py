@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
 from typing import Any
 
 import gguf
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from orthrus_cpu_kernels.library import LANES, LAYER_CACHE
 
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.cache_layout import CacheLayout, cache_rows
 from orthrus_gguf.runtime.host_cache import HostCache
 from orthrus_gguf.runtime.limits import memory_bytes, private_memory

@@ -6,7 +6,7 @@ import ctypes
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,6 +16,7 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Step
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.rope import frequencies
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.attention import check_attention
 from orthrus_gguf.runtime.cache_layout import BATCH_ROWS, CacheLayout, cache_layout
 from orthrus_gguf.runtime.cpu.buffers import Buffers

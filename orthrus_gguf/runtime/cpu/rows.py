@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from orthrus_gguf.records import record
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.trees import TreeLayout
 
 Ints = NDArray[np.int64]
@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 ANGLES = 1024
 
 
-@record()
+@dataclass(frozen=True)
 class Place:
     """Of the rows of one piece.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.hybrid import Hybrid
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.cache_layout import CacheLayout
 from orthrus_gguf.runtime.checkpoints import Checkpoints
 from orthrus_gguf.runtime.cpu.cache import CpuCache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from orthrus_cpu_kernels.library import LANES, Kernels, Matrix, Step
 
 from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.cpu.buffers import Buffers
 from orthrus_gguf.runtime.cpu.state import tile_columns
 from orthrus_gguf.runtime.cpu.weights import Attention, Floats, Layer, Weights

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,6 +26,7 @@ from orthrus_gguf.model.tensors import (
     in_view,
     original_of,
 )
+from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.cpu.pool import Part, Pool
 from orthrus_gguf.runtime.limits import private_memory
 from orthrus_gguf.runtime.protocol import View

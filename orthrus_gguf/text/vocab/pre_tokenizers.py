@@ -11,7 +11,8 @@ display, not how text is generated: token by token, as here.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from orthrus_gguf.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import gguf
@@ -11,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orthrus_gguf.gguf.fields import Fields, describe
+from orthrus_gguf.records import dataclass
 
 Keys = gguf.Keys.Tokenizer
 TokenType = gguf.TokenType
