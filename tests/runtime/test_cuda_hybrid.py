@@ -162,6 +162,33 @@ def test_a_pass_again(model: CudaModel, expected: NDArray[np.float32]) -> None:
     np.testing.assert_array_equal(append(model, cache, TOKENS[8:20]), expected[8:20])
 
 
+def test_checked_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row again, alone: of a chain behind accepted rows, of a tree, beside another sequence;
+    and a row whose state is spoilt is told."""
+    monkeypatch.setenv("ORTHRUS_CHECK_ROWS", "1")
+    with stand_in(stock_model()) as model:
+        cache, other = new_cache(model, 64), new_cache(model, 64)
+        append(model, cache, TOKENS[:3])
+        model.logits([ar_segment(cache, TOKENS[3:7], 3), ar_segment(other, TOKENS[:2], 0)])
+        cache.commit(range(2))
+        other.commit([])
+        model.logits([ar_segment(cache, TOKENS[5:11], 5, parents=(-1, 0, 0, 1, 2, 2))])
+        cache.commit([0, 2])
+        append(model, cache, TOKENS[:20])
+        gated, calls = model.machine.kernels.gated_norm, []
+
+        def spoilt(*arguments: Any) -> None:
+            calls.append(len(arguments[0]))
+            if calls.count(1) == 2:
+                arguments[0].mul_(1.5)
+            gated(*arguments)
+
+        machine = replace(model.machine, kernels=replace(model.machine.kernels, gated_norm=spoilt))
+        monkeypatch.setattr(model, "_runner", replace(model.runner, machine=machine))
+        with pytest.raises(AssertionError, match="has other bits than alone"):
+            model.logits([ar_segment(cache, TOKENS[:4], cache.length)])
+
+
 def test_memory_is_what_is_said(model: CudaModel) -> None:
     cache = new_cache(model, 100)
     row, spare = memory_plan.cache_sizes(model.config, "f16", "f16")
