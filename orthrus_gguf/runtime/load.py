@@ -167,6 +167,11 @@ def _check_kinds(file: ModelFile, name: RuntimeName, drafter: DrafterFile | MtpF
             f"{drafter.paths[0]}: MTP blocks do not run on --runtime {name.value} yet; use"
             " --runtime cpu, or --no-mtp"
         )
+    if drafter is not None and file.config.hybrid is not None and name is RuntimeName.CUDA:
+        raise OrthrusError(
+            f"{drafter.paths[0]}: drafters of {file.config.architecture.name} models do not run on"
+            f" --runtime {name.value} yet; use --runtime cpu, or leave it out"
+        )
     if file.config.hybrid is not None and name is RuntimeName.GGML:
         raise OrthrusError(
             f"{file.paths[0]}: models of architecture {file.config.architecture.name} do not run on"

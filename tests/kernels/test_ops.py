@@ -264,6 +264,31 @@ def test_finish_qkv(
     assert torch.equal(first[:, 2], first[:, 4])
 
 
+@pytest.mark.parametrize("type_name", ["f16", "q4_0"])
+def test_gated_queries_and_partial_rope(type_name: str) -> None:
+    """A gate lies behind each query; RoPE turns the first 32 of 128 elements."""
+    torch.manual_seed(7)
+    rows, n_head, head_dim = some_rows(32), 4, 128
+    partials = torch.randn(2, 6, (2 * n_head + 4) * head_dim)
+    weights = HeadWeights(torch.randn(2, 2, head_dim), None, False, 1e-6, gated=True)
+    results = []
+    for implementation in (finish_qkv, reference_attention.finish_qkv):
+        q = torch.full((6, n_head, head_dim), NAN, dtype=torch.float16)
+        caches = two_caches(type_name, head_dim)
+        blocks = [sentinel_planes("f16", head_dim, 6) for _ in "kv"]
+        implementation(partials, weights, rows, q, caches, 1, *blocks)
+        results.append((q, [dequantize_planes(p) for pair in caches.held for p in pair]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=2e-3, atol=1e-3)
+    for found, wanted in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2e-3 if type_name == "f16" else 0.25,
+                                   atol=1e-3)  # fmt: skip
+    sums = partials.sum(0).view(6, -1, head_dim)
+    last = sums[:, 2] / (sums[:, 2].pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+    wanted = (last * weights.norms[0, 0])[rows.views == 0, 32:]  # type: ignore[index]
+    torch.testing.assert_close(results[0][0][rows.views == 0, 1, 32:].float(), wanted, rtol=2e-3,
+                               atol=2e-3)  # fmt: skip
+
+
 @pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
 def test_moved_columns(type_name: str) -> None:
     """In all layers and heads of the sequences that are named, and nowhere else."""

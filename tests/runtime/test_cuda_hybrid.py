@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,19 @@ pytest.importorskip("triton")
 
 import torch
 from cuda_models import FakeGraphs, small_heads, stand_in
-from hf_hybrid import PROMPTS, write_hybrid
-from mtp_models import stock_model
+from hf_hybrid import N_GREEDY, PROMPTS, write_hybrid
+from mtp_models import mtp_model, stock_model
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
+from orthrus_kernels.elementwise.activations import padded_columns
+from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime import load
-from orthrus_gguf.runtime.cuda import memory_plan, presence
-from orthrus_gguf.runtime.cuda.cache import CudaCache, check_head_size
+from orthrus_gguf.runtime.cuda import buffers, memory_plan, presence
+from orthrus_gguf.runtime.cuda.cache import check_head_size
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.state import PENDING_ROWS, HybridCudaCache
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, resolve
@@ -50,7 +54,13 @@ def model() -> Iterator[CudaModel]:
         yield found
 
 
-def append(model: CudaModel, cache: CudaCache, tokens: Sequence[int]) -> NDArray[np.float32]:
+def new_cache(model: CudaModel, capacity: int) -> HybridCudaCache:
+    cache = model.new_cache(capacity)
+    assert isinstance(cache, HybridCudaCache)
+    return cache
+
+
+def append(model: CudaModel, cache: HybridCudaCache, tokens: Sequence[int]) -> NDArray[np.float32]:
     """Logits of rows, which are committed."""
     (logits,) = model.logits([ar_segment(cache, tokens, cache.length)])
     cache.commit(range(len(tokens)))
@@ -60,34 +70,37 @@ def append(model: CudaModel, cache: CudaCache, tokens: Sequence[int]) -> NDArray
 @pytest.fixture(scope="module")
 def expected(model: CudaModel) -> NDArray[np.float32]:
     """Logits of the first rows, one by one."""
-    cache = model.new_cache(32)
+    cache = new_cache(model, 32)
     return np.concatenate([append(model, cache, [token]) for token in TOKENS[:20]])
 
 
-def test_greedy_tokens_are_hugging_faces(tmp_path: Path) -> None:
-    """Logits within what fp16 weights and rows leave of them."""
+def test_greedy_tokens_are_hugging_faces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With wide rows: the random model makes up to 3 % of the rounding of fp16 ones."""
+
+    def wide(rows: int, columns: int, device: torch.device) -> Tensor:
+        return torch.zeros(rows, padded_columns(columns), dtype=torch.float64, device=device)
+
+    monkeypatch.setattr(buffers, "new_f16_rows", wide)
     path = tmp_path / "tiny.gguf"
     assert main([str(write_hybrid(tmp_path / "tiny")), str(path), "--type", "f32"]) == 0
     logits = np.load(GOLDEN / "hybrid.npz")
     greedy = json.loads((GOLDEN / "hybrid.json").read_text())["greedy"]
-    others = 0
     with stand_in(path) as model:
         for index, prompt in enumerate(PROMPTS):
-            cache, wanted = model.new_cache(64), logits[f"logits_{index}"]
+            cache, expected = new_cache(model, 64), logits[f"logits_{index}"]
             found = append(model, cache, prompt)
-            difference = found[-len(wanted) :] - wanted
-            assert (difference**2).sum() < 1e-4 * (wanted**2).sum()
-            for token in greedy[index]:
-                others += int(found[-1].argmax()) != token
-                assert found[-1, token] > found[-1].max() - 0.4  # of about 17
-                found = append(model, cache, [token])
-    assert others <= 1  # fp16 decides a near tie otherwise here and there
+            np.testing.assert_allclose(found[-len(expected) :], expected, rtol=0, atol=0.03)
+            text: list[int] = []
+            for _ in range(N_GREEDY):
+                text.append(int(found[-1].argmax()))
+                found = append(model, cache, text[-1:])
+            assert text == greedy[index]
 
 
 def test_a_prompt_of_its_own_path(model: CudaModel) -> None:
     """More rows than a graph takes: products of other sums, the same recurrence; and from there on,
     and from a checkpoint behind it, as behind single rows."""
-    alone, cache = model.new_cache(128), model.new_cache(128)
+    alone, cache = new_cache(model, 128), new_cache(model, 128)
     wanted = np.concatenate([append(model, alone, TOKENS[i : i + 15]) for i in range(0, 90, 15)])
     found = append(model, cache, TOKENS[:80])
     assert ((found - wanted[:80]) ** 2).sum() < 1e-5 * (wanted**2).sum()
@@ -109,7 +122,7 @@ def test_a_pass_that_breaks_off(
 ) -> None:
     """Behind accepted rows, some layers have them and some do not: the next pass is right, and the
     one after it."""
-    cache = model.new_cache(64)
+    cache = new_cache(model, 64)
     append(model, cache, TOKENS[:2])
     launch, calls = getattr(model.machine.kernels, kernel), []
 
@@ -119,8 +132,8 @@ def test_a_pass_that_breaks_off(
             raise KeyboardInterrupt
         launch(*arguments)
 
-    broken: dict[str, Any] = {kernel: fail}
-    machine = replace(model.machine, kernels=replace(model.machine.kernels, **broken))
+    failing: dict[str, Any] = {kernel: fail}
+    machine = replace(model.machine, kernels=replace(model.machine.kernels, **failing))
     monkeypatch.setattr(model, "_runner", replace(model.runner, machine=machine))
     monkeypatch.setattr(model.graphs, "run", lambda key, step: step())
     with pytest.raises(KeyboardInterrupt):
@@ -134,13 +147,13 @@ def test_a_pass_that_breaks_off(
 
 def test_a_pass_again(model: CudaModel, expected: NDArray[np.float32]) -> None:
     """As often as it takes to time it: accepted rows become part of the state once."""
-    cache = model.new_cache(64)
+    cache = new_cache(model, 64)
     append(model, cache, TOKENS[:6])
     segment = ar_segment(cache, TOKENS[6:9], 6, draw=Draw(GREEDY, TOKENS))
     for _ in range(2):
         (choices,) = model.forward([segment])
     launch = model.launch_again([segment])
-    with torch.inference_mode():  # here a launch is its operations
+    with model.machine.running():
         launch()
         launch()
     (again,) = model.forward([segment])
@@ -149,14 +162,40 @@ def test_a_pass_again(model: CudaModel, expected: NDArray[np.float32]) -> None:
     np.testing.assert_array_equal(append(model, cache, TOKENS[8:20]), expected[8:20])
 
 
+def test_checked_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row again, alone: of a chain behind accepted rows, of a tree, beside another sequence;
+    and a row whose state is spoilt is told."""
+    monkeypatch.setenv("ORTHRUS_CHECK_ROWS", "1")
+    with stand_in(stock_model()) as model:
+        cache, other = new_cache(model, 64), new_cache(model, 64)
+        append(model, cache, TOKENS[:3])
+        model.logits([ar_segment(cache, TOKENS[3:7], 3), ar_segment(other, TOKENS[:2], 0)])
+        cache.commit(range(2))
+        other.commit([])
+        model.logits([ar_segment(cache, TOKENS[5:11], 5, parents=(-1, 0, 0, 1, 2, 2))])
+        cache.commit([0, 2])
+        append(model, cache, TOKENS[:20])
+        gated, calls = model.machine.kernels.gated_norm, []
+
+        def spoilt(*arguments: Any) -> None:
+            calls.append(len(arguments[0]))
+            if calls.count(1) == 2:
+                arguments[0].mul_(1.5)
+            gated(*arguments)
+
+        machine = replace(model.machine, kernels=replace(model.machine.kernels, gated_norm=spoilt))
+        monkeypatch.setattr(model, "_runner", replace(model.runner, machine=machine))
+        with pytest.raises(AssertionError, match="has other bits than alone"):
+            model.logits([ar_segment(cache, TOKENS[:4], cache.length)])
+
+
 def test_memory_is_what_is_said(model: CudaModel) -> None:
-    cache = model.new_cache(100)
-    assert isinstance(cache, HybridCudaCache)
-    assert cache.state is not None
+    cache = new_cache(model, 100)
     row, spare = memory_plan.cache_sizes(model.config, "f16", "f16")
     assert memory_plan.allocated((cache.planes, cache.state)) == 100 * row + spare
     hybrid = model.config.hybrid
     assert hybrid is not None
+    assert cache.state is not None
     assert cache.state.memory[0].nbytes < hybrid.state_bytes(model.config.n_layers)
     held = memory_plan.allocated((model.runner.weights, model.runner.buffers))
     assert held <= model.memory.weights + model.memory.work
@@ -166,7 +205,7 @@ def test_memory_is_what_is_said(model: CudaModel) -> None:
 
 
 def test_trees_and_rows_that_are_too_many(model: CudaModel) -> None:
-    cache = model.new_cache(128)
+    cache = new_cache(model, 128)
     parents = (-1, *[0] * 20)
     assert cache.fit(parents) <= PENDING_ROWS
     assert cache.fit(range(-1, 40)) == PENDING_ROWS
@@ -200,3 +239,13 @@ def test_auto_takes_what_serves_the_file(monkeypatch: pytest.MonkeyPatch) -> Non
         assert "\n" not in line
         with pytest.raises(OrthrusError, match="use --runtime cpu"):
             check_head_size(other)
+
+
+def test_drafters_beside_it_wait() -> None:
+    """One line for MTP blocks and DFlash drafters, before anything is loaded."""
+    cuda = RuntimeSettings(RuntimeName.CUDA)
+    with ModelFile.open(mtp_model()) as file, MtpFile.inside(file) as block:
+        dflash: Any = SimpleNamespace(paths=("drafter.gguf",))
+        for beside, why in ((block, "MTP blocks do not"), (dflash, "drafters of qwen35 models")):
+            with pytest.raises(OrthrusError, match=f"{why}.*run on --runtime cuda yet"):
+                load.load_model(file, cuda, drafter=beside)

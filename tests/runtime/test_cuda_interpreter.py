@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from gguf import GGMLQuantizationType as T
+from mtp_models import stock_model
 from synthetic_model import model_shape, write_drafter, write_model
 
 from orthrus_gguf.ggml.library import load_library
@@ -67,6 +68,14 @@ def test_a_drafters_network(tmp_path: Path) -> None:
     found = json.loads(interpreted("cuda_drafter_interpreted.py", *files, 86))
     assert set(found) == {"keys", "values", "block"}
     assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.slow
+def test_a_hybrid() -> None:
+    """Both kinds of layers, records, a tree, two sequences."""
+    errors = json.loads(interpreted("cuda_hybrid_interpreted.py", stock_model()).splitlines()[-1])
+    assert len(errors) == 5
+    assert max(errors) < 1e-6, errors
 
 
 #: The other ways to decode: minutes in the interpreter.
