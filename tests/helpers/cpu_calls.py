@@ -48,6 +48,9 @@ LISTS: dict[Any, dict[str, str]] = {
 FUNCTIONS = ("repack", "quantize", "product", "unpack_row", "run")
 ARGUMENTS = 10
 
+#: Of `repack`, which the package itself runs as a step only.
+REPACK = (ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_void_p)
+
 
 @dataclass
 class Case:
@@ -80,6 +83,7 @@ class Case:
 def run_here(kernels: Kernels, case: Case) -> list[NDArray[Any]]:
     """The outputs of a case, on an object that is loaded."""
     library, data = kernels.library, [buffer.copy() for buffer in case.buffers]
+    library.orthrus_repack.argtypes = REPACK
 
     def address(ref: Ref) -> int:
         assert 0 <= ref.offset <= data[ref.buffer].nbytes
@@ -164,9 +168,10 @@ class Recorder:
         return getattr(self.library, name)
 
     def orthrus_run(self, pool: int, steps: int, count: int) -> int:
-        raw: Any = (ctypes.c_uint8 * (ctypes.sizeof(Step) * count)).from_address(steps)
-        listed = np.frombuffer(raw, np.uint8)
-        self.cases.append(recorded([(listed, False), *self.memory], count))
+        if self.memory:  # else weights are being repacked
+            raw: Any = (ctypes.c_uint8 * (ctypes.sizeof(Step) * count)).from_address(steps)
+            listed = np.frombuffer(raw, np.uint8)
+            self.cases.append(recorded([(listed, False), *self.memory], count))
         return int(self.library.orthrus_run(pool, steps, count))
 
 

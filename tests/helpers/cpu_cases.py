@@ -156,6 +156,7 @@ def passes(path: Path, kernels: Kernels, k: str, v: str) -> list[Case]:
         ModelFile.open(path) as file,
         CpuModel.load(file, recording, threads=2, cache_type_k=k, cache_type_v=v) as model,
     ):
+        model.wait()
         cache, other = model.new_cache(100), model.new_cache(40)
         mask = model.config.mask_token
         assert mask is not None
@@ -223,6 +224,7 @@ def hybrid_passes(path: Path, kernels: Kernels) -> list[Case]:
         ModelFile.open(path) as file,
         CpuModel.load(file, recording, threads=2) as model,
     ):
+        model.wait()
         cache, other = model.new_cache(100), model.new_cache(40)
 
         def run(*segments: Any) -> None:
