@@ -49,7 +49,7 @@ FUNCTIONS = ("repack", "quantize", "product", "unpack_row", "run")
 ARGUMENTS = 10
 
 #: Of `repack`, which the package itself runs as a step only.
-REPACK = (ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_void_p)
+REPACK: tuple[Any, ...] = (ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_void_p)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Case:
 def run_here(kernels: Kernels, case: Case) -> list[NDArray[Any]]:
     """The outputs of a case, on an object that is loaded."""
     library, data = kernels.library, [buffer.copy() for buffer in case.buffers]
-    library.orthrus_repack.argtypes = REPACK
+    library.orthrus_repack.argtypes = list(REPACK)
 
     def address(ref: Ref) -> int:
         assert 0 <= ref.offset <= data[ref.buffer].nbytes
