@@ -7,6 +7,7 @@ and dropping the others costs nothing. This is the bookkeeping; kernels and memo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
@@ -192,7 +193,7 @@ def _branches(
     return back
 
 
-class Returning(Generic[S]):
+class Returning(ABC, Generic[S]):
     """The part of a cache whose states cannot be turned back: it goes back to those that it kept.
 
     Comes before what keeps keys and values among the bases of a cache.
@@ -201,17 +202,17 @@ class Returning(Generic[S]):
     _kept: Checkpoints[S]
     _length: int
 
+    @abstractmethod
     def _keep(self) -> None:
         """Keep the state of where the cache stands."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _set(self, state: S | None) -> None:
         """Take over a state; None: of a text that has not begun."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop(self) -> None:
         """Forget what is pending."""
-        raise NotImplementedError
 
     def checkpoint(self, length: int | None = None) -> Checkpoint:
         """See `Cache.checkpoint`. Without `length`, the state is kept to come back to."""
