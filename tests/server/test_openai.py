@@ -419,7 +419,7 @@ class TestErrors:
         )
         next(iter(stream))
         stream.close()
-        for _ in range(100):
+        for _ in range(500):
             busy = [slot["is_processing"] for slot in json.loads(server.get("/slots")[1])]
             if not any(busy):
                 return
