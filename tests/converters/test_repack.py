@@ -124,8 +124,13 @@ def test_float_files_convert_like_the_checkpoint(
 
 
 def test_quantized_files_are_guarded(
-    made: Callable[..., Path], convert: Callable[..., Any], out: Path
+    made: Callable[..., Path],
+    convert: Callable[..., Any],
+    out: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    made("q8_0")
+    capsys.readouterr()  # of making it, if nobody did before
     check_refusal(
         convert(made("q8_0"), "--type", "q4_k_m"),
         "tensor token_embd.weight is quantized already (Q8_0)",
