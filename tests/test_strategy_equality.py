@@ -55,7 +55,7 @@ class Costs:
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return 1e-3 * (1 + self._rng.choice([0.0, 0.03, 0.3]) * (ar_rows + diffusion_rows))
 
-    def observe(self, done: Pass) -> None:
+    def observe(self, done: Pass, times: int = 1) -> None:
         pass
 
 

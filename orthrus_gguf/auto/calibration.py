@@ -32,6 +32,9 @@ from orthrus_gguf.this_machine import machine
 #: Rows of the passes that are timed, as far as time allows.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
+#: Passes of at most so many rows are timed first: those that drafts are verified in.
+FEW = 16
+
 #: Context of the curve, and the longer one that tells what context costs.
 NEAR, FAR = 64, 1088
 
@@ -64,26 +67,47 @@ def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_co
     threads = fastest_threads(model, timer.seconds) if isinstance(model, Threaded) else 0
     single = timer.seconds(1, 0)
     timer.allow(max(budget, BUDGET_PASSES * single))
-    rows, seconds = [1], [single]
-    for count in ROWS[1:]:
-        # A pass costs at most what its rows cost one by one, and each is run twice. Slow ones are
-        # worth fewer points: lines between them are as good.
-        if single > budget / 20 and count in (2, 4, 16):
-            continue
-        if not timer.affords(2 * seconds[-1] * count / rows[-1]) or not timer.fits(count):
-            break
-        rows.append(count)
-        seconds.append(timer.seconds(count, 0))
+    points = {1: single}
+    _add_points(points, timer, [rows for rows in ROWS[1:] if rows <= FEW], budget)
+    few = max(points)
     block, draft, mixed = min(VIEW_ROWS, model.config.block_size or 0), 0.0, 0.0
-    curve = CostCurve(tuple(rows), tuple(seconds), NEAR, (0.0, 0.0))
-    if block and timer.affords(6 * curve.at(block, 0, NEAR)):
+    near = CostCurve(tuple(points), tuple(points.values()), NEAR, (0.0, 0.0))
+    if block and timer.affords(6 * near.at(block, 0, NEAR)):
         draft, mixed = timer.seconds(0, block), timer.seconds(block, block)
     else:
         block = 0
     drafter = timer.drafter_seconds(model) if isinstance(model, ModelWithDrafter) else 0.0
-    per_token = timer.per_token(rows, seconds)
+    # What context costs matters more than what very wide passes do, and needs two runs of each.
+    context = 4 * (single + points[few])
+    _add_points(points, timer, [rows for rows in ROWS if rows > FEW], budget, keep=context)
+    most = max(points)
+    low, high = timer.per_token({rows: points[rows] for rows in (1, few)}, most)
+    if few > 1:  # rows attend one by one
+        high = max(low + (high - low) * (most - 1) / (few - 1), 0.0)
     views = block, draft, mixed
-    return CostCurve(tuple(rows), tuple(seconds), NEAR, per_token, *views, threads, drafter)
+    return CostCurve(
+        tuple(points), tuple(points.values()), NEAR, (low, high), *views, threads, drafter
+    )
+
+
+def _add_points(
+    points: dict[int, float],
+    timer: _Timer,
+    counts: Sequence[int],
+    budget: float,
+    *,
+    keep: float = 0.0,
+) -> None:
+    """Time AR passes of more rows than before, as far as time allows. keep: seconds to leave."""
+    for count in counts:
+        # A pass costs at most what its rows cost one by one, and each is run twice. Slow ones are
+        # worth fewer points: lines between them are as good.
+        if points[1] > budget / 20 and count in (2, 4, 16):
+            continue
+        most = max(points)
+        if not timer.affords(keep + 2 * points[most] * count / most) or not timer.fits(count):
+            break
+        points[count] = timer.seconds(count, 0)
 
 
 def fastest_threads(model: Threaded, seconds: Callable[[int, int], float]) -> int:
@@ -181,17 +205,18 @@ class _Timer:
         self._end += sum(times) - best * len(times)
         return best
 
-    def per_token(self, rows: Sequence[int], seconds: Sequence[float]) -> tuple[float, float]:
-        """Seconds per token of context, in passes of the fewest and of the most rows."""
-        far = min(FAR, self._capacity - rows[-1])
-        if far <= 2 * self._near or not self.affords(4 * (seconds[0] + seconds[-1])):
+    def per_token(self, near: dict[int, float], most: int) -> tuple[float, float]:
+        """Seconds per token of context, in passes of the fewest and of the most rows of `near`
+        (rows: seconds there). most: rows that have to fit."""
+        far = min(FAR, self._capacity - most)
+        if far <= 2 * self._near or not self.affords(4 * sum(near.values())):
             return 0.0, 0.0
         self._move(far)
         slopes = [
-            max((self.seconds(count, 0) - time_near) / (far - self._near), 0.0)
-            for count, time_near in ((rows[0], seconds[0]), (rows[-1], seconds[-1]))
+            max((self.seconds(rows, 0) - time_near) / (far - self._near), 0.0)
+            for rows, time_near in sorted(near.items())
         ]
-        return slopes[0], slopes[1]
+        return slopes[0], slopes[-1]
 
     def _move(self, context: int) -> None:
         self._cache.assume(context - self._cache.length)
@@ -276,8 +301,8 @@ class MachineCosts:
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return self._running.seconds(ar_rows, diffusion_rows, context)
 
-    def observe(self, done: Pass) -> None:
-        self._running.observe(done)
+    def observe(self, done: Pass, times: int = 1) -> None:
+        self._running.observe(done, times)
         if not self._running.fits and self._measurements < MEASUREMENTS:
             self._corrected = RunningCosts(self._measure())
 

@@ -21,8 +21,10 @@ from dataclasses import field
 import numpy as np
 
 from orthrus_gguf.auto.acceptance import Acceptance, sums
+from orthrus_gguf.auto.account import Account, PlainCycles, Unverified
 from orthrus_gguf.auto.carrying import Carrying, by_worth
-from orthrus_gguf.auto.costs import Costs
+from orthrus_gguf.auto.costs import HELD_UP, Costs
+from orthrus_gguf.auto.phases import Phase, record
 from orthrus_gguf.auto.rate import (
     MARGIN,
     Drafting,
@@ -49,13 +51,6 @@ from orthrus_gguf.runtime.protocol import View
 #: Blocks carried by one pass at most.
 MAX_BLOCKS = 8
 
-#: Time that drafts may lose against plain decoding: a share of all time, and at first as many
-#: single-row passes.
-LOSS_SHARE, LOSS_CREDIT = 0.015, 2.0
-
-#: Weight of the newest cycle in what the host takes beside a pass.
-NEWEST_HOST = 0.1
-
 #: The rate and the tables of costs are computed anew after this many cycles.
 REFRESH = 8
 
@@ -66,24 +61,17 @@ NETWORK_GUESS, NEWEST = 0.4, 0.1
 #: What statistics of a source keep per cycle of which it had no draft (half is gone after 140).
 RELAX = 0.995
 
-#: Where drafts cannot pay, cycles of plain decoding are counted, and learned from together after
-#: this many: on a small model a cycle takes a few hundred microseconds, and thinking about each
-#: would cost a tenth of that.
+#: Where drafts do not pay, cycles of plain decoding are counted, and learned from together after
+#: `REFRESH` of them, then twice as many, up to this: on a small model a cycle takes a few hundred
+#: microseconds, and thinking about each would cost a tenth of that.
 IDLE = 128
+
+#: Drafts that cost no pass of their own, nor the host any time: the pass before brought them.
+CARRIED = frozenset(SOURCES.values())
 
 #: Drafters that take time on the host are not asked where even a perfect draft would not bring this
 #: factor: where a row among many costs nearly what it costs alone.
 PERFECT_MUST_BRING = 1.3
-
-
-@dataclass
-class Phase:
-    """Consecutive cycles under one prospect, for `--explain`."""
-
-    prospect: Prospect
-    cycles: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,10 +108,11 @@ class Controller:
         self._networks: dict[Source, float] = {}  # seconds of their longest drafts
         self._carrying: Carrying | None = None
         self._added = 0.0
-        self._lost = self._elapsed = self._host = 0.0
+        self.account = Account()
         self._tables: _Tables | None = None
         self._age, self._drafted = 0, set[Source]()
-        self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
+        self._unverified: Unverified | None = None
+        self._plain = PlainCycles(due=REFRESH)
 
     def drafters(self, sequence: TokenSequence) -> list[Drafter]:
         verify = self._current(0).verify
@@ -147,8 +136,18 @@ class Controller:
             return NO_DRAFT
         for draft in drafts:
             self._acceptance.foresee(draft)
-        if room == 0 or self._overdrawn(tables):
+        if room == 0:
             return NO_DRAFT
+        if self._overdrawn(tables):
+            if self._unverified is None:
+                self._watch(self._best(drafts, (), tables, room), tables, context)
+            # What a carried block left is paid for, and may yet earn that.
+            drafts, passes = [draft for draft in drafts if draft.source in CARRIED], ()
+        return self._best(drafts, passes, tables, room)
+
+    def _best(
+        self, drafts: Sequence[Draft], passes: Sequence[DraftPass], tables: _Tables, room: int
+    ) -> Draft | DraftPass:
         worth = tables.values
         best: Draft | DraftPass = NO_DRAFT
         value = max(worth.plain + MARGIN - 1, worth.lead)
@@ -161,6 +160,21 @@ class Controller:
                 if offer.source == worth.source:
                     best = offer.ordered(min(worth.width, room))
         return best
+
+    def _watch(self, draft: Draft | DraftPass, tables: _Tables, context: int) -> None:
+        """Find out what a draft would bring that there is no credit for."""
+        if isinstance(draft, Draft) and draft.tokens and draft.source not in CARRIED:
+            width = self._chain_width(draft, tables, len(draft))[0]
+            seconds = tables.verify[width + 1]
+            self._unverified = Unverified(context, draft.tokens[:width], seconds)
+
+    def _chain_width(self, draft: Draft, tables: _Tables, room: int) -> tuple[int, float]:
+        """How many tokens of a draft had best be verified as a chain, and what they are worth."""
+        accept = self._acceptance.of_draft(draft, min(room, self._widest))
+        expected = sums(accept)[: self._most(tables) + 1]
+        chain = _worths(expected, tables.steady.rate, tables.verify)
+        width = max(range(len(chain)), key=chain.__getitem__)
+        return width, chain[width]
 
     def _worth_of(self, draft: Draft, tables: _Tables, room: int) -> float:
         """Tokens that a draft at hand is worth."""
@@ -180,15 +194,13 @@ class Controller:
         if tables.idle and not draft.tokens:
             return Tree(()), ()
         rate, most = tables.steady.rate, self._most(tables)
-        accept = self._acceptance.of_draft(draft, min(room, self._widest))
-        chain = _worths(sums(accept)[: most + 1], rate, tables.verify)
-        width = max(range(len(chain)), key=chain.__getitem__)
+        width, value = self._chain_width(draft, tables, room)
         guesses: list[Hypothesis] = []
-        value = chain[width]
         if self._block and not self._overdrawn(tables):
             guesses, added = self._carry(tables, draft, anchor, width, room)
             value += added
         if draft.second:
+            accept = self._acceptance.of_draft(draft, min(room, self._widest))
             branches = self._trees.branches(draft, accept)
             reached = [0.0, *itertools.accumulate(branches.probabilities[:most])]
             tree = _worths(reached, rate, tables.verify)
@@ -200,37 +212,46 @@ class Controller:
 
     def observe(self, cycle: Cycle) -> None:
         tables = self._current(cycle.start)
-        self._record(tables.steady, cycle)
+        record(self.phases, tables.steady, cycle)
+        if self._unverified is not None:
+            brought = self._unverified.brought(cycle)
+            if brought is not None:
+                if brought:
+                    alone = tables.verify[1]
+                    self.account.add_unverified(brought, self._unverified.seconds, alone)
+                self._unverified = None
         if tables.idle and not cycle.drafts and len(cycle.passes) == 1:
             (done,) = cycle.passes
-            self._idle_cycles += 1
             if done.company:  # what others did on the host meanwhile is not known
                 self._costs.observe(done)
+                self._plain.add(None)
             else:
-                self._host += NEWEST_HOST * (cycle.seconds - done.seconds - self._host)
-                self._elapsed += cycle.seconds
-                self._idle_alone += 1
-                self._idle_seconds += done.seconds
-            if self._idle_cycles >= IDLE:
-                self._learn_idle(cycle.start)
+                self.account.add_plain(cycle, done.seconds)
+                self._plain.add(min(done.seconds, HELD_UP * tables.verify[1]))
+            if self._plain.cycles >= self._plain.due:
+                self._learn_plain(cycle.start)
             return
+        self._plain.due = REFRESH
         self._learn(cycle, tables)
 
-    def _learn_idle(self, context: int) -> None:
+    def _learn_plain(self, context: int) -> None:
         """Learn from the cycles of plain decoding that were only counted."""
-        cycles, alone, seconds = self._idle_cycles, self._idle_alone, self._idle_seconds
-        self._idle_cycles, self._idle_alone, self._idle_seconds = 0, 0, 0.0
-        if alone:
-            self._costs.observe(Pass(1, 0, context, seconds / alone))
-        self._age = max(cycles, REFRESH)
+        plain = self._plain
+        if plain.alone:
+            self._costs.observe(Pass(1, 0, context, plain.seconds / plain.alone), plain.alone)
+        self._age = max(plain.cycles, REFRESH)
+        plain.clear(min(2 * plain.due, IDLE))
 
     def _learn(self, cycle: Cycle, tables: _Tables) -> None:
         self._age += 1
         self._acceptance.observe(cycle)
+        expected = 0.0
         for done in cycle.passes:
             if done.drafter_rows:
+                expected += done.seconds
                 self._observe_network(cycle.draft.source, done)
             else:
+                expected += self._pass_seconds(tables, done.ar_rows, done.diffusion_rows)
                 self._costs.observe(done)
         if cycle.drafts:
             self._drafted.add(cycle.draft.source)
@@ -238,10 +259,7 @@ class Controller:
             self._carrying.observe(cycle, self._added)
         if any(done.company for done in cycle.passes):
             return  # plain decoding in this company would have taken nobody knows how long
-        self._elapsed += cycle.seconds
-        if len(cycle.passes) > 1 or cycle.drafts or cycle.guesses:
-            plain = tables.verify[1] + self._host
-            self._lost += cycle.seconds - len(cycle.tokens) * plain
+        self.account.add(cycle, expected, tables.verify[1])
 
     def _observe_network(self, source: Source, done: Pass) -> None:
         """Learn what the longest draft of a network takes, of a pass that it had for itself."""
@@ -251,8 +269,7 @@ class Controller:
             if offer is not None:
                 seconds *= offer.rows(offer.most) / done.drafter_rows
             known = self._networks.get(source, self._costs.drafter or seconds)
-            # One that was held up must not change the plan.
-            newest = min(seconds, 2 * known)
+            newest = min(seconds, HELD_UP * known)
             self._networks[source] = known + NEWEST * (newest - known)
 
     def _first_carrying(self, context: int) -> Carrying:
@@ -262,18 +279,9 @@ class Controller:
         more -= self._costs.seconds(rows, 0, context)
         return Carrying(float(rows), 2.0, more)
 
-    def _record(self, steady: Prospect, cycle: Cycle) -> None:
-        phase = self.phases[-1] if self.phases else None
-        if phase is None or (phase.prospect is not steady and phase.prospect.plan != steady.plan):
-            phase = Phase(steady)
-            self.phases.append(phase)
-        phase.cycles += 1
-        phase.tokens += len(cycle.tokens)
-        phase.seconds += cycle.seconds
-
     def _credit(self, tables: _Tables) -> float:
         """Seconds that drafts may yet lose."""
-        return LOSS_CREDIT * tables.verify[1] + LOSS_SHARE * self._elapsed - self._lost
+        return self.account.credit(tables.verify[1])
 
     def _most(self, tables: _Tables) -> int:
         """The most draft tokens to verify: rows that turn out wasted may cost no more than the

@@ -9,8 +9,13 @@ from typing import Protocol
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.records import dataclass
 
-#: Weight of the newest pass in the running correction.
-NEWEST = 0.05
+#: Weight of the newest pass in the running correction; and what the curve counts for beside the
+#: first passes, in passes.
+NEWEST, CURVE_COUNTS = 0.05, 8
+
+#: A pass that took this many times what was expected was held up: by another program, a page fault.
+#: That must not change a plan.
+HELD_UP = 2.0
 
 #: The curve no longer fits when its corrections for small and for large passes differ by this
 #: factor. A common factor (the machine is busy, the context has grown) changes no decision.
@@ -27,7 +32,9 @@ class Costs(Protocol):
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float: ...
 
-    def observe(self, done: Pass) -> None: ...
+    def observe(self, done: Pass, times: int = 1) -> None:
+        """Learn from a pass, the mean of so many."""
+        ...
 
 
 class SharedCosts:
@@ -48,8 +55,8 @@ class SharedCosts:
         count = max(self._sequences(), 1)
         return self._costs.seconds(count * ar_rows, count * diffusion_rows, context)
 
-    def observe(self, done: Pass) -> None:
-        self._costs.observe(done)
+    def observe(self, done: Pass, times: int = 1) -> None:
+        self._costs.observe(done, times)
 
 
 @dataclass(frozen=True)
@@ -107,37 +114,38 @@ class RunningCosts:
 
     def __init__(self, curve: CostCurve) -> None:
         self.curve = curve
-        self._small = self._large = 1.0
+        self._scales = [1.0, 1.0]  # of passes of one row, of more
         self._counts = [0, 0]
 
     @property
     def drafter(self) -> float:
-        return self._large * self.curve.drafter
+        return self._scales[True] * self.curve.drafter
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         large = ar_rows + diffusion_rows > 1
-        scale = self._large if large else self._small
-        return scale * self.curve.at(ar_rows, diffusion_rows, context)
+        return self._scales[large] * self.curve.at(ar_rows, diffusion_rows, context)
 
-    def observe(self, done: Pass) -> None:
-        """Move the correction of passes of one row, or of more, towards what this one took."""
+    def observe(self, done: Pass, times: int = 1) -> None:
+        """Move the correction of passes of one row, or of more, towards what this one took.
+
+        As long as none of the other kind has run, a machine that is slower or faster is the likely
+        reason, and both move.
+        """
         ar_rows = done.ar_rows + done.company
         expected = self.curve.at(ar_rows, done.diffusion_rows, done.context)
         ratio = done.seconds / expected if expected > 0 else 1.0
         large = ar_rows + done.diffusion_rows > 1
-        scale = self._large if large else self._small
-        # One pass that was held up (another program, a page fault) must not change the plan.
-        ratio = min(max(ratio, scale / 2), scale * 2)
-        scale += NEWEST * (ratio - scale)
-        if large:
-            self._large = scale
-        else:
-            self._small = scale
-        self._counts[large] += 1
+        scale = self._scales[large]
+        ratio = min(max(ratio, scale / HELD_UP), scale * HELD_UP)
+        self._counts[large] += times
+        weight = max(1 - (1 - NEWEST) ** times, times / (CURVE_COUNTS + self._counts[large]))
+        self._scales[large] = scale + weight * (ratio - scale)
+        if not self._counts[not large]:
+            self._scales[not large] = self._scales[large]
 
     @property
     def fits(self) -> bool:
         """Whether the curve still has the right shape. Only known once both kinds have run."""
         if min(self._counts) < 1 / NEWEST:
             return True
-        return max(self._small, self._large) < MISFIT * min(self._small, self._large)
+        return max(self._scales) < MISFIT * min(self._scales)

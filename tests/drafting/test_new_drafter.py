@@ -20,7 +20,7 @@ from toy_model import (
     tapped,
 )
 
-from orthrus_gguf.auto.controller import LOSS_CREDIT, LOSS_SHARE
+from orthrus_gguf.auto.account import LOSS_CREDIT, LOSS_SHARE
 from orthrus_gguf.bench.comparison import plots
 from orthrus_gguf.decode import offered
 from orthrus_gguf.drafting import registry

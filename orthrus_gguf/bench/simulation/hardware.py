@@ -34,7 +34,7 @@ class FlatCosts:
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return FLAT
 
-    def observe(self, done: Pass) -> None:
+    def observe(self, done: Pass, times: int = 1) -> None:
         """What is simulated does not change."""
 
 
@@ -52,7 +52,7 @@ class CurveCosts:
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         return self._curve.at(ar_rows, diffusion_rows, context + self._before)
 
-    def observe(self, done: Pass) -> None:
+    def observe(self, done: Pass, times: int = 1) -> None:
         """What is simulated does not change."""
 
 
@@ -75,5 +75,5 @@ class CardCosts:
             self._known[key] = self._curve.milliseconds(ar_rows, diffusion_rows, middle) / 1e3
         return self._known[key]
 
-    def observe(self, done: Pass) -> None:
+    def observe(self, done: Pass, times: int = 1) -> None:
         """What is simulated does not change."""
