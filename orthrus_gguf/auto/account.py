@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthrus_gguf.auto.costs import HELD_UP
+from orthrus_gguf.auto.costs import median
 from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.records import dataclass
 
@@ -15,6 +15,9 @@ LOSS_SHARE, LOSS_CREDIT = 0.015, 2.0
 #: Weight of the newest cycle in what the host takes beside a pass, and in how much longer than
 #: expected cycles with drafts take.
 NEWEST_HOST, NEWEST_EXCESS = 0.1, 0.3
+
+#: A cycle that took this many times what was expected was held up.
+HELD_UP = 2.0
 
 #: What is still recent of a cycle with drafts after another one.
 RECENT = 0.95
@@ -107,22 +110,23 @@ class Unverified:
         return None
 
 
-@dataclass
 class PlainCycles:
     """Cycles of plain decoding that are only counted, and learned from together."""
 
-    cycles: int = 0
-    alone: int = 0
-    seconds: float = 0.0
-    due: int = 0
+    def __init__(self, due: int) -> None:
+        """due: cycles after which to learn."""
+        self.count, self.due = 0, due
+        self._seconds: list[float] = []
 
     def add(self, seconds: float | None) -> None:
         """Count one. seconds: of its pass; None of one in company, which says nothing here."""
-        self.cycles += 1
+        self.count += 1
         if seconds is not None:
-            self.alone += 1
-            self.seconds += seconds
+            self._seconds.append(seconds)
 
-    def clear(self, due: int) -> None:
-        """Start again. due: cycles after which to learn."""
-        self.cycles, self.alone, self.seconds, self.due = 0, 0, 0.0, due
+    def taken(self, due: int) -> tuple[int, float]:
+        """How many had a pass for themselves, and the median of its seconds; and start again."""
+        alone = len(self._seconds)
+        middle = median(self._seconds) if alone else 0.0
+        self.count, self.due, self._seconds = 0, due, []
+        return alone, middle

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from orthrus_gguf import __version__
 from orthrus_gguf.auto.costs import CostCurve, RunningCosts
+from orthrus_gguf.auto.remembered import cache_folder, curve_path, read_curve, write_curve
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.runtime.beside import ModelWithDrafter
@@ -69,6 +64,8 @@ def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_co
     timer.allow(max(budget, BUDGET_PASSES * single))
     points = {1: single}
     _add_points(points, timer, [rows for rows in ROWS[1:] if rows <= FEW], budget)
+    if timer.affords(3 * single):  # the first passes of a process are seldom its fastest
+        points[1] = min(single, timer.seconds(1, 0))
     few = max(points)
     block, draft, mixed = min(VIEW_ROWS, model.config.block_size or 0), 0.0, 0.0
     near = CostCurve(tuple(points), tuple(points.values()), NEAR, (0.0, 0.0))
@@ -77,11 +74,14 @@ def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_co
     else:
         block = 0
     drafter = timer.drafter_seconds(model) if isinstance(model, ModelWithDrafter) else 0.0
-    # What context costs matters more than what very wide passes do, and needs two runs of each.
-    context = 4 * (single + points[few])
-    _add_points(points, timer, [rows for rows in ROWS if rows > FEW], budget, keep=context)
-    most = max(points)
-    low, high = timer.per_token({rows: points[rows] for rows in (1, few)}, most)
+    # What context costs matters more than what very wide passes do.
+    context = 4 * (points[1] + points[few])
+    known = timer.affords(context)
+    wide = [rows for rows in ROWS if rows > FEW]
+    _add_points(points, timer, wide, budget, keep=context if known else 0.0)
+    most, (low, high) = max(points), (0.0, 0.0)
+    if known:
+        low, high = timer.per_token({rows: points[rows] for rows in (1, few)}, most)
     if few > 1:  # rows attend one by one
         high = max(low + (high - low) * (most - 1) / (few - 1), 0.0)
     views = block, draft, mixed
@@ -209,7 +209,7 @@ class _Timer:
         """Seconds per token of context, in passes of the fewest and of the most rows of `near`
         (rows: seconds there). most: rows that have to fit."""
         far = min(FAR, self._capacity - most)
-        if far <= 2 * self._near or not self.affords(4 * sum(near.values())):
+        if far <= 2 * self._near:
             return 0.0, 0.0
         self._move(far)
         slopes = [
@@ -264,7 +264,7 @@ class MachineCosts:
             "threads": "measured" if _open_threads(model) else "given",
             "version": __version__,
         }
-        self._path = _path(folder or cache_folder(), self._key)
+        self._path = curve_path(folder or cache_folder(), self._key)
         self._measurements, self._looked = 0, False
         self._corrected: RunningCosts | None = None
 
@@ -323,7 +323,7 @@ class MachineCosts:
         self._measurements += 1
         curve = measure(self._model, clock=self._clock)
         try:
-            _write(self._path, self._key, curve)
+            write_curve(self._path, self._key, curve)
         except OSError as error:
             self._say(f"{self._path}: costs of passes cannot be remembered: {error.strerror}")
         return curve
@@ -331,72 +331,3 @@ class MachineCosts:
 
 def _open_threads(model: Model) -> bool:
     return isinstance(model, Threaded) and len(model.thread_counts) > 1
-
-
-def cache_folder() -> Path:
-    """Where programs of this user keep what can be made again."""
-    told = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(told):  # the XDG specification has others ignored
-        return Path(told) / "orthrus-gguf"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "orthrus-gguf"
-    return Path.home() / ".cache" / "orthrus-gguf"
-
-
-def _path(folder: Path, key: dict[str, str]) -> Path:
-    import hashlib  # takes long, for its cryptography
-
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder / f"costs-{digest[:16]}.json"
-
-
-def read_curve(path: Path, key: dict[str, str] | None = None) -> CostCurve:
-    """A remembered curve. key: of the only machine and model that it may be from.
-
-    Raises OSError, or ValueError unless the file holds a plausible curve for this key.
-    """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict) or (key is not None and data.get("key") != key):
-        raise ValueError("it belongs to another machine, model or version")
-    return _curve(data.get("curve"))
-
-
-def _curve(data: Any) -> CostCurve:
-    names = [field.name for field in fields(CostCurve)]
-    if not isinstance(data, dict) or sorted(data) != sorted(names):
-        raise ValueError("its fields are not those of a cost curve")
-    rows, seconds, per_token = data["rows"], data["seconds"], data["per_token"]
-    names = ["context", "draft_rows", "draft", "mixed", "threads", "drafter"]
-    plain = [data[name] for name in names]
-    lists = all(isinstance(values, list) for values in (rows, seconds, per_token))
-    if not lists or not all(_number(value) for value in [*rows, *seconds, *per_token, *plain]):
-        raise ValueError("its values are not numbers")
-    ascending = all(a < b for a, b in itertools.pairwise(rows))
-    counts = [*rows, data["context"], data["draft_rows"], data["threads"]]
-    if not (
-        len(rows) == len(seconds) > 0
-        and len(per_token) == 2
-        and ascending
-        and all(isinstance(value, int) for value in counts)
-        and min(*rows, *seconds) > 0
-    ):
-        raise ValueError("its values are not a cost curve")
-    return CostCurve(
-        tuple(rows), tuple(seconds), data["context"], (per_token[0], per_token[1]), *plain[1:]
-    )
-
-
-def _number(value: Any) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and value >= 0
-    )
-
-
-def _write(path: Path, key: dict[str, str], curve: CostCurve) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.tmp")
-    beside.write_text(json.dumps({"key": key, "curve": asdict(curve)}, indent=1) + "\n", "utf-8")
-    beside.replace(path)

@@ -21,9 +21,9 @@ from dataclasses import field
 import numpy as np
 
 from orthrus_gguf.auto.acceptance import Acceptance, sums
-from orthrus_gguf.auto.account import Account, PlainCycles, Unverified
+from orthrus_gguf.auto.account import HELD_UP, Account, PlainCycles, Unverified
 from orthrus_gguf.auto.carrying import Carrying, by_worth
-from orthrus_gguf.auto.costs import HELD_UP, Costs
+from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.auto.phases import Phase, record
 from orthrus_gguf.auto.rate import (
     MARGIN,
@@ -112,7 +112,7 @@ class Controller:
         self._tables: _Tables | None = None
         self._age, self._drafted = 0, set[Source]()
         self._unverified: Unverified | None = None
-        self._plain = PlainCycles(due=REFRESH)
+        self._plain = PlainCycles(REFRESH)
 
     def drafters(self, sequence: TokenSequence) -> list[Drafter]:
         verify = self._current(0).verify
@@ -227,8 +227,8 @@ class Controller:
                 self._plain.add(None)
             else:
                 self.account.add_plain(cycle, done.seconds)
-                self._plain.add(min(done.seconds, HELD_UP * tables.verify[1]))
-            if self._plain.cycles >= self._plain.due:
+                self._plain.add(done.seconds)
+            if self._plain.count >= self._plain.due:
                 self._learn_plain(cycle.start)
             return
         self._plain.due = REFRESH
@@ -236,11 +236,10 @@ class Controller:
 
     def _learn_plain(self, context: int) -> None:
         """Learn from the cycles of plain decoding that were only counted."""
-        plain = self._plain
-        if plain.alone:
-            self._costs.observe(Pass(1, 0, context, plain.seconds / plain.alone), plain.alone)
-        self._age = max(plain.cycles, REFRESH)
-        plain.clear(min(2 * plain.due, IDLE))
+        self._age = max(self._plain.count, REFRESH)
+        alone, seconds = self._plain.taken(min(2 * self._plain.due, IDLE))
+        if alone:
+            self._costs.observe(Pass(1, 0, context, seconds), alone)
 
     def _learn(self, cycle: Cycle, tables: _Tables) -> None:
         self._age += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orthrus_gguf.drafting.cycle import Pass
@@ -13,9 +13,9 @@ from orthrus_gguf.records import dataclass
 #: first passes, in passes.
 NEWEST, CURVE_COUNTS = 0.05, 8
 
-#: A pass that took this many times what was expected was held up: by another program, a page fault.
-#: That must not change a plan.
-HELD_UP = 2.0
+#: Passes of a kind are learned from by the median of so many: some are held up, by another program
+#: or a page fault, and a plan must not change with these.
+TOGETHER = 8
 
 #: The curve no longer fits when its corrections for small and for large passes differ by this
 #: factor. A common factor (the machine is busy, the context has grown) changes no decision.
@@ -33,7 +33,7 @@ class Costs(Protocol):
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float: ...
 
     def observe(self, done: Pass, times: int = 1) -> None:
-        """Learn from a pass, the mean of so many."""
+        """Learn from a pass, the median of so many."""
         ...
 
 
@@ -116,6 +116,7 @@ class RunningCosts:
         self.curve = curve
         self._scales = [1.0, 1.0]  # of passes of one row, of more
         self._counts = [0, 0]
+        self._waiting: list[list[float]] = [[], []]  # what passes took, of what was expected
 
     @property
     def drafter(self) -> float:
@@ -126,7 +127,7 @@ class RunningCosts:
         return self._scales[large] * self.curve.at(ar_rows, diffusion_rows, context)
 
     def observe(self, done: Pass, times: int = 1) -> None:
-        """Move the correction of passes of one row, or of more, towards what this one took.
+        """Move the correction of passes of one row, or of more, towards what such passes took.
 
         As long as none of the other kind has run, a machine that is slower or faster is the likely
         reason, and both move.
@@ -135,11 +136,16 @@ class RunningCosts:
         expected = self.curve.at(ar_rows, done.diffusion_rows, done.context)
         ratio = done.seconds / expected if expected > 0 else 1.0
         large = ar_rows + done.diffusion_rows > 1
-        scale = self._scales[large]
-        ratio = min(max(ratio, scale / HELD_UP), scale * HELD_UP)
+        if times == 1:
+            waiting = self._waiting[large]
+            waiting.append(ratio)
+            if len(waiting) < TOGETHER:
+                return
+            ratio, times = median(waiting), len(waiting)
+            waiting.clear()
         self._counts[large] += times
         weight = max(1 - (1 - NEWEST) ** times, times / (CURVE_COUNTS + self._counts[large]))
-        self._scales[large] = scale + weight * (ratio - scale)
+        self._scales[large] += weight * (ratio - self._scales[large])
         if not self._counts[not large]:
             self._scales[not large] = self._scales[large]
 
@@ -149,3 +155,8 @@ class RunningCosts:
         if min(self._counts) < 1 / NEWEST:
             return True
         return max(self._scales) < MISFIT * min(self._scales)
+
+
+def median(values: Sequence[float]) -> float:
+    """The upper one of two in the middle."""
+    return sorted(values)[len(values) // 2]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from orthrus_gguf.auto.calibration import MachineCosts, read_curve
+from orthrus_gguf.auto.calibration import MachineCosts
 from orthrus_gguf.auto.costs import Costs
+from orthrus_gguf.auto.remembered import read_curve
 from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES
 from orthrus_gguf.bench.prediction.passes import Activations, PredictedCurve
 from orthrus_gguf.bench.prediction.shapes import FILE_TYPES

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orthrus_gguf.auto.account import LOSS_CREDIT, LOSS_SHARE, RECENT, Account, Unverified
-from orthrus_gguf.auto.costs import HELD_UP
+from orthrus_gguf.auto.account import HELD_UP, LOSS_CREDIT, LOSS_SHARE, RECENT, Account, Unverified
 from orthrus_gguf.drafting.cycle import Cycle, Pass
 from orthrus_gguf.drafting.draft import Draft
 from orthrus_gguf.drafting.lookup import LOOKUP
