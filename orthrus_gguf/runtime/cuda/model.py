@@ -33,7 +33,7 @@ from orthrus_gguf.runtime.cuda.results import Gathered
 from orthrus_gguf.runtime.cuda.row_check import check_rows
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 from orthrus_gguf.runtime.cuda.state import HybridCudaCache
-from orthrus_gguf.runtime.cuda.tables import Shape, Table
+from orthrus_gguf.runtime.cuda.tables import Shape, StagedTable
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan, plan_weights
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
@@ -89,7 +89,7 @@ class CudaModel:
         self._prompt_rows = prompt_rows
         kinds = {m.type.name for p in runner.weights.products() for m in p.matrices}
         self._kinds = "/".join(sorted(kinds))
-        self._tables: OrderedDict[Shape, Table] = OrderedDict()
+        self._tables: OrderedDict[Shape, StagedTable] = OrderedDict()
         self._staging: Tensor | None = None
 
     @classmethod
@@ -300,12 +300,14 @@ class CudaModel:
             gathered.add_logits(arranged, self._to_host(found))
         return arranged
 
-    def _table(self, arranged: Arrangement, *, keep: bool) -> Table:
+    def _table(self, arranged: Arrangement, *, keep: bool) -> StagedTable:
         """The tables of a shape. keep: for the next pass of the same shape, and its graph."""
         shape, config = arranged.shape, self.config
         table = self._tables.get(shape)
         if table is None:
-            table = Table(shape, config.n_vocab, config.n_embd, arranged.windows, self.machine)
+            table = StagedTable(
+                shape, config.n_vocab, config.n_embd, arranged.windows, self.machine
+            )
             if keep:
                 self._tables[shape] = table
                 if len(self._tables) > SHAPES:
