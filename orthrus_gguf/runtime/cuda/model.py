@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cuda.arrange import Arrangement, arrange, check_tokens
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
@@ -107,7 +109,7 @@ class CudaModel:
         capability: int | None = None,
         capture: Capture | None = None,
         say: Callable[[str], None] = log.info,
-        drafter: DrafterFile | None = None,
+        drafter: DrafterFile | MtpFile | None = None,
     ) -> CudaModel:
         """Load an open file onto a device.
 
@@ -116,7 +118,7 @@ class CudaModel:
         prompt_rows: AR rows of one prompt pass; with at most 64, prompts are row-invariant, too.
         kernels, capability: see `find_machine`. capture: how passes become graphs, for tests.
         say: hears how far compiling is, the first time.
-        drafter: will be loaded beside it (`CudaNetwork`): memory and kernels are for both.
+        drafter: will be loaded beside it (`CudaBeside`): memory and kernels are for both.
         Raises OrthrusError for a device, model or setting that cannot be used, or too little
         memory, before anything is allocated.
         """
@@ -197,7 +199,7 @@ class CudaModel:
                     " -ctk and -ctv"
                 )
             own = (self.config, *self._types, capacity, self.runner.anchor, pass_rows(self.config))
-            if self.config.hybrid is not None:
+            if LayerKind.DELTA_NET in self.config.layer_kinds:
                 return HybridCudaCache(*own, self.machine, self.lock)
             return CudaCache(*own)
 
