@@ -244,6 +244,8 @@ def test_drafters_beside_it_wait() -> None:
     """One line for DFlash drafters, before anything is loaded."""
     dflash = DrafterFile.__new__(DrafterFile)
     dflash.paths = (Path("drafter.gguf"),)
-    with ModelFile.open(stock_model()) as file:
-        with pytest.raises(OrthrusError, match=r"drafters of qwen35 models.*run on --runtime cuda"):
-            load.load_model(file, RuntimeSettings(RuntimeName.CUDA), drafter=dflash)
+    with (
+        ModelFile.open(stock_model()) as file,
+        pytest.raises(OrthrusError, match=r"drafters of qwen35 models.*run on --runtime cuda"),
+    ):
+        load.load_model(file, RuntimeSettings(RuntimeName.CUDA), drafter=dflash)
