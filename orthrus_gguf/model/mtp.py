@@ -7,7 +7,7 @@ token before. Embedding and output matrix are the model's, unless the block has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -66,17 +66,9 @@ class MtpFile(Closing):
         #: What it reads of the model: the residual stream behind the last norm.
         self.taps = (config.n_layers + 1,)
         self.config, self.ids = block_config(config), config.n_vocab
-        block = f"blk.{config.n_layers}."
-        self._names = {
-            OUTPUT_NORM if name == block + MTP_NORM else f"blk.0.{name.removeprefix(block)}": name
-            for name in file.tensors
-            if name.startswith(block)
-        }
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: replace(file.tensors[stored], name=name) for name, stored in self._names.items()
-        }
-        if f"{block}{MTP_NORM}" not in file.tensors:
-            self.tensors = {**self.tensors, OUTPUT_NORM: target.tensors[OUTPUT_NORM]}
+        self._names = _names(file.tensors, config.n_layers)
+        self.tensors = block_tensors(file.tensors, config.n_layers)
+        self.tensors.setdefault(OUTPUT_NORM, target.tensors[OUTPUT_NORM])
 
     @classmethod
     def inside(cls, target: ModelFile) -> MtpFile:
@@ -117,6 +109,23 @@ class MtpFile(Closing):
         """Let go of its own file."""
         if self._own is not None:
             self._own.close()
+
+
+def block_tensors(tensors: Mapping[str, TensorInfo], layers: int) -> dict[str, TensorInfo]:
+    """Those of a block that lies behind so many layers, by the names of a model of one layer."""
+    return {
+        name: replace(tensors[stored], name=name) for name, stored in _names(tensors, layers).items()
+    }
+
+
+def _names(stored: Iterable[str], layers: int) -> dict[str, str]:
+    """Names of a block's tensors in a model of one layer, and in a file."""
+    block = f"blk.{layers}."
+    return {
+        OUTPUT_NORM if name == block + MTP_NORM else f"blk.0.{name.removeprefix(block)}": name
+        for name in stored
+        if name.startswith(block)
+    }
 
 
 def block_config(config: ModelConfig) -> ModelConfig:

@@ -45,7 +45,7 @@ class RuntimeName(Enum):
 
 
 #: Those that run MTP blocks.
-MTP_RUNTIMES = (RuntimeName.REFERENCE, RuntimeName.CPU)
+MTP_RUNTIMES = (RuntimeName.REFERENCE, RuntimeName.CPU, RuntimeName.CUDA)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,6 @@ def load_model(
     if settings.name is RuntimeName.CPU:
         return _load_cpu(file, settings, say or _to_stderr, drafter)
     if settings.name is RuntimeName.CUDA:
-        assert not isinstance(drafter, MtpFile)  # checked
         return _load_cuda(file, settings, on_progress, say or _to_stderr, drafter)
     if drafter is not None:
         raise OrthrusError(
@@ -153,7 +152,6 @@ def fitting_context(
     if settings.name is not RuntimeName.CUDA or why_unusable(settings.device) is not None:
         return wanted
     _check_kinds(file, settings.name, drafter)
-    assert not isinstance(drafter, MtpFile)  # checked
     from orthrus_gguf.runtime.cuda.fit import fitting_context
 
     types = (settings.cache_type_k or "f16", settings.cache_type_v or "f16")
@@ -167,12 +165,13 @@ def _check_kinds(file: ModelFile, name: RuntimeName, drafter: DrafterFile | MtpF
             f"{drafter.paths[0]}: MTP blocks do not run on --runtime {name.value} yet; use"
             " --runtime cpu, or --no-mtp"
         )
-    if drafter is not None and file.config.hybrid is not None and name is RuntimeName.CUDA:
+    hybrid = file.config.hybrid is not None
+    if isinstance(drafter, DrafterFile) and hybrid and name is RuntimeName.CUDA:
         raise OrthrusError(
             f"{drafter.paths[0]}: drafters of {file.config.architecture.name} models do not run on"
             f" --runtime {name.value} yet; use --runtime cpu, or leave it out"
         )
-    if file.config.hybrid is not None and name is RuntimeName.GGML:
+    if hybrid and name is RuntimeName.GGML:
         raise OrthrusError(
             f"{file.paths[0]}: models of architecture {file.config.architecture.name} do not run on"
             f" --runtime {name.value} yet; use --runtime cpu"
@@ -258,9 +257,9 @@ def _load_cuda(
     settings: RuntimeSettings,
     on_progress: Progress | None,
     say: Callable[[str], None],
-    drafter: DrafterFile | None,
+    drafter: DrafterFile | MtpFile | None,
 ) -> Model:
-    if drafter is not None and drafter.window is not None:
+    if isinstance(drafter, DrafterFile) and drafter.window is not None:
         raise OrthrusError(
             f"--drafter {drafter.paths[0]}: sliding windows do not run on --runtime cuda yet; use"
             " --runtime cpu, or leave it out"
@@ -283,10 +282,15 @@ def _load_cuda(
     if drafter is None:
         return model
     from orthrus_gguf.runtime.cuda.drafter import CudaNetwork
+    from orthrus_gguf.runtime.cuda.mtp import CudaBlock
 
     with ExitStack() as stack:
         stack.callback(model.close)
-        network = CudaNetwork.load_for(drafter, model)
+        network: Network
+        if isinstance(drafter, MtpFile):
+            network = MtpNetwork(CudaBlock.load_for(drafter, model), drafter.beside, drafter.taps)
+        else:
+            network = CudaNetwork.load_for(drafter, model)
         stack.pop_all()
     return ModelWithDrafter(model, network)
 

@@ -7,7 +7,7 @@ own values; those of a draft are written behind them, with the block's, and over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,8 +51,8 @@ class Block(Protocol):
         row before each of them gave."""
         ...
 
-    def step(self, entries: Sequence[Entry]) -> tuple[Floats, Logits]:
-        """What rows of drafts give, [len(entries), n_embd], and the logits of what follows them."""
+    def draft(self, chains: Sequence[Chain]) -> None:
+        """Run chains to their ends."""
         ...
 
     def close(self) -> None:
@@ -142,19 +142,20 @@ class MtpNetwork:
     def forward(self, segments: Sequence[Segment]) -> list[Choices]:
         """See `Network.forward`: row i of a segment says the token behind that which row i - 1
         said."""
-        chains = [_Chain(segment) for segment in segments]
-        while running := [chain for chain in chains if not chain.done]:
-            hidden, logits = self._block.step([chain.entry for chain in running])
-            for i, chain in enumerate(running):
-                chain.draw(hidden[i], logits[i])
+        chains = [Chain(segment) for segment in segments]
+        self._block.draft(chains)
         return [Choices(chain.choices) for chain in chains]
 
     def close(self) -> None:
         self._block.close()
 
 
-class _Chain:
-    """A draft under way. It ends early where nothing can be drawn."""
+class Chain:
+    """A draft under way. It ends early where nothing can be drawn.
+
+    rows: what the block holds before it. token, hidden: what its next row is made of. start: the
+    position of its first row. length: how many rows it has.
+    """
 
     def __init__(self, segment: Segment) -> None:
         if not isinstance(segment.cache, MtpCache):
@@ -163,33 +164,50 @@ class _Chain:
             raise ValueError("every row of a chain is drawn")
         if segment.start != segment.cache.length:
             raise ValueError(f"a chain at {segment.start} behind {segment.cache.length} rows")
-        self._draw, self._start, self._rows = segment.draw, segment.start, segment.cache.rows
-        self._token, self._hidden = segment.tokens[0], segment.cache.hidden
-        self._found: list[Choice | None] = []
-        self._drawn: list[int] = []
-        self._length = len(segment)
+        self.draw, self.start, self.rows = segment.draw, segment.start, segment.cache.rows
+        self.token, self.hidden = segment.tokens[0], segment.cache.hidden
+        self.length = len(segment)
+        self._found: list[Choice] = []
+        self._ended = False
 
     @property
     def done(self) -> bool:
-        return len(self._found) == self._length
+        return self._ended or len(self._found) == self.length
 
     @property
     def entry(self) -> Entry:
         """The row that runs next."""
-        return Entry(self._rows, self._token, self._hidden, self._start + len(self._found))
+        return Entry(self.rows, self.token, self.hidden, self.start + len(self._found))
 
-    def draw(self, hidden: Floats, logits: NDArray[np.float32]) -> None:
-        """Take what the row gave."""
-        draw = self._draw
-        prefix = Prefix(draw, self._start, self._drawn)
-        choice = draw.sampler.draw(logits, prefix, detail=draw.detail)
-        if choice is None:
-            self._found += [None] * (self._length - len(self._found))
-            return
-        self._found.append(choice)
-        self._drawn.append(choice.token)
-        self._token, self._hidden = choice.token, hidden
+    def follow(self, hidden: Floats, logits: NDArray[np.float32]) -> None:
+        """Draw from what the next row gave, and go on with that."""
+        prefix = Prefix(self.draw, self.start, [choice.token for choice in self._found])
+        choice = self.draw.sampler.draw(logits, prefix, detail=self.draw.detail)
+        self.take([choice])
+        if choice is not None:
+            self.token, self.hidden = choice.token, hidden
+
+    def take(self, choices: Sequence[Choice | None]) -> None:
+        """These are what the next rows drew."""
+        for choice in choices:
+            self._ended |= choice is None
+            if choice is not None and not self._ended:
+                self._found.append(choice)
 
     @property
     def choices(self) -> tuple[Choice | None, ...]:
-        return tuple(self._found)
+        """One per row."""
+        return (*self._found, *[None] * (self.length - len(self._found)))
+
+
+def run_stepwise(
+    step: Callable[[Sequence[Entry]], tuple[Floats, Logits]], chains: Sequence[Chain]
+) -> None:
+    """Run chains to their ends, one row of each at a time, where logits are the host's.
+
+    step: what rows of drafts give, [len(entries), n_embd], and the logits of what follows them.
+    """
+    while running := [chain for chain in chains if not chain.done]:
+        hidden, logits = step([chain.entry for chain in running])
+        for i, chain in enumerate(running):
+            chain.follow(hidden[i], logits[i])

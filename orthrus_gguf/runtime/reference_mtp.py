@@ -18,7 +18,7 @@ from orthrus_gguf.model.tensors import (
     MTP_PROJECTION,
     OUTPUT_NORM,
 )
-from orthrus_gguf.runtime.mtp import Entry
+from orthrus_gguf.runtime.mtp import Chain, Entry, run_stepwise
 from orthrus_gguf.runtime.protocol import Logits, View
 from orthrus_gguf.runtime.reference import ReferenceModel, layer_weights, rope_frequencies, weight
 from orthrus_gguf.runtime.reference_cache import ReferenceCache
@@ -58,9 +58,12 @@ class ReferenceBlock(ReferenceModel):
         rows.k[0, start:stop], rows.v[0, start:stop] = k, v
         rows.assume(len(tokens))
 
+    def draft(self, chains: Sequence[Chain]) -> None:
+        """See `mtp.Block.draft`."""
+        run_stepwise(self._step, chains)
+
     @torch.inference_mode()
-    def step(self, entries: Sequence[Entry]) -> tuple[Floats, Logits]:
-        """See `mtp.Block.step`."""
+    def _step(self, entries: Sequence[Entry]) -> tuple[Floats, Logits]:
         given = torch.cat([self._given(entry) for entry in entries])
         logits = given @ self.output.T
         logits[:, self._ids :] = -torch.inf

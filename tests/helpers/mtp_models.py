@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -22,8 +22,10 @@ from orthrus_converters.cli import main as convert
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile, open_beside
+from orthrus_gguf.model.tensors import MTP_EMBD, MTP_OUTPUT
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
+from orthrus_gguf.runtime.mtp import MtpNetwork
 
 HEADS, KV_HEADS, DIM, ROTARY, LAYERS = 4, 2, 32, 8, 4
 CONFIG: dict[str, Any] = {
@@ -35,6 +37,8 @@ CONFIG: dict[str, Any] = {
 
 Floats = NDArray[np.float64]
 
+#: What a block may have of its own, by the model's name of it.
+OWN = {"token_embd.weight": MTP_EMBD, "output.weight": MTP_OUTPUT}
 
 #: Rows that K-quants take.
 WIDE = {"hidden_size": 256, "intermediate_size": 256}
@@ -78,9 +82,12 @@ def stock_model() -> Path:
     return path
 
 
-def mtp_block(change: Callable[[gguf.ReaderTensor], NDArray[Any] | None] | None = None) -> Path:
+def mtp_block(
+    change: Callable[[gguf.ReaderTensor], NDArray[Any] | None] | None = None, *, own: bool = False
+) -> Path:
     """The block in a file of its own, as llama.cpp's converter writes it with `--mtp`. change: what
-    a tensor becomes, None for what it was."""
+    a tensor becomes, None for what it was. own: with an embedding and an output matrix of its own,
+    the model's."""
     reader, path = gguf.GGUFReader(mtp_model()), Path(mkdtemp()) / "mtp-block.gguf"
     writer = gguf.GGUFWriter(path, "qwen35")
     for field in reader.fields.values():
@@ -92,11 +99,28 @@ def mtp_block(change: Callable[[gguf.ReaderTensor], NDArray[Any] | None] | None 
         if tensor.name.startswith((f"blk.{LAYERS}.", "token_embd", "output")):
             changed = None if change is None else change(tensor)
             writer.add_tensor(tensor.name, tensor.data if changed is None else changed)
+        if own and tensor.name in OWN:
+            writer.add_tensor(f"blk.{LAYERS}.{OWN[tensor.name]}", tensor.data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@contextmanager
+def opened_mtp(
+    target: Path, block: Path | None = None, ids: int | None = None
+) -> Iterator[tuple[ModelFile, MtpFile]]:
+    """A model's file and its MTP block, from that file unless `block` is named. ids: see
+    `MtpFile.cut`."""
+    with ModelFile.open(target) as file:
+        beside = MtpFile.inside(file) if block is None else open_beside(block, file)
+        with closing(beside):
+            assert isinstance(beside, MtpFile)
+            if ids is not None:
+                beside.cut(ids)
+            yield file, beside
 
 
 @contextmanager
@@ -107,19 +131,43 @@ def loaded_mtp(
     ids: int | None = None,
     **settings: Any,
 ) -> Iterator[ModelWithDrafter]:
-    """A model with its MTP block beside it, from its own file unless `block` is named. ids: see
-    `MtpFile.cut`."""
-    with ExitStack() as stack:
-        file = stack.enter_context(ModelFile.open(target))
-        beside = MtpFile.inside(file) if block is None else open_beside(block, file)
-        stack.enter_context(closing(beside))
-        if ids is not None:
-            assert isinstance(beside, MtpFile)
-            beside.cut(ids)
-        asked = RuntimeSettings(runtime, threads=1, **settings)
-        model = stack.enter_context(closing(load_model(file, asked, drafter=beside)))
+    """A model with its MTP block beside it, see `opened_mtp`."""
+    asked = RuntimeSettings(runtime, threads=1, **settings)
+    with (
+        opened_mtp(target, block, ids) as (file, beside),
+        closing(load_model(file, asked, drafter=beside)) as model,
+    ):
         assert isinstance(model, ModelWithDrafter)
         yield model
+
+
+@contextmanager
+def stand_in_mtp(
+    target: Path,
+    block: Path | None = None,
+    ids: int | None = None,
+    *,
+    capture: Any = None,
+    **settings: Any,
+) -> Iterator[ModelWithDrafter]:
+    """The same on the CUDA runtime, its kernels replaced by their plain references unless settings
+    name others. capture: how passes of either become graphs."""
+    from cuda_models import remembered_weights, small_heads
+
+    from orthrus_gguf.runtime.cuda.model import CudaModel
+    from orthrus_gguf.runtime.cuda.mtp import CudaBlock
+
+    with (
+        remembered_weights(),
+        small_heads(),
+        opened_mtp(target, block, ids) as (file, beside),
+    ):
+        options = {"device": "cpu", "capture": capture, **settings}
+        model = CudaModel.load(file, drafter=beside, **options)
+        network = CudaBlock.load_for(beside, model, capture)
+        pair = ModelWithDrafter(model, MtpNetwork(network, beside.beside, beside.taps))
+        with closing(pair):
+            yield pair
 
 
 class NumpyBlock:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,15 @@ pytest.importorskip("triton")
 import torch
 from cuda_models import FakeGraphs, small_heads, stand_in
 from hf_hybrid import N_GREEDY, PROMPTS, write_hybrid
-from mtp_models import mtp_model, stock_model
+from mtp_models import stock_model
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
 from orthrus_kernels.elementwise.activations import padded_columns
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime import load
 from orthrus_gguf.runtime.cuda import buffers, memory_plan, presence
 from orthrus_gguf.runtime.cuda.cache import check_head_size
@@ -242,10 +241,11 @@ def test_auto_takes_what_serves_the_file(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_drafters_beside_it_wait() -> None:
-    """One line for MTP blocks and DFlash drafters, before anything is loaded."""
-    cuda = RuntimeSettings(RuntimeName.CUDA)
-    with ModelFile.open(mtp_model()) as file, MtpFile.inside(file) as block:
-        dflash: Any = SimpleNamespace(paths=("drafter.gguf",))
-        for beside, why in ((block, "MTP blocks do not"), (dflash, "drafters of qwen35 models")):
-            with pytest.raises(OrthrusError, match=f"{why}.*run on --runtime cuda yet"):
-                load.load_model(file, cuda, drafter=beside)
+    """One line for DFlash drafters, before anything is loaded."""
+    dflash = DrafterFile.__new__(DrafterFile)
+    dflash.paths = (Path("drafter.gguf"),)
+    with (
+        ModelFile.open(stock_model()) as file,
+        pytest.raises(OrthrusError, match=r"drafters of qwen35 models.*run on --runtime cuda"),
+    ):
+        load.load_model(file, RuntimeSettings(RuntimeName.CUDA), drafter=dflash)

@@ -17,7 +17,9 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
+from cuda_models import small_heads
 from gguf import GGMLQuantizationType as T
+from mtp_models import mtp_model, opened_mtp
 from numpy.typing import NDArray
 from synthetic_model import model_shape, write_drafter, write_model
 from torch import Tensor
@@ -29,7 +31,7 @@ from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.gguf.parts import open_gguf
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.buffers import new_buffers
-from orthrus_gguf.runtime.cuda.compile_ahead import empty_network
+from orthrus_gguf.runtime.cuda.compile_ahead import empty_block, empty_model, empty_network
 from orthrus_gguf.runtime.cuda.device import Machine
 from orthrus_gguf.runtime.cuda.graphs import Graphs
 from orthrus_gguf.runtime.cuda.kernels import TRITON
@@ -37,6 +39,7 @@ from orthrus_gguf.runtime.cuda.memory_plan import META, empty_weights, plan_memo
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
+from orthrus_gguf.runtime.mtp import MtpNetwork
 from orthrus_gguf.runtime.protocol import (
     Cache,
     Choices,
@@ -326,3 +329,39 @@ def test_passes_of_a_drafters_network(model: CudaModel, device: Device, tmp_path
         assert (watch.uploads, device.downloads) == (1, 1)
         assert len(device.launches) == (9 * config.n_layers + 5 if turn < 2 else 0)
     assert len(replays) == 4  # both kinds, at their second turn and their third
+
+
+def test_chains_of_an_mtp_block(device: Device) -> None:
+    """What it learns of rows costs two uploads and no download; a chain of any length two and one.
+    Again, each is one launch."""
+    replays = []
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return lambda: replays.append(step)
+
+    with small_heads(), opened_mtp(mtp_model()) as (file, beside):
+        model = empty_model(file.config, file.tensors, device.machine)
+        block = empty_block(beside.config, beside.tensors, model, None)
+        network = MtpNetwork(block, beside.beside, beside.taps)
+        caches = [network.new_cache(64) for _ in range(3)]
+    block.graphs = Graphs(capture)
+    hidden = np.ones((1, 16, block.config.n_embd), np.float32)
+    draw = Draw(GREEDY, [0] * 100, detail=True)
+    for turn in range(3):
+        for cache in caches:
+            with watched(device) as watch:
+                network.inject(cache, [1] * hidden.shape[1], hidden)
+            assert (watch.uploads, device.downloads) == (2, 0)
+        # Angles, embedding, both halves to rows, their product; a norm, k and v, their finish.
+        assert len(device.launches) == (7 if turn < 2 else 0)
+        segments = [
+            diffusion_segment(cache, 20, 0, length, cache.length, draw=draw)
+            for cache, length in zip(caches, (3, 1, 2), strict=True)
+        ]
+        with watched(device) as watch:
+            network.forward(segments)
+        assert (watch.uploads, device.downloads) == (2, 1)
+        assert len(device.launches) == (3 * 16 if turn < 2 else 0)
+        assert turn < 2 or watch.kernels == 0
+    assert len(replays) == 1

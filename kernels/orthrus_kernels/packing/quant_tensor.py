@@ -155,6 +155,12 @@ class QuantTensor:
         """Where the planes are."""
         return self.planes["main"].device
 
+    def first_rows(self, rows: int) -> QuantTensor:
+        """Its first rows, in the same memory."""
+        panels = -(-rows // PANEL_ROWS)
+        planes = {name: plane[:panels] for name, plane in self.planes.items()}
+        return QuantTensor(self.type, rows, self.k, self.layout, planes)
+
     def to(self, device: torch.device | str) -> QuantTensor:
         """The same tensor on another device."""
         moved = {name: plane.to(device) for name, plane in self.planes.items()}

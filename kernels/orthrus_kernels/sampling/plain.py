@@ -99,7 +99,7 @@ def _report(logits: Tensor, token: int, top: int, out: Tensor) -> None:
 def _penalize(scores: Tensor, draws: Draws, row: int) -> None:
     _, _, _, repeat, frequency, presence = draws.numbers[row].tolist()
     window = draws.windows[int(draws.window_first[row]) : int(draws.window_stop[row])].long()
-    tokens, counts = torch.unique(window, return_counts=True)
+    tokens, counts = torch.unique(window[window < len(scores)], return_counts=True)
     seen = scores[tokens]
     seen = torch.where(seen <= 0, seen * repeat, seen / repeat)
     scores[tokens] = (seen.double() - (counts.double() * frequency + presence)).float()

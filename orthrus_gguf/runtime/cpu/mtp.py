@@ -26,7 +26,7 @@ from orthrus_gguf.runtime.cpu.model import CpuModel
 from orthrus_gguf.runtime.cpu.pool import Pool
 from orthrus_gguf.runtime.cpu.steps import Builder, Shape
 from orthrus_gguf.runtime.cpu.weights import Floats, Weights, vector
-from orthrus_gguf.runtime.mtp import Entry
+from orthrus_gguf.runtime.mtp import Chain, Entry, run_stepwise
 from orthrus_gguf.runtime.protocol import Logits, View
 
 
@@ -80,8 +80,11 @@ class CpuBlock(CpuBeside):
             rows.hold(count)
             rows.commit(range(count))
 
-    def step(self, entries: Sequence[Entry]) -> tuple[Floats, Logits]:
-        """See `mtp.Block.step`."""
+    def draft(self, chains: Sequence[Chain]) -> None:
+        """See `mtp.Block.draft`."""
+        run_stepwise(self._step, chains)
+
+    def _step(self, entries: Sequence[Entry]) -> tuple[Floats, Logits]:
         found = [
             self._some(entries[first : first + BATCH_ROWS])
             for first in range(0, len(entries), BATCH_ROWS)

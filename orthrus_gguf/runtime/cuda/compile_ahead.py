@@ -29,9 +29,10 @@ from torch import Tensor
 
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile, open_beside
 from orthrus_gguf.model.tensors import FEATURES
+from orthrus_gguf.runtime.cuda.beside import CudaBeside
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.device import Machine
 from orthrus_gguf.runtime.cuda.drafter import CudaNetwork
@@ -39,9 +40,11 @@ from orthrus_gguf.runtime.cuda.drafter_weights import empty_drafter, plan_drafte
 from orthrus_gguf.runtime.cuda.kernels import TRITON
 from orthrus_gguf.runtime.cuda.memory_plan import META, empty_weights, plan_memory
 from orthrus_gguf.runtime.cuda.model import PROMPT_ROWS, CudaModel
+from orthrus_gguf.runtime.cuda.mtp import CudaBlock
 from orthrus_gguf.runtime.cuda.passes import BUCKETS
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 from orthrus_gguf.runtime.cuda.weight_plan import plan_weights
+from orthrus_gguf.runtime.mtp import Chain, MtpCache
 from orthrus_gguf.runtime.protocol import Draw, Segment, ar_segment, diffusion_segment
 from orthrus_gguf.sampling import Sampler, SamplingSettings
 
@@ -83,11 +86,20 @@ def empty_model(
 def empty_network(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], target: CudaModel
 ) -> CudaNetwork:
-    """A drafter's network without numbers, beside a model without."""
+    """A DFlash drafter's network without numbers, beside a model without."""
     plan = plan_drafter(config, tensors, target.plan, target.machine.capability)
     weights = empty_drafter(plan, target.runner.weights, META)
     taps = tensors[FEATURES].shape[1] // config.n_embd
     return CudaNetwork(plan, weights, tuple(range(taps)), target, None)
+
+
+def empty_block(
+    config: ModelConfig, tensors: Mapping[str, TensorInfo], target: CudaModel, ids: int | None
+) -> CudaBlock:
+    """An MTP block without numbers, beside a model without. ids: see `MtpFile.cut`."""
+    plan = plan_drafter(config, tensors, target.plan, target.machine.capability, ids)
+    weights = empty_drafter(plan, target.runner.weights, META)
+    return CudaBlock(plan, weights, (target.config.n_layers + 1,), target, None)
 
 
 def needed_launches(
@@ -98,9 +110,10 @@ def needed_launches(
     tuned: Mapping[str, Any] | None = None,
     prompt_rows: int = PROMPT_ROWS,
     drafter: tuple[ModelConfig, Mapping[str, TensorInfo]] | None = None,
+    ids: int | None = None,
 ) -> list[Launch]:
     """What passes of a model launch on a card of this compute capability, each kernel once.
-    drafter: config and tensors of one beside it."""
+    drafter: config and tensors of one beside it. ids: see `MtpFile.cut`."""
     config, tensors = one_layer_of_each(config, tensors)
     machine = EmptyMachine(META, "no card", capability, TRITON, tuned or {}, None, False)
     with recorded(capability) as found:
@@ -108,19 +121,47 @@ def needed_launches(
         for segments in usual_passes(model, prompt_rows):
             model.forward(segments)
         if drafter is not None:
-            network = empty_network(*one_layer_of_each(*drafter), model)
-            for segments in drafter_passes(network):
-                network.forward(segments)
+            config, tensors = one_layer_of_each(*drafter)
+            if FEATURES in tensors:
+                network = empty_network(config, tensors, model)
+                for segments in (*learning_passes(network), *block_passes(network)):
+                    network.forward(segments)
+            else:
+                block = empty_block(config, tensors, model, ids)
+                for segments in learning_passes(block):
+                    block.forward(segments)
+                for chains in usual_chains(block):
+                    block.draft(chains)
     return found
 
 
-def drafter_passes(network: CudaNetwork) -> Iterator[list[Segment]]:
-    """Rows to learn of, in every size, and blocks, which are always whole."""
-    config = network.config
-    cache = network.new_cache(CONTEXT + pass_rows(config))
+def learning_passes(network: CudaBeside) -> Iterator[list[Segment]]:
+    """Rows to learn of, in every size."""
+    cache = network.new_cache(CONTEXT + pass_rows(network.config))
     cache.assume(CONTEXT)
     for count in BUCKETS:
         yield [ar_segment(cache, [0] * count, CONTEXT, wanted=range(0))]
+
+
+def usual_chains(block: CudaBlock) -> Iterator[list[Chain]]:
+    """Chains of one to many sequences; more steps launch nothing else."""
+    caches = [
+        MtpCache(block.new_rows(CONTEXT + 2), block.config.n_embd) for _ in range(BUCKETS[-1])
+    ]
+    for cache in caches:
+        cache.assume(CONTEXT)
+    for settings in (SamplingSettings(temperature=0), SamplingSettings()):
+        draw = Draw(Sampler(settings), [0] * (CONTEXT + 1), detail=True)
+        for count in BUCKETS:
+            segments = [diffusion_segment(c, 0, 0, 2, CONTEXT, draw=draw) for c in caches[:count]]
+            yield [Chain(segment) for segment in segments]
+
+
+def block_passes(network: CudaNetwork) -> Iterator[list[Segment]]:
+    """Blocks, which are always whole."""
+    config = network.config
+    cache = network.new_cache(CONTEXT + pass_rows(config))
+    cache.assume(CONTEXT)
     rows, history = config.block_size or 0, [0] * (CONTEXT + 1)
     for settings in (SamplingSettings(temperature=0), SamplingSettings()):
         draw = Draw(Sampler(settings), history, detail=True)
@@ -231,6 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m orthrus_gguf.runtime.cuda.compile_ahead")
     parser.add_argument("files", nargs="+", type=Path, help="a model, or a base and its heads")
     parser.add_argument("--drafter", type=Path, help="one beside it")
+    parser.add_argument("--mtp", action="store_true", help="the block in its own file")
+    parser.add_argument("--draft-ids", type=int, help="of the MTP block's drafts")
     parser.add_argument("--capability", type=int, required=True, help="86 = sm_86")
     parser.add_argument("--card", default="", help="name of the card, for its tuned tiles")
     parser.add_argument("--cache-types", nargs=2, default=("f16", "f16"))
@@ -245,9 +288,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         file = stack.enter_context(ModelFile.open(*options.files))
         drafter = None
-        if options.drafter is not None:
-            beside = DrafterFile.open(options.drafter, file.config, file.metadata)
-            stack.enter_context(beside)
+        if options.drafter is not None or options.mtp:
+            beside = MtpFile.inside(file) if options.mtp else open_beside(options.drafter, file)
+            stack.callback(beside.close)
             drafter = beside.config, beside.tensors
         launches = needed_launches(
             file.config,
@@ -257,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             load_table(options.card),
             options.prompt_rows,
             drafter,
+            options.draft_ids,
         )
     failures, parent = 0, os.getppid()
     for done, (line, problem) in enumerate(compile_all(launches, options.jobs), 1):

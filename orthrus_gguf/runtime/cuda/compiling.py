@@ -18,6 +18,7 @@ from orthrus_kernels.tools.launches import cache_folder, kernels_digest
 
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime.cuda.device import Machine
 
 Say = Callable[[str], None]
@@ -33,7 +34,7 @@ def kernels_compiled(
     cache_types: tuple[str, str],
     prompt_rows: int,
     say: Say,
-    drafter: DrafterFile | None = None,
+    drafter: DrafterFile | MtpFile | None = None,
 ) -> Iterator[None]:
     """What the passes of the model, and of a drafter beside it, launch is compiled when the block
     ends, on a GPU. What could not be compiled is told, and compiles (or fails) when it is launched.
@@ -42,7 +43,10 @@ def kernels_compiled(
     arguments += ["--card", machine.name, "--prompt-rows", str(prompt_rows)]
     arguments += ["--cache-types", *cache_types]
     if drafter is not None:
-        arguments += ["--drafter", str(drafter.paths[0])]
+        inside = drafter.paths == file.paths
+        arguments += ["--mtp"] if inside else ["--drafter", str(drafter.paths[0])]
+    if isinstance(drafter, MtpFile):
+        arguments += ["--draft-ids", str(drafter.ids)]
     what = f"compiling the kernels for {machine.name}"
     with compiled(arguments, what, say) if machine.is_cuda else nullcontext():
         yield

@@ -13,6 +13,7 @@ from orthrus_kernels.products.matmul import Activations
 from orthrus_kernels.recurrence.states import Runs, States
 from torch import Tensor
 
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.kernels import Kernels
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan
@@ -42,7 +43,7 @@ def new_delta_buffers(
 ) -> DeltaBuffers | None:
     """Buffers for passes of up to so many rows; None for models without such layers."""
     h = config.hybrid
-    if h is None:
+    if h is None or LayerKind.DELTA_NET not in config.layer_kinds:
         return None
     return DeltaBuffers(
         torch.empty(rows, h.channels, device=device),

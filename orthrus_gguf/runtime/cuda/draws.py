@@ -78,7 +78,7 @@ class WantedRows:
         )
 
     def fill(self, host: Host, n_vocab: int) -> None:
-        """Write all of it into the tables of a pass."""
+        """Write all of it into the tables of a pass. n_vocab: tokens that its logits are of."""
         count = len(self.rows)
         for number, draw in enumerate(self.draws):
             settings = settings_row(draw.sampler.settings, n_vocab)
@@ -88,8 +88,9 @@ class WantedRows:
             host["windows"][: len(self.windows)] = self.windows
             spans = np.array(self.spans, np.int32)
             host["window_first"][:count], host["window_stop"][:count] = spans.T
-        if self.bans:
-            host["bans"][: len(self.bans)] = self.bans
+        bans = [(number, token) for number, token in self.bans if token < n_vocab]
+        if bans:
+            host["bans"][: len(bans)] = bans
         for number, mask in self.masks.items():
             host["masks"][number] = mask.view(np.int32)
 

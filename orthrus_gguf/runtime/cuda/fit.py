@@ -11,6 +11,7 @@ from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime.cuda.cache import check_cache_types, check_head_size
 from orthrus_gguf.runtime.cuda.device import Machine, find_machine
 from orthrus_gguf.runtime.cuda.drafter_weights import plan_beside, plan_drafter
@@ -79,7 +80,7 @@ def fitting_context(
     wanted: int,
     say: Callable[[str], None],
     machine: Machine | None = None,
-    drafter: DrafterFile | None = None,
+    drafter: DrafterFile | MtpFile | None = None,
 ) -> int:
     """`wanted` tokens, or as many as fit on the device, which is said. Where not even LEAST do,
     `wanted`: loading then tells what takes the memory. Raises OrthrusError as loading does.

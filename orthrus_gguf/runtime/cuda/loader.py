@@ -30,6 +30,7 @@ from orthrus_gguf.runtime.cuda.weight_plan import (
     MatrixPlan,
     ProductPlan,
     WeightPlan,
+    embedding_type,
 )
 from orthrus_gguf.runtime.cuda.weights import DeltaNet, Embedding, Layer, Product, Weights
 from orthrus_gguf.runtime.protocol import OWN_VIEWS, View
@@ -77,7 +78,7 @@ def load_weights(
     packed: dict[MatrixPlan, QuantTensor] = {}
     try:
         table = read(TOKEN_EMBD)
-        embedding = _embedding(file, plan, table)
+        embedding = _embedding(file, TOKEN_EMBD, table)
         for matrix in plan.matrices():
             if matrix.names == (TOKEN_EMBD,):
                 parts = [table]  # a tied head: the same bytes, packed
@@ -172,13 +173,26 @@ def _report_converted(matrices: Iterable[MatrixPlan]) -> None:
         )
 
 
-def _embedding(file: ModelFile, plan: WeightPlan, raw: Tensor) -> Embedding:
-    stored = file.tensors[TOKEN_EMBD].type
-    k = file.config.n_embd
-    rows = raw.view(-1, row_bytes(stored, k))
-    if plan.embedding is not stored:
-        rows = _as_f16(rows, stored, k, TOKEN_EMBD, file)
-    return Embedding(rows, plan.embedding.name)
+def load_embedding(file: WeightFile, name: str, device: torch.device) -> Embedding:
+    """Read and copy an embedding. Raises OrthrusError for weights that the kernels cannot hold."""
+    ((_, raw),) = StagedReader(file, [name], device)
+    return _embedding(file, name, raw)
+
+
+def empty_embedding(
+    kind: GGMLQuantizationType, rows: int, columns: int, device: torch.device
+) -> Embedding:
+    """The same without numbers."""
+    size = row_bytes(kind, columns)
+    return Embedding(torch.empty(rows, size, dtype=torch.uint8, device=device), kind.name)
+
+
+def _embedding(file: WeightFile, name: str, raw: Tensor) -> Embedding:
+    stored, k = file.tensors[name].type, file.tensors[name].shape[1]
+    rows, kept = raw.view(-1, row_bytes(stored, k)), embedding_type(stored)
+    if kept is not stored:
+        rows = _as_f16(rows, stored, k, name, file)
+    return Embedding(rows, kept.name)
 
 
 def _vector(file: WeightFile, name: str) -> Tensor:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from orthrus_kernels.packing.quant_tensor import row_bytes
 from orthrus_kernels.recurrence.states import new_state
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.gguf.reader import TensorInfo
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.tensors import is_diffusion_tensor
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
@@ -27,11 +27,11 @@ from orthrus_gguf.runtime.cuda.drafter_weights import (
     empty_drafter,
     new_drafter_buffers,
 )
-from orthrus_gguf.runtime.cuda.loader import assemble
+from orthrus_gguf.runtime.cuda.loader import assemble, empty_embedding
 from orthrus_gguf.runtime.cuda.prompt_pass import new_prompt_buffers
 from orthrus_gguf.runtime.cuda.state import state_shape
 from orthrus_gguf.runtime.cuda.weight_plan import MatrixPlan, WeightPlan
-from orthrus_gguf.runtime.cuda.weights import Embedding, Weights
+from orthrus_gguf.runtime.cuda.weights import Weights
 
 META = torch.device("meta")
 
@@ -130,11 +130,10 @@ def empty_weights(
     config: ModelConfig, tensors: Mapping[str, TensorInfo], plan: WeightPlan
 ) -> Weights:
     """The weights of a model, without their numbers."""
-    size = row_bytes(plan.embedding, config.n_embd)
-    table = torch.empty(config.n_vocab, size, dtype=torch.uint8, device=META)
+    embedding = empty_embedding(plan.embedding, config.n_vocab, config.n_embd, META)
     packed = {matrix: matrix.empty(META) for matrix in plan.matrices()}
     vectors = {name: torch.empty(tensors[name].shape, device=META) for name in plan.vectors}
-    return assemble(config, plan, packed, vectors, Embedding(table, plan.embedding.name))
+    return assemble(config, plan, packed, vectors, embedding)
 
 
 def cache_sizes(
@@ -150,7 +149,9 @@ def cache_sizes(
         allocated(new_cache_planes(config, type_k, type_v, columns, META))
         for columns in (rows, rows + 1)
     )
-    state = 0 if config.hybrid is None else allocated(new_state(state_shape(config), META))
+    state = 0
+    if LayerKind.DELTA_NET in config.layer_kinds:
+        state = allocated(new_state(state_shape(config), META))
     return one - none, none + state
 
 

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.model.rope import frequencies
 from orthrus_gguf.runtime.cuda.arrange import Arrangement, arrange, check_tokens
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
@@ -33,7 +35,7 @@ from orthrus_gguf.runtime.cuda.results import Gathered
 from orthrus_gguf.runtime.cuda.row_check import check_rows
 from orthrus_gguf.runtime.cuda.runner import PassRunner
 from orthrus_gguf.runtime.cuda.state import HybridCudaCache
-from orthrus_gguf.runtime.cuda.tables import Shape, Table
+from orthrus_gguf.runtime.cuda.tables import Shape, StagedTable
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan, plan_weights
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import Choices, Logits, Segment, View, check_segments
@@ -89,7 +91,7 @@ class CudaModel:
         self._prompt_rows = prompt_rows
         kinds = {m.type.name for p in runner.weights.products() for m in p.matrices}
         self._kinds = "/".join(sorted(kinds))
-        self._tables: OrderedDict[Shape, Table] = OrderedDict()
+        self._tables: OrderedDict[Shape, StagedTable] = OrderedDict()
         self._staging: Tensor | None = None
 
     @classmethod
@@ -107,7 +109,7 @@ class CudaModel:
         capability: int | None = None,
         capture: Capture | None = None,
         say: Callable[[str], None] = log.info,
-        drafter: DrafterFile | None = None,
+        drafter: DrafterFile | MtpFile | None = None,
     ) -> CudaModel:
         """Load an open file onto a device.
 
@@ -116,7 +118,7 @@ class CudaModel:
         prompt_rows: AR rows of one prompt pass; with at most 64, prompts are row-invariant, too.
         kernels, capability: see `find_machine`. capture: how passes become graphs, for tests.
         say: hears how far compiling is, the first time.
-        drafter: will be loaded beside it (`CudaNetwork`): memory and kernels are for both.
+        drafter: will be loaded beside it (`CudaBeside`): memory and kernels are for both.
         Raises OrthrusError for a device, model or setting that cannot be used, or too little
         memory, before anything is allocated.
         """
@@ -197,7 +199,7 @@ class CudaModel:
                     " -ctk and -ctv"
                 )
             own = (self.config, *self._types, capacity, self.runner.anchor, pass_rows(self.config))
-            if self.config.hybrid is not None:
+            if LayerKind.DELTA_NET in self.config.layer_kinds:
                 return HybridCudaCache(*own, self.machine, self.lock)
             return CudaCache(*own)
 
@@ -300,12 +302,14 @@ class CudaModel:
             gathered.add_logits(arranged, self._to_host(found))
         return arranged
 
-    def _table(self, arranged: Arrangement, *, keep: bool) -> Table:
+    def _table(self, arranged: Arrangement, *, keep: bool) -> StagedTable:
         """The tables of a shape. keep: for the next pass of the same shape, and its graph."""
         shape, config = arranged.shape, self.config
         table = self._tables.get(shape)
         if table is None:
-            table = Table(shape, config.n_vocab, config.n_embd, arranged.windows, self.machine)
+            table = StagedTable(
+                shape, config.n_vocab, config.n_embd, arranged.windows, self.machine
+            )
             if keep:
                 self._tables[shape] = table
                 if len(self._tables) > SHAPES:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from orthrus_gguf.runtime.cuda.buffers import row_range
 from orthrus_gguf.runtime.cuda.runner import PassRunner
-from orthrus_gguf.runtime.cuda.tables import Host, Shape, Table
+from orthrus_gguf.runtime.cuda.tables import Host, Shape, StagedTable
 
 _VIEWS, _FIRST, _STOP = (COLUMNS.index(name) for name in ("views", "more_first", "more_stop"))
 
 
-def check_rows(runner: PassRunner, table: Table) -> None:
+def check_rows(runner: PassRunner, table: StagedTable) -> None:
     """Compare the logits of the AR rows of the pass that has just run. It costs a pass per row.
 
     Raises AssertionError with the first row whose bits differ. Results stay as they were. Rows of
@@ -61,14 +61,14 @@ def _logits(runner: PassRunner, x: Tensor, partials: Tensor | None, count: int) 
     return logits
 
 
-def _alone(runner: PassRunner, table: Table, row: int) -> tuple[Table, int]:
+def _alone(runner: PassRunner, table: StagedTable, row: int) -> tuple[StagedTable, int]:
     """The tables of a pass of one row of another pass, uploaded; and the row's sequence there."""
     c, tiles = runner.config, table.host["tiles"]
     first, rows = tiles[:, 0], tiles[:, 1]
     (own,) = tiles[(first <= row) & (row < first + rows) & (tiles[:, 2] == 0)]
     hybrid = bool(table.shape.runs)
     shape = Shape(1, 0, 0, tiles=1, kind=None, runs=int(hybrid), slots=table.shape.slots)
-    single = Table(shape, c.n_vocab, c.n_embd, ((0, 1, 0, 1),), runner.machine)
+    single = StagedTable(shape, c.n_vocab, c.n_embd, ((0, 1, 0, 1),), runner.machine)
     host = single.begin()
     host["rows"][:, 0] = table.host["rows"][:, row]
     host["rows"][_FIRST, 0] = host["rows"][_STOP, 0] = 0

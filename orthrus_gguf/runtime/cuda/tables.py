@@ -39,7 +39,7 @@ class Shape:
     kind: how the wanted rows are drawn; None leaves their logits.
     more, moves, windows, bans: sizes of tables, see `Rows`, `CudaCache` and `Draws`.
     taps: see `protocol.Segment`. runs, slots: of the recurrence, see `states.Runs`; 0 where there
-    is none.
+    is none. steps: how often such rows run, each time with what the time before drew.
     """
 
     ar: int
@@ -54,6 +54,7 @@ class Shape:
     taps: tuple[int, ...] = ()
     runs: int = 0
     slots: int = 0
+    steps: int = 1
 
     @property
     def rows(self) -> int:
@@ -93,72 +94,21 @@ def _fields(shape: Shape, n_vocab: int) -> dict[str, tuple[str, tuple[int, ...]]
 
 
 class Table:
-    """The tables of the passes of one shape, and their results.
+    """What the launches of a pass find on the device.
 
-    windows: launches of attention, see `attention.Tiles`.
-    tensors: views of the device's buffer. results: i32, for each wanted row `shape.columns`
-    numbers, then the taps (f32 [taps, rows, n_embd]).
+    windows: launches of attention, see `attention.Tiles`. tensors: by the names of `_fields`.
+    results: i32, for each wanted row `shape.columns` numbers, then the taps (f32 [taps, rows,
+    n_embd]).
     """
 
     def __init__(
         self,
         shape: Shape,
-        n_vocab: int,
-        n_embd: int,
         windows: tuple[tuple[int, int, int, int], ...],
-        machine: Machine,
+        tensors: Mapping[str, Tensor],
+        results: Tensor,
     ) -> None:
-        self.shape, self.windows, self._machine = shape, windows, machine
-        fields = _fields(shape, n_vocab)
-        offsets, size = {}, 0
-        for name, (code, dims) in fields.items():
-            offsets[name] = size
-            size += -(-prod(dims) * np.dtype(code).itemsize // _ALIGNMENT) * _ALIGNMENT
-        self._buffer = torch.empty(size, dtype=torch.uint8, device=machine.device)
-        self.tensors = {
-            name: _view(self._buffer, offsets[name], code, dims)
-            for name, (code, dims) in fields.items()
-        }
-        self._slots = [machine.host_buffer(size) for _ in range(SLOTS)]
-        self._hosts: list[Host] = [
-            {
-                name: _view(slot, offsets[name], code, dims).numpy()
-                for name, (code, dims) in fields.items()
-            }
-            for slot in self._slots
-        ]
-        self._copied = [machine.new_event() for _ in range(SLOTS)]
-        self._slot = 0
-        taps = len(shape.taps) * shape.rows * n_embd
-        self.results = torch.empty(
-            shape.wanted * shape.columns + taps, dtype=torch.int32, device=machine.device
-        )
-        self._received = machine.host_buffer(4 * self.results.numel()).view(torch.int32)
-
-    def begin(self) -> Host:
-        """Host tables of the next pass, in which nothing is used yet."""
-        self._slot = (self._slot + 1) % SLOTS
-        self._machine.wait(self._copied[self._slot])  # two passes ago: long since copied
-        self._slots[self._slot].zero_()
-        host = self._hosts[self._slot]
-        for name in ("moves", "modes", "bans", "masks"):
-            host[name].fill(-1)
-        host["rows"][0].fill(UNUSED)
-        return host
-
-    @property
-    def host(self) -> Host:
-        """Host tables of the pass that was uploaded last."""
-        return self._hosts[self._slot]
-
-    def upload(self) -> None:
-        """Enqueue the copy of the host tables."""
-        self._buffer.copy_(self._slots[self._slot], non_blocking=True)
-        self._machine.record(self._copied[self._slot])
-
-    def download(self) -> NDArray[np.int32]:
-        """Wait for the results; the next pass of this shape overwrites them."""
-        return self._machine.download(self.results, self._received)
+        self.shape, self.windows, self.tensors, self.results = shape, windows, tensors, results
 
     @property
     def drawn(self) -> Tensor:
@@ -196,6 +146,82 @@ class Table:
             "bans", "masks",
         )  # fmt: skip
         return Draws(**{name: self.tensors[name] for name in names})
+
+
+class StagedTable(Table):
+    """The tables of the passes of one shape: filled by the host, uploaded in one piece.
+
+    steps: what each step of the pass finds; the first finds what the table itself is.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        n_vocab: int,
+        n_embd: int,
+        windows: tuple[tuple[int, int, int, int], ...],
+        machine: Machine,
+    ) -> None:
+        self._machine = machine
+        fields = _fields(shape, n_vocab)
+        offsets, size = {}, 0
+        for name, (code, dims) in fields.items():
+            offsets[name] = size
+            size += -(-prod(dims) * np.dtype(code).itemsize // _ALIGNMENT) * _ALIGNMENT
+
+        def views(buffer: Tensor) -> list[dict[str, Tensor]]:
+            """Of each step."""
+            return [
+                {name: _view(part, offsets[name], *field) for name, field in fields.items()}
+                for part in buffer.view(shape.steps, size)
+            ]
+
+        self._buffer = torch.empty(shape.steps * size, dtype=torch.uint8, device=machine.device)
+        self._slots = [machine.host_buffer(shape.steps * size) for _ in range(SLOTS)]
+        self._hosts: list[list[Host]] = [
+            [{name: view.numpy() for name, view in step.items()} for step in views(slot)]
+            for slot in self._slots
+        ]
+        self._copied = [machine.new_event() for _ in range(SLOTS)]
+        self._slot = 0
+        count = shape.wanted * shape.columns + len(shape.taps) * shape.rows * n_embd
+        self._results = torch.empty(shape.steps * count, dtype=torch.int32, device=machine.device)
+        self._received = machine.host_buffer(4 * self._results.numel()).view(torch.int32)
+        self.steps = [
+            Table(shape, windows, tensors, self._results[step * count : (step + 1) * count])
+            for step, tensors in enumerate(views(self._buffer))
+        ]
+        super().__init__(shape, windows, self.steps[0].tensors, self.steps[0].results)
+
+    def begin(self) -> Host:
+        """Host tables of the next pass, in which nothing is used yet: those of its first step."""
+        self._slot = (self._slot + 1) % SLOTS
+        self._machine.wait(self._copied[self._slot])  # two passes ago: long since copied
+        self._slots[self._slot].zero_()
+        for host in self.hosts:
+            for name in ("moves", "modes", "bans", "masks"):
+                host[name].fill(-1)
+            host["rows"][0].fill(UNUSED)
+        return self.host
+
+    @property
+    def hosts(self) -> list[Host]:
+        """Host tables of the pass that was begun last, step by step."""
+        return self._hosts[self._slot]
+
+    @property
+    def host(self) -> Host:
+        """Those of its first step."""
+        return self.hosts[0]
+
+    def upload(self) -> None:
+        """Enqueue the copy of the host tables."""
+        self._buffer.copy_(self._slots[self._slot], non_blocking=True)
+        self._machine.record(self._copied[self._slot])
+
+    def download(self) -> NDArray[np.int32]:
+        """Wait for the results of all steps; the next pass of this shape overwrites them."""
+        return self._machine.download(self._results, self._received)
 
 
 _TYPES: Mapping[str, torch.dtype] = {"i4": torch.int32, "i8": torch.int64, "f8": torch.float64}
