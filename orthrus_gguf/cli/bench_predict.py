@@ -15,21 +15,23 @@ from orthrus_gguf.bench.prediction.cards import (
 )
 from orthrus_gguf.bench.prediction.passes import Activations
 from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
-from orthrus_gguf.bench.prediction.table import Selection, as_json, markdown
+from orthrus_gguf.bench.prediction.table import MODELS, Selection, as_json, markdown
 from orthrus_gguf.cli import options
 from orthrus_gguf.command import Parser, base_parser, print_json, run_command
-from orthrus_gguf.model.shapes import BLOCK_SIZE, SHAPES
+from orthrus_gguf.model.mtp import MtpFile
+from orthrus_gguf.model.shapes import BLOCK_SIZE
 
 EXAMPLES = (
     "orthrus-bench predict",
     "orthrus-bench predict --card bandwidth=504,tops=233,sms=46,name=mine",
     "orthrus-bench predict --cards rtx-3090 --models qwen3-8b --types q4_k_m",
+    "orthrus-bench predict --cards rtx-3090 --models qwen3.6-27b-mtp --types q4_k_m --depth 5",
 )
 DESCRIPTION = """\
 Predict the time of passes and steps from what they read, multiply and launch. Arithmetic, nothing
 is measured: the assumptions are printed beneath."""
 
-MODELS = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
+DEFAULT_MODELS = ("qwen3-1.7b", "qwen3-4b", "qwen3-8b")
 CONTEXTS = (512, 4096, 32_768)
 DEFAULT_CARDS = ("rtx-3090", "rtx-4090", "h200")
 
@@ -51,7 +53,7 @@ def _parser() -> Parser:
             help=f"of {', '.join(known)} (default: {', '.join(default)})",
         )
 
-    add("--models", SHAPES, MODELS)
+    add("--models", MODELS, DEFAULT_MODELS)
     parser.add_argument(
         "--cards",
         type=_names(CARDS),
@@ -82,6 +84,15 @@ def _parser() -> Parser:
         help=f"rows of a draft and of its verification (default: {BLOCK_SIZE})",
     )
     parser.add_argument(
+        "--depth",
+        type=options.positive,
+        choices=range(1, MtpFile.beside.most + 1),
+        default=MtpFile.beside.width,
+        metavar="N",
+        help="tokens of an MTP block's draft, at most"
+        f" {MtpFile.beside.most} (default: {MtpFile.beside.width})",
+    )
+    parser.add_argument(
         "--activations",
         choices=[kind.value for kind in Activations],
         default=Activations.AUTO.value,
@@ -106,6 +117,7 @@ def _run(args: argparse.Namespace) -> int:
         types=args.types,
         contexts=args.contexts,
         block=args.block,
+        depth=args.depth,
         activations=Activations(args.activations),
         shares=Shares(args.memory_share, args.compute_share),
     )

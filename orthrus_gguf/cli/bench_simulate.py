@@ -16,7 +16,7 @@ from orthrus_gguf.auto.remembered import read_curve
 from orthrus_gguf.bench.prediction.cards import CARDS, DEFAULT_SHARES
 from orthrus_gguf.bench.prediction.passes import Activations, PredictedCurve
 from orthrus_gguf.bench.prediction.shapes import FILE_TYPES
-from orthrus_gguf.bench.prediction.table import Selection, assumptions
+from orthrus_gguf.bench.prediction.table import MODELS, Selection, assumptions
 from orthrus_gguf.bench.simulation import synthetic
 from orthrus_gguf.bench.simulation.acceptance_tables import TABLES
 from orthrus_gguf.bench.simulation.hardware import (
@@ -37,7 +37,7 @@ from orthrus_gguf.drafting.plan import SPELLING, parse_all
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.mtp import MtpFile
 from orthrus_gguf.runtime.load import RuntimeSettings, load_model, resolve
 from orthrus_gguf.this_machine import machine
 
@@ -97,9 +97,10 @@ def _parser() -> Parser:
     )
     group.add_argument(
         "--shape",
-        choices=list(SHAPES),
+        choices=list(MODELS),
         default="qwen3-8b",
-        help="model on predicted cards (default: qwen3-8b)",
+        help="model on predicted cards (default: qwen3-8b); of one with an MTP block, chains cost"
+        " what is predicted",
     )
     group.add_argument(
         "--type",
@@ -219,7 +220,7 @@ def _hardware(name: str, args: argparse.Namespace, beside: Beside | None) -> Har
 
 
 def _card(name: str, args: argparse.Namespace, beside: Beside | None) -> Hardware:
-    config = SHAPES[args.shape]
+    config = MODELS[args.shape]
     curve = PredictedCurve(CARDS[name], config, args.type)
     selection = Selection(
         models=[args.shape],
@@ -227,6 +228,7 @@ def _card(name: str, args: argparse.Namespace, beside: Beside | None) -> Hardwar
         types=[args.type],
         contexts=[args.context],
         block=config.block_size or 0,
+        depth=MtpFile.beside.most,
         activations=Activations.AUTO,
         shares=DEFAULT_SHARES,
     )

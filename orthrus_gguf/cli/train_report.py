@@ -11,7 +11,7 @@ from orthrus_gguf.auto.costs import Costs
 from orthrus_gguf.bench.comparison import plots
 from orthrus_gguf.bench.prediction.cards import CARDS
 from orthrus_gguf.bench.prediction.passes import PredictedCurve
-from orthrus_gguf.bench.prediction.shapes import pass_weights
+from orthrus_gguf.bench.prediction.shapes import pass_shape
 from orthrus_gguf.bench.simulation.hardware import CardCosts, CurveCosts
 from orthrus_gguf.bench.simulation.record import record_text
 from orthrus_gguf.bench.simulation.recording import Origin, Recording, Text
@@ -78,7 +78,7 @@ def _cards(config: ModelConfig, say: Say) -> dict[str, Costs]:
     """Predicted costs, of Q4_K_M where the predictor knows what becomes of it, else of Q8_0."""
     for file_type in ("q4_k_m", "q8_0"):
         try:
-            pass_weights(config, file_type)
+            pass_shape(config, file_type, ())
         except OrthrusError as error:
             why = str(error)
             continue

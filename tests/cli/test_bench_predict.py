@@ -42,9 +42,26 @@ def test_figures_are_the_curves(capsys: pytest.CaptureFixture[str]) -> None:
     both = curve.milliseconds(16, 0, 512) + curve.milliseconds(0, 16, 512)
     assert line["two_pass_ms"] == pytest.approx(both)
     assert line["fused_ms"] == curve.milliseconds(16, 16, 512)
-    names = ("weights", "tails", "attention", "small", "launches")
+    names = ("weights", "tails", "attention", "recurrence", "small", "launches")
     parts = sum(line[f"{name}_ms"] for name in names)
     assert parts == pytest.approx(line["ar_ms"])
+
+
+def test_hybrids(capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps that a model cannot take are dashes, and those that none can, no columns."""
+    picks = ["--cards", "rtx-3090", "--types", "q4_k_m", "--contexts", "512"]
+    assert main(["predict", "--models", "qwen3.5-4b,qwen3.5-4b-mtp,qwen3-4b", *picks]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split("|")[-4:-1] for line in out.splitlines() if line.startswith("| ")]
+    assert [cell.strip() for cell in rows[0]] == ["two-pass 32", "fused 32", "MTP 3"]
+    absent = [[cell.strip() == "–" for cell in row] for row in rows[1:]]
+    assert absent == [[True, True, True], [True, True, False], [False, False, True]]
+    assert "DeltaNet layers read and write their state once per pass" in out
+    assert main(["predict", "--models", "qwen3.5-4b-mtp", *picks, "--depth", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "| MTP 2 |" in out
+    assert "two-pass" not in out
+    assert "An MTP step verifies 3 rows" in out
 
 
 def test_any_other_card(capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +98,7 @@ def test_any_other_card(capsys: pytest.CaptureFixture[str]) -> None:
         (["--types", "q2_k"], "argument --types: 'q2_k': expected one of q4_k_m"),
         (["--contexts", "512,x"], "argument --contexts: '512,x': expected numbers"),
         (["--contexts", "-1"], "argument --contexts: -1: expected at least 0"),
+        (["--depth", "9"], "argument --depth: invalid choice: 9; choose from 1, 2"),
         (["--memory-share", "0"], "argument --memory-share: '0': expected a number above 0"),
         (["--compute-share", "x"], "argument --compute-share: 'x': expected a number above 0"),
         (["model.gguf"], "what is 'model.gguf'?"),

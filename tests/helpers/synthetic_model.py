@@ -16,7 +16,7 @@ import numpy as np
 from gguf import quants
 from numpy.typing import NDArray
 
-from orthrus_gguf.bench.prediction.shapes import tensor_type
+from orthrus_gguf.bench.prediction.shapes import all_tensors, tensor_types
 from orthrus_gguf.ggml.binding import Ggml
 from orthrus_gguf.ggml.quantize import quantize
 from orthrus_gguf.gguf import keys
@@ -120,11 +120,9 @@ def q4_k_m(n_layers: int) -> TypeRule:
 def planned_tensors(config: ModelConfig, file_type: str) -> dict[str, TensorInfo]:
     """The tensor table of a model with heads in one of `prediction.shapes.FILE_TYPES`, as the
     converter types them; no file."""
-    tensors = {}
-    for name, shape in (base_tensors(config) | diffusion_tensors(config)).items():
-        kind = gguf.GGMLQuantizationType.F32
-        if len(shape) > 1:
-            kind = tensor_type(name, shape[-1], config, file_type)
+    tensors, kinds = {}, tensor_types(config, file_type)
+    for name, shape in all_tensors(config).items():
+        kind = kinds.get(name, gguf.GGMLQuantizationType.F32)
         qblock, size = gguf.GGML_QUANT_SIZES[kind]
         tensors[name] = TensorInfo(name, shape, kind, 0, math.prod(shape) // qblock * size)
     return tensors

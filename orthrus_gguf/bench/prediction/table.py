@@ -11,16 +11,16 @@ from orthrus_gguf.bench.prediction.passes import (
     Activations,
     PredictedCurve,
     fused_step,
+    mtp_step,
     two_pass_step,
 )
-from orthrus_gguf.bench.prediction.shapes import (
-    LAUNCHES_PER_LAYER,
-    LAUNCHES_PER_LAYER_BOTH,
-    LAUNCHES_PER_PASS,
-)
-from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.config import ModelConfig
+from orthrus_gguf.model.shapes import HYBRID_SHAPES, SHAPES
 
 LABEL = "predicted, not measured"
+
+#: Shapes that have predictions.
+MODELS = SHAPES | HYBRID_SHAPES
 
 #: Rows of the verify passes that the table shows.
 ROWS = (8, 16, 32, 64)
@@ -28,9 +28,9 @@ ROWS = (8, 16, 32, 64)
 
 @dataclass(frozen=True)
 class Selection:
-    """What to predict. models, types: keys of SHAPES and FILE_TYPES.
+    """What to predict. models, types: keys of MODELS and FILE_TYPES.
 
-    block: rows of a draft, and of the pass that verifies it.
+    block: rows of a draft, and of the pass that verifies it. depth: tokens of an MTP block's draft.
     """
 
     models: Sequence[str]
@@ -38,13 +38,19 @@ class Selection:
     types: Sequence[str]
     contexts: Sequence[int]
     block: int
+    depth: int
     activations: Activations
     shares: Shares
+
+    @property
+    def configs(self) -> list[ModelConfig]:
+        return [MODELS[name] for name in self.models]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One line: milliseconds of passes and steps. verify_ms: by the rows of ROWS."""
+    """One line: milliseconds of passes and steps. verify_ms: by the rows of ROWS. Steps are None
+    for models that have no heads, or no MTP block."""
 
     model: str
     card: str
@@ -53,33 +59,40 @@ class Prediction:
     ar_ms: float
     ar_tokens_per_second: float
     verify_ms: tuple[float, ...]
-    two_pass_ms: float
-    fused_ms: float
+    two_pass_ms: float | None
+    fused_ms: float | None
+    mtp_ms: float | None
     weights_ms: float
     tails_ms: float
     attention_ms: float
+    recurrence_ms: float
     small_ms: float
     launches_ms: float
 
 
 def predict(selection: Selection) -> Iterator[Prediction]:
-    """All lines that are asked for. The last five figures are the parts of the AR step."""
-    for model in selection.models:
+    """All lines that are asked for. The last six figures are the parts of the AR step."""
+    for config in selection.configs:
         for card in selection.cards:
             for file_type in selection.types:
                 curve = PredictedCurve(
                     card,
-                    SHAPES[model],
+                    config,
                     file_type,
                     selection.activations,
                     selection.shares,
                 )
                 for context in selection.contexts:
-                    yield _line(curve, selection.block, context)
+                    yield _line(curve, selection, context)
 
 
-def _line(curve: PredictedCurve, block: int, context: int) -> Prediction:
-    step = curve.parts(1, 0, context)
+def _has_mtp(config: ModelConfig) -> bool:
+    return config.hybrid is not None and config.hybrid.mtp
+
+
+def _line(curve: PredictedCurve, selection: Selection, context: int) -> Prediction:
+    step, block = curve.parts(1, 0, context), selection.block
+    heads = curve.config.has_heads
     return Prediction(
         model=curve.config.name,
         card=curve.card.name,
@@ -88,11 +101,13 @@ def _line(curve: PredictedCurve, block: int, context: int) -> Prediction:
         ar_ms=step.total,
         ar_tokens_per_second=1e3 / step.total,
         verify_ms=tuple(curve.milliseconds(rows, 0, context) for rows in ROWS),
-        two_pass_ms=two_pass_step(curve, block, context),
-        fused_ms=fused_step(curve, block, context),
+        two_pass_ms=two_pass_step(curve, block, context) if heads else None,
+        fused_ms=fused_step(curve, block, context) if heads else None,
+        mtp_ms=mtp_step(curve, selection.depth, context) if curve.has_block else None,
         weights_ms=step.weights,
         tails_ms=step.tails,
         attention_ms=step.attention,
+        recurrence_ms=step.recurrence,
         small_ms=step.small,
         launches_ms=step.launches,
     )
@@ -115,19 +130,38 @@ def assumptions(selection: Selection) -> list[str]:
         "A product takes as long as its slowest limit (packed weights read once per 64 rows,"
         " instructions counted in compiled kernels, MMA over whole row tiles); the tails of grids,"
         " attention with the latency of its steps, small kernels and launches come on top.",
-        f"Activations: {_activations(selection.activations)}. KV cache in f16. "
-        f"{LAUNCHES_PER_LAYER} launches per layer ({LAUNCHES_PER_LAYER_BOTH} with both views) and"
-        f" {LAUNCHES_PER_PASS} per pass, in one CUDA graph.",
-        f"A two-pass step drafts {selection.block} rows and verifies {selection.block}; a fused"
-        " step does both in one pass. How many tokens a step brings depends on the text.",
+        f"Activations: {_activations(selection.activations)}. KV cache in f16. Launches are those"
+        " of the runtime, in one CUDA graph: nine per layer (two more with both views, or where the"
+        " inputs of a DeltaNet are two products) and five around them.",
+        *_steps(selection),
         "The least certain figures are latencies: from one kernel to the next, of a step of"
-        " attention, of small kernels. They make up a tenth of an AR step of 8B on an RTX 3090, but"
-        " a third on an H200, and more than half of it for 1.7B.",
+        " attention, of a row of a recurrence, of small kernels. They make up a tenth of an AR step"
+        " of 8B on an RTX 3090, but a third on an H200, and more than half of it for 1.7B.",
         f"Left out: {TOO_OLD}; {UNSAFE}.",
         "For comparison: stock llama.cpp generates 111-115 tokens/s with an 8B Q4_K_M model on an"
         " RTX 3090, 55-57 % of the card's bandwidth, and about 197 with a 9B one on an H200, about"
         " 20 %.",
     ]
+
+
+def _steps(selection: Selection) -> Iterator[str]:
+    """What is known of the steps that the models take."""
+    if any(config.has_heads for config in selection.configs):
+        yield (
+            f"A two-pass step drafts {selection.block} rows and verifies {selection.block}; a fused"
+            " step does both in one pass. How many tokens a step brings depends on the text."
+        )
+    if any(config.hybrid is not None for config in selection.configs):
+        yield (
+            "DeltaNet layers read and write their state once per pass; its rows, and as many that"
+            " were accepted of the last one, go through them one after the other."
+        )
+    if any(map(_has_mtp, selection.configs)):
+        yield (
+            f"An MTP step verifies {selection.depth + 1} rows, learns of them, and drafts"
+            f" {selection.depth} tokens, one after the other, with all ids; what the host does"
+            " between them is left out."
+        )
 
 
 def _activations(activations: Activations) -> str:
@@ -138,10 +172,9 @@ def _activations(activations: Activations) -> str:
 
 def markdown(selection: Selection) -> str:
     """A table under its label, its assumptions beneath."""
-    block = selection.block
+    steps = _step_columns(selection)
     header = ["model", "card", "type", "context", "AR ms", "AR tok/s"]
-    header += [f"{rows} rows" for rows in ROWS]
-    header += [f"two-pass {block}", f"fused {block}"]
+    header += [*(f"{rows} rows" for rows in ROWS), *steps.values()]
     lines = [
         f"**{LABEL}**: milliseconds of an AR step, of AR passes of several rows, of steps",
         "",
@@ -150,7 +183,7 @@ def markdown(selection: Selection) -> str:
     ]
     for line in predict(selection):
         figures = [line.ar_ms, line.ar_tokens_per_second, *line.verify_ms]
-        figures += [line.two_pass_ms, line.fused_ms]
+        figures += [getattr(line, name) for name in steps]
         cells = [line.model, line.card, line.type, f"{line.context:,}", *map(_figure, figures)]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"Assumptions ({LABEL}):", ""]
@@ -158,8 +191,23 @@ def markdown(selection: Selection) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _figure(value: float) -> str:
+def _step_columns(selection: Selection) -> dict[str, str]:
+    """Fields of `Prediction` and their titles: steps that any of the models can take."""
+    columns: dict[str, str] = {}
+    if any(config.has_heads for config in selection.configs):
+        columns |= {
+            "two_pass_ms": f"two-pass {selection.block}",
+            "fused_ms": f"fused {selection.block}",
+        }
+    if any(map(_has_mtp, selection.configs)):
+        columns["mtp_ms"] = f"MTP {selection.depth}"
+    return columns
+
+
+def _figure(value: float | None) -> str:
     """Three digits: more would claim too much."""
+    if value is None:
+        return "–"
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
@@ -169,6 +217,7 @@ def as_json(selection: Selection) -> dict[str, Any]:
         "label": LABEL,
         "assumptions": assumptions(selection),
         "block": selection.block,
+        "depth": selection.depth,
         "rows": list(ROWS),
         "predictions": [asdict(line) for line in predict(selection)],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from orthrus_gguf.auto.costs import CostCurve
-from orthrus_gguf.bench.prediction.passes import PredictedCurve
+from orthrus_gguf.bench.prediction.passes import PredictedCurve, chain_token
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.mtp import MtpFile
@@ -58,7 +58,7 @@ class CurveCosts:
 
 class CardCosts:
     """A predicted curve. before: tokens that come before the recorded text. beside: what drafts, if
-    a network does."""
+    a network does; chains of the model's own MTP block are predicted, too."""
 
     #: Predictions barely move within so many tokens of context.
     _STEP = 64
@@ -66,6 +66,8 @@ class CardCosts:
     def __init__(self, curve: PredictedCurve, before: int, beside: Beside | None = None) -> None:
         self._curve, self._before = curve, before
         self.drafter = drafter_share(beside) * curve.milliseconds(1, 0, before) / 1e3
+        if beside is not None and beside.chain and curve.has_block:
+            self.drafter = beside.most * chain_token(curve, before) / 1e3
         self._known: dict[tuple[int, int, int], float] = {}
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
