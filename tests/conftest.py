@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from orthrus_converters.cli import main as convert
+from make_file import make_file
 
 # Kernels run in Triton's interpreter, which has to be chosen before any test module imports them.
 # Tests of the compiler start a process of their own, without this variable.
@@ -59,7 +59,7 @@ def demo_file(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
         path = folder / f"demo-{type_name}{'-base' if split else ''}.gguf"
         if not path.exists():
             flags = ["--split"] if split else []
-            assert convert([str(checkpoint), str(path), "--type", type_name, *flags]) == 0
+            make_file(checkpoint, path, "--type", type_name, *flags)
         return path
 
     return make

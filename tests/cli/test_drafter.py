@@ -27,7 +27,6 @@ def base(demo_file: DemoFile) -> Path:
 
 def answer(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     """What it prints."""
-    capsys.readouterr()  # of conversions
     assert run.main([*RAW, *map(str, argv)]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found

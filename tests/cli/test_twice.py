@@ -18,7 +18,6 @@ def test_both_answers_and_a_verdict(
     demo_file: DemoFile, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     file = str(demo_file("q8_0"))
-    capsys.readouterr()  # what the conversion printed
     words = [file, "-p", "import ", "-n", "24", "--strategy", "two-pass"]
     assert run([*words, *flags]) == 0
     once = capsys.readouterr().out

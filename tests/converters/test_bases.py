@@ -21,6 +21,7 @@ from hf_checkpoint import (
     random_weights,
     write_checkpoint,
 )
+from make_file import make_file
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
 from stock import Stock
@@ -73,7 +74,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def make(name: str) -> Path:
         path = folder / f"{name}.gguf"
         if not path.exists():
-            assert main([str(write_base(folder, name)), str(path), "--type", "f32"]) == 0
+            make_file(write_base(folder, name), path, "--type", "f32")
         return path
 
     return make

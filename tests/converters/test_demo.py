@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xllamacpp
 from hf_checkpoint import Weights, read_safetensors
-from orthrus_converters.cli import main
+from make_file import make_file
 from tokenizers import Tokenizer
 
 from orthrus_gguf.ggml.library import load_library
@@ -100,7 +100,7 @@ def converted(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     def make(*flags: str) -> Path:
         path = folder / f"{''.join(flags) or 'default'}.gguf"
         if not path.exists():
-            assert main([str(bare), str(path), *flags]) == 0
+            make_file(bare, path, *flags)
         return path
 
     return make

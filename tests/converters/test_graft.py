@@ -14,6 +14,7 @@ import pytest
 from damage import check_refusal
 from hf_checkpoint import CONFIG, Weights, random_weights, write_checkpoint, write_json
 from imatrix_files import random_importance, write_gguf
+from make_file import make_file
 from orthrus_converters import graft
 from orthrus_converters.cli import main
 
@@ -51,8 +52,7 @@ def base(checkpoint: Path) -> Callable[..., Path]:
     def make(type_name: str, *flags: str) -> Path:
         path = checkpoint.parent / f"base-{type_name}{'-imatrix' if flags else ''}.gguf"
         if not path.exists():
-            argv = [str(checkpoint), str(path), "--split", "--type", type_name, *flags]
-            assert main(argv) == 0
+            make_file(checkpoint, path, "--split", "--type", type_name, *flags)
         return path
 
     return make

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from damage import check_refusal
 from hf_checkpoint import CONFIG, write_checkpoint
+from make_file import make_file
 from numpy.typing import NDArray
 from orthrus_converters.cli import main
 
@@ -60,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     def make(type_name: str) -> Path:
         path = folder / f"{type_name}.gguf"
         if not path.exists():
-            assert main([str(checkpoint), str(path), "--type", type_name]) == 0
+            make_file(checkpoint, path, "--type", type_name)
         return path
 
     return make
@@ -124,13 +125,8 @@ def test_float_files_convert_like_the_checkpoint(
 
 
 def test_quantized_files_are_guarded(
-    made: Callable[..., Path],
-    convert: Callable[..., Any],
-    out: Path,
-    capsys: pytest.CaptureFixture[str],
+    made: Callable[..., Path], convert: Callable[..., Any], out: Path
 ) -> None:
-    made("q8_0")
-    capsys.readouterr()  # of making it, if nobody did before
     check_refusal(
         convert(made("q8_0"), "--type", "q4_k_m"),
         "tensor token_embd.weight is quantized already (Q8_0)",

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-from orthrus_converters.cli import main as convert
+from make_file import make_file
 
 from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
@@ -23,7 +23,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny-dflash-stdlib"
 def drafter_file(type_name: str = "f32") -> Path:
     """The demo drafter as a GGUF, without tokens."""
     path = Path(mkdtemp()) / f"drafter-{type_name}.gguf"
-    assert convert([str(FOLDER), str(path), "--type", type_name]) == 0
+    make_file(FOLDER, path, "--type", type_name)
     return path
 
 

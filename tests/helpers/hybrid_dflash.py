@@ -19,9 +19,9 @@ import numpy as np
 from drafters import loaded_pair
 from hf_checkpoint import Weights, write_safetensors
 from hf_hybrid import MLP, VOCAB, WIDTH
+from make_file import make_file
 from mtp_models import mtp_weights, stock_model
 from numpy.typing import NDArray
-from orthrus_converters.cli import main as convert
 
 from orthrus_gguf.runtime.beside import ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName
@@ -120,8 +120,7 @@ def dflash_file(kind: str, type_name: str = "f32") -> Path:
     """The drafter as a GGUF. kind: of KINDS."""
     folder = write_dflash(Path(mkdtemp()) / kind, **KINDS[kind])
     path = folder.with_name(f"{kind}-{type_name}.gguf")
-    argv = [str(folder), str(path), "--type", type_name, "--target", str(stock_model())]
-    assert convert(argv) == 0
+    make_file(folder, path, "--type", type_name, "--target", stock_model())
     return path
 
 

@@ -17,8 +17,8 @@ import gguf
 import numpy as np
 from hf_checkpoint import Weights
 from hf_hybrid import TEXT, WIDTH, weights, write_hybrid
+from make_file import make_file
 from numpy.typing import NDArray
-from orthrus_converters.cli import main as convert
 
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile, open_beside
@@ -68,7 +68,7 @@ def mtp_model(type_name: str = "f32", *, wide: bool = False) -> Path:
     config = {**CONFIG, **WIDE} if wide else CONFIG
     folder = write_hybrid(Path(mkdtemp()) / "mtp", config, mtp_weights(wide=wide), dtype="F32")
     path = folder.with_suffix(".gguf")
-    assert convert([str(folder), str(path), "--type", type_name]) == 0
+    make_file(folder, path, "--type", type_name)
     return path
 
 
@@ -78,7 +78,7 @@ def stock_model() -> Path:
     few = {name: values for name, values in mtp_weights().items() if not name.startswith("mtp.")}
     folder = write_hybrid(Path(mkdtemp()) / "stock", CONFIG, few, dtype="F32")
     path = folder.with_suffix(".gguf")
-    assert convert([str(folder), str(path), "--type", "f32"]) == 0
+    make_file(folder, path, "--type", "f32")
     return path
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from hf_checkpoint import Weights
 from hf_hybrid import write_hybrid
+from make_file import make_file
 from mtp_models import CONFIG, DIM, HEADS, KV_HEADS, ROTARY, mtp_weights
 from numpy.typing import NDArray
-from orthrus_converters.cli import main as convert
 
 MASK, BLOCK = 261, 8
 LAYERS = 4
@@ -61,7 +61,7 @@ def heads_model(type_name: str = "f32", *, mtp: bool = False, spread: float = 0.
     folder = Path(mkdtemp()) / "heads"
     write_hybrid(folder, HEADS_CONFIG, heads_weights(spread) | block, dtype="F32")
     path = folder.with_suffix(".gguf")
-    assert convert([str(folder), str(path), "--type", type_name]) == 0
+    make_file(folder, path, "--type", type_name)
     return path
 
 

@@ -65,7 +65,6 @@ def test_a_fallback_reaches_stderr(
 ) -> None:
     machine(monkeypatch, gpu=True, extra=False)
     path = demo_file("f16")
-    capsys.readouterr()  # what the converter said
     with ModelFile.open(path) as file:
         model = load_model(file, RuntimeSettings(threads=1))
         assert model.description.startswith("cpu (")

@@ -87,7 +87,6 @@ def test_the_default_is_shortened_and_said(
 
 def test_the_table_of_a_file(demo_file: DemoFile, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(demo_file("q8_0"))
-    capsys.readouterr()  # of its conversion
     assert inspect_main([path, "--gpu", "-c", "5000"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[-9:] == ["8", "GB", "12", "GB", "16", "GB", "24", "GB", "needs"]
@@ -106,7 +105,6 @@ def test_the_table_counts_a_drafter(
     target, drafter = demo_file("q8_0"), drafter_file("q8_0")
     argv = [str(target), "--gpu", "-c", "5000", "--json"]
     found = []
-    capsys.readouterr()  # of conversions
     for more in ((), ("--drafter", str(drafter))):
         assert inspect_main([*argv, *more]) == 0
         found.append(json.loads(capsys.readouterr().out))
