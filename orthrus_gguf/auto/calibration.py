@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -43,9 +44,6 @@ BUDGET, BUDGET_PASSES = 0.8, 40
 #: Other numbers of threads are used only if they take this share of the time or less.
 WORTH_CHANGING = 0.95
 
-#: A curve that does not even fit after this many measurements will have to do.
-MEASUREMENTS = 3
-
 #: A run that takes less than this part of the best one before it shows that those warmed up.
 WARMED_UP = 0.7
 
@@ -66,6 +64,8 @@ def measure(model: Model, *, budget: float = BUDGET, clock: Clock = time.perf_co
     _add_points(points, timer, [rows for rows in ROWS[1:] if rows <= FEW], budget)
     if timer.affords(3 * single):  # the first passes of a process are seldom its fastest
         points[1] = min(single, timer.seconds(1, 0))
+    for more, fewer in itertools.pairwise(sorted(points, reverse=True)):
+        points[fewer] = min(points[fewer], points[more])  # what is held up takes longer, not less
     few = max(points)
     block, draft, mixed = min(VIEW_ROWS, model.config.block_size or 0), 0.0, 0.0
     near = CostCurve(tuple(points), tuple(points.values()), NEAR, (0.0, 0.0))
@@ -240,7 +240,7 @@ class MachineCosts:
     """What passes of one model cost on this machine: `Costs` for the controller.
 
     The curve comes from disk when it is first needed; if it is not there, it is measured and put
-    there. When it stops fitting the passes that run, it is measured again.
+    there. When it stops fitting the passes that run, what these took takes its place.
     """
 
     def __init__(
@@ -265,7 +265,7 @@ class MachineCosts:
             "version": __version__,
         }
         self._path = curve_path(folder or cache_folder(), self._key)
-        self._measurements, self._looked = 0, False
+        self._looked = False
         self._corrected: RunningCosts | None = None
 
     @property
@@ -302,9 +302,11 @@ class MachineCosts:
         return self._running.seconds(ar_rows, diffusion_rows, context)
 
     def observe(self, done: Pass, times: int = 1) -> None:
-        self._running.observe(done, times)
-        if not self._running.fits and self._measurements < MEASUREMENTS:
-            self._corrected = RunningCosts(self._measure())
+        running = self._running
+        running.observe(done, times)
+        if not running.fits:
+            self._corrected = RunningCosts(running.corrected())
+            self._remember(self._corrected.curve)
 
     def _recall(self) -> CostCurve | None:
         try:
@@ -320,13 +322,15 @@ class MachineCosts:
         return curve if restore_threads(self._model, curve.threads, timer.seconds) else None
 
     def _measure(self) -> CostCurve:
-        self._measurements += 1
         curve = measure(self._model, clock=self._clock)
+        self._remember(curve)
+        return curve
+
+    def _remember(self, curve: CostCurve) -> None:
         try:
             write_curve(self._path, self._key, curve)
         except OSError as error:
             self._say(f"{self._path}: costs of passes cannot be remembered: {error.strerror}")
-        return curve
 
 
 def _open_threads(model: Model) -> bool:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
 
 import numpy as np
 
@@ -30,12 +29,11 @@ from orthrus_gguf.auto.rate import (
     Drafting,
     Estimates,
     Floats,
-    Prospect,
-    Values,
     best_width,
     prospect,
     values,
 )
+from orthrus_gguf.auto.tables import Tables
 from orthrus_gguf.auto.trees import MOST_NODES, Trees
 from orthrus_gguf.drafting import registry
 from orthrus_gguf.drafting.carried_blocks import SOURCES, hypotheses
@@ -45,7 +43,6 @@ from orthrus_gguf.drafting.drafter import Drafter, DraftPass
 from orthrus_gguf.drafting.plan import MOST_AT_HAND, block_rows
 from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.drafting.tree import Tree
-from orthrus_gguf.records import dataclass
 from orthrus_gguf.runtime.protocol import View
 
 #: Blocks carried by one pass at most.
@@ -66,28 +63,16 @@ RELAX = 0.995
 #: microseconds, and thinking about each would cost a tenth of that.
 IDLE = 128
 
+#: A draft that promises less than so many tokens more than plain decoding is left out each fourth
+#: time. That costs next to nothing, and single rows are timed beside it: what hardly pays may not.
+HARDLY, ALTERNATE = 0.15, 4
+
 #: Drafts that cost no pass of their own, nor the host any time: the pass before brought them.
 CARRIED = frozenset(SOURCES.values())
 
 #: Drafters that take time on the host are not asked where even a perfect draft would not bring this
 #: factor: where a row among many costs nearly what it costs alone.
 PERFECT_MUST_BRING = 1.3
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """verify: seconds of AR passes of 0, 1, ... rows at the current context. steady: what is best
-    in the long run. values: of choices at its rate. carried: draft tokens that carried blocks are
-    to bring. mixed: seconds of passes with both views, as far as they were asked for. idle: nothing
-    pays but plain decoding, and what costs no pass."""
-
-    verify: list[float]
-    steady: Prospect
-    values: Values
-    carried: int
-    context: int
-    idle: bool
-    mixed: dict[tuple[int, int], float] = field(default_factory=dict)
 
 
 class Controller:
@@ -109,10 +94,11 @@ class Controller:
         self._carrying: Carrying | None = None
         self._added = 0.0
         self.account = Account()
-        self._tables: _Tables | None = None
+        self._tables: Tables | None = None
         self._age, self._drafted = 0, set[Source]()
         self._unverified: Unverified | None = None
         self._plain = PlainCycles(REFRESH)
+        self._hardly = 0
 
     def drafters(self, sequence: TokenSequence) -> list[Drafter]:
         verify = self._current(0).verify
@@ -146,11 +132,11 @@ class Controller:
         return self._best(drafts, passes, tables, room)
 
     def _best(
-        self, drafts: Sequence[Draft], passes: Sequence[DraftPass], tables: _Tables, room: int
+        self, drafts: Sequence[Draft], passes: Sequence[DraftPass], tables: Tables, room: int
     ) -> Draft | DraftPass:
         worth = tables.values
         best: Draft | DraftPass = NO_DRAFT
-        value = max(worth.plain + MARGIN - 1, worth.lead)
+        plain = value = max(worth.plain + MARGIN - 1, worth.lead)
         for draft in drafts:
             offered = self._worth_of(draft, tables, room)
             if offered > value:
@@ -159,16 +145,20 @@ class Controller:
             for offer in passes:
                 if offer.source == worth.source:
                     best = offer.ordered(min(worth.width, room))
+        elif plain < value < plain + HARDLY:
+            self._hardly += 1
+            if self._hardly % ALTERNATE == 0:
+                return NO_DRAFT
         return best
 
-    def _watch(self, draft: Draft | DraftPass, tables: _Tables, context: int) -> None:
+    def _watch(self, draft: Draft | DraftPass, tables: Tables, context: int) -> None:
         """Find out what a draft would bring that there is no credit for."""
         if isinstance(draft, Draft) and draft.tokens and draft.source not in CARRIED:
             width = self._chain_width(draft, tables, len(draft))[0]
             seconds = tables.verify[width + 1]
             self._unverified = Unverified(context, draft.tokens[:width], seconds)
 
-    def _chain_width(self, draft: Draft, tables: _Tables, room: int) -> tuple[int, float]:
+    def _chain_width(self, draft: Draft, tables: Tables, room: int) -> tuple[int, float]:
         """How many tokens of a draft had best be verified as a chain, and what they are worth."""
         accept = self._acceptance.of_draft(draft, min(room, self._widest))
         expected = sums(accept)[: self._most(tables) + 1]
@@ -176,7 +166,7 @@ class Controller:
         width = max(range(len(chain)), key=chain.__getitem__)
         return width, chain[width]
 
-    def _worth_of(self, draft: Draft, tables: _Tables, room: int) -> float:
+    def _worth_of(self, draft: Draft, tables: Tables, room: int) -> float:
         """Tokens that a draft at hand is worth."""
         worth = tables.values
         charge = tables.steady.rate * draft.source.margin
@@ -241,7 +231,7 @@ class Controller:
         if alone:
             self._costs.observe(Pass(1, 0, context, seconds), alone)
 
-    def _learn(self, cycle: Cycle, tables: _Tables) -> None:
+    def _learn(self, cycle: Cycle, tables: Tables) -> None:
         self._age += 1
         self._acceptance.observe(cycle)
         expected = 0.0
@@ -278,21 +268,21 @@ class Controller:
         more -= self._costs.seconds(rows, 0, context)
         return Carrying(float(rows), 2.0, more)
 
-    def _credit(self, tables: _Tables) -> float:
+    def _credit(self, tables: Tables) -> float:
         """Seconds that drafts may yet lose."""
         return self.account.credit(tables.verify[1])
 
-    def _most(self, tables: _Tables) -> int:
+    def _most(self, tables: Tables) -> int:
         """The most draft tokens to verify: rows that turn out wasted may cost no more than the
         credit, or a plain pass."""
         alone = tables.verify[1]
         return bisect_right(tables.verify, alone + max(self._credit(tables), alone)) - 2
 
-    def _overdrawn(self, tables: _Tables) -> bool:
+    def _overdrawn(self, tables: Tables) -> bool:
         return self._credit(tables) < 0
 
     def _carry(
-        self, tables: _Tables, draft: Draft, anchor: int, width: int, room: int
+        self, tables: Tables, draft: Draft, anchor: int, width: int, room: int
     ) -> tuple[list[Hypothesis], float]:
         """Blocks that are worth their rows, the most promising first, and what they are worth."""
         accept = self._acceptance.of_draft(draft, width + 1)
@@ -315,26 +305,27 @@ class Controller:
                 self._added = seconds
         return chosen[:count], best
 
-    def _pass_seconds(self, tables: _Tables, ar_rows: int, diffusion_rows: int) -> float:
+    def _pass_seconds(self, tables: Tables, ar_rows: int, diffusion_rows: int) -> float:
         """The cost of a pass at the context of `tables`."""
         key = ar_rows, diffusion_rows
         if key not in tables.mixed:
             tables.mixed[key] = self._costs.seconds(*key, tables.context)
         return tables.mixed[key]
 
-    def _current(self, context: int) -> _Tables:
+    def _current(self, context: int) -> Tables:
         if self._tables is None or self._age >= REFRESH:
             self._acceptance.relax(RELAX**self._age, self._drafted)
             self._drafted.clear()
             self._tables, self._age = self._refresh(context), 0
         return self._tables
 
-    def _refresh(self, context: int) -> _Tables:
+    def _refresh(self, context: int) -> Tables:
         """Costs and acceptance now → the rate, and the worth of choices."""
         seconds, block = self._costs.seconds, self._block
         rows = range(1, max(self._widest, MOST_NODES) + 2)
-        # More rows never cost less, whatever was measured.
-        verify = np.maximum.accumulate([0.0, *(seconds(count, 0, context) for count in rows)])
+        # Fewer rows never cost more, whatever was measured: what is held up takes longer, not less.
+        verify = np.array([0.0, *(seconds(count, 0, context) for count in rows)])
+        verify = np.minimum.accumulate(verify[::-1])[::-1]
         carried: dict[Guess, Floats] = {guess: np.zeros(0) for guess in Guess}
         hits, width, lead, blocks, added = dict.fromkeys(Guess, 0.0), 0, 0.0, 1, 0.0
         if block:
@@ -358,7 +349,7 @@ class Controller:
         steady = prospect(estimates, blocks=blocks, width=width, near=near)
         worth = values(estimates, steady.rate)
         idle = max(worth.drafting, worth.lead) <= worth.plain + MARGIN - 1
-        return _Tables(verify.tolist(), steady, worth, width, context, idle)
+        return Tables(verify.tolist(), steady, worth, width, context, idle)
 
     def _drafting(self, offer: DraftPass, context: int) -> Drafting:
         """What a kind of draft pass promises now, verified as chains."""

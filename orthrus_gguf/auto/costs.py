@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import field, replace
 from typing import Protocol
 
 from orthrus_gguf.drafting.cycle import Pass
 from orthrus_gguf.records import dataclass
 
-#: Weight of the newest pass in the running correction; and what the curve counts for beside the
+#: Weight of the newest pass in a running correction; and what the curve counts for beside the
 #: first passes, in passes.
-NEWEST, CURVE_COUNTS = 0.05, 8
+NEWEST, CURVE_COUNTS = 0.05, 4
 
-#: Passes of a kind are learned from by the median of so many: some are held up, by another program
-#: or a page fault, and a plan must not change with these.
-TOGETHER = 8
+#: Passes are learned from by the median of so many: some are held up, by another program or a page
+#: fault, and a plan must not change with these.
+TOGETHER = 5
 
-#: The curve no longer fits when its corrections for small and for large passes differ by this
-#: factor. A common factor (the machine is busy, the context has grown) changes no decision.
-MISFIT = 1.4
+#: The curve no longer fits when its corrections differ by this factor, each of so many passes. (A
+#: common factor changes no decision: the machine is busy, the context has grown.)
+MISFIT, SURE = 1.4, 20
 
 
 class Costs(Protocol):
@@ -109,52 +111,100 @@ class CostCurve:
         return self.mixed / self._line(2 * self.draft_rows)
 
 
+@dataclass
+class _Correction:
+    """What passes of one kind took, of what the curve says."""
+
+    scale: float = 1.0
+    count: int = 0
+    waiting: list[float] = field(default_factory=list)
+
+    def add(self, ratio: float, times: int) -> bool:
+        """Count a pass, or the median of several at once. Whether the scale has changed."""
+        if times == 1:
+            self.waiting.append(ratio)
+            if len(self.waiting) < TOGETHER:
+                return False
+            ratio, times = median(self.waiting), len(self.waiting)
+            self.waiting.clear()
+        self.count += times
+        weight = max(1 - (1 - NEWEST) ** times, times / (CURVE_COUNTS + self.count))
+        self.scale += weight * (ratio - self.scale)
+        return True
+
+
 class RunningCosts:
-    """A cost curve, corrected by the passes that really run."""
+    """A cost curve, each of its points corrected by the passes that really run."""
 
     def __init__(self, curve: CostCurve) -> None:
         self.curve = curve
-        self._scales = [1.0, 1.0]  # of passes of one row, of more
-        self._counts = [0, 0]
-        self._waiting: list[list[float]] = [[], []]  # what passes took, of what was expected
+        self._points = [_Correction() for _ in curve.rows]
+        self._draft, self._mixed = _Correction(), _Correction()
+        # Between two points, passes count for the nearer one by their ratio.
+        self._borders = [(a * b) ** 0.5 for a, b in itertools.pairwise(curve.rows)]
+        self._rows: tuple[int, ...] = ()
+        self._scales: tuple[float, ...] = ()
 
     @property
     def drafter(self) -> float:
-        return self._scales[True] * self.curve.drafter
+        return self._scale(self.curve.draft_rows, 0) * self.curve.drafter
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
-        large = ar_rows + diffusion_rows > 1
-        return self._scales[large] * self.curve.at(ar_rows, diffusion_rows, context)
+        curve = self.curve.at(ar_rows, diffusion_rows, context)
+        return self._scale(ar_rows, diffusion_rows) * curve
+
+    def _scale(self, ar_rows: int, diffusion_rows: int) -> float:
+        """Between the corrections of the nearest points that have any. Of what has not run yet, it
+        is taken to be as slow or as fast as what has: that is the machine."""
+        if diffusion_rows:
+            own = self._mixed if ar_rows else self._draft
+            if own.count:
+                return own.scale
+        known, rows = self._rows, ar_rows + diffusion_rows
+        if not known:
+            return 1.0
+        i = bisect_left(known, rows)
+        if i in (0, len(known)):
+            return self._scales[min(i, len(known) - 1)]
+        share = (rows - known[i - 1]) / (known[i] - known[i - 1])
+        return self._scales[i - 1] + share * (self._scales[i] - self._scales[i - 1])
 
     def observe(self, done: Pass, times: int = 1) -> None:
-        """Move the correction of passes of one row, or of more, towards what such passes took.
-
-        As long as none of the other kind has run, a machine that is slower or faster is the likely
-        reason, and both move.
-        """
+        """Move the correction of such passes towards what this one took."""
         ar_rows = done.ar_rows + done.company
         expected = self.curve.at(ar_rows, done.diffusion_rows, done.context)
-        ratio = done.seconds / expected if expected > 0 else 1.0
-        large = ar_rows + done.diffusion_rows > 1
-        if times == 1:
-            waiting = self._waiting[large]
-            waiting.append(ratio)
-            if len(waiting) < TOGETHER:
-                return
-            ratio, times = median(waiting), len(waiting)
-            waiting.clear()
-        self._counts[large] += times
-        weight = max(1 - (1 - NEWEST) ** times, times / (CURVE_COUNTS + self._counts[large]))
-        self._scales[large] += weight * (ratio - self._scales[large])
-        if not self._counts[not large]:
-            self._scales[not large] = self._scales[large]
+        if expected <= 0:
+            return
+        if done.diffusion_rows:
+            kind = self._mixed if ar_rows else self._draft
+        else:
+            kind = self._points[bisect_left(self._borders, ar_rows)]
+        if kind.add(done.seconds / expected, times):
+            points = zip(self.curve.rows, self._points, strict=True)
+            known = [(rows, point.scale) for rows, point in points if point.count]
+            self._rows = tuple(rows for rows, _ in known)
+            self._scales = tuple(scale for _, scale in known)
 
     @property
     def fits(self) -> bool:
-        """Whether the curve still has the right shape. Only known once both kinds have run."""
-        if min(self._counts) < 1 / NEWEST:
-            return True
-        return max(self._scales) < MISFIT * min(self._scales)
+        """Whether the curve still has the right shape, as far as passes have shown."""
+        kinds = [*self._points, self._draft, self._mixed]
+        sure = [kind.scale for kind in kinds if kind.count >= SURE]
+        return not sure or max(sure) < MISFIT * min(sure)
+
+    def corrected(self) -> CostCurve:
+        """The curve of what really ran."""
+        curve, block = self.curve, self.curve.draft_rows
+        return replace(
+            curve,
+            seconds=tuple(
+                self._scale(rows, 0) * seconds
+                for rows, seconds in zip(curve.rows, curve.seconds, strict=True)
+            ),
+            draft=self._scale(0, block) * curve.draft,
+            mixed=self._scale(block, block) * curve.mixed,
+            drafter=self.drafter,
+        )
 
 
 def median(values: Sequence[float]) -> float:
