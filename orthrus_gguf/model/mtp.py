@@ -114,7 +114,8 @@ class MtpFile(Closing):
 def block_tensors(tensors: Mapping[str, TensorInfo], layers: int) -> dict[str, TensorInfo]:
     """Those of a block that lies behind so many layers, by the names of a model of one layer."""
     return {
-        name: replace(tensors[stored], name=name) for name, stored in _names(tensors, layers).items()
+        name: replace(tensors[stored], name=name)
+        for name, stored in _names(tensors, layers).items()
     }
 
 
