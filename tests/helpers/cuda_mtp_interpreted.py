@@ -29,7 +29,7 @@ GREEDY = Sampler(SamplingSettings(temperature=0))
 
 def results(path: str, capability: int, kernels: Kernels) -> dict[str, Any]:
     """By name."""
-    settings = {"kernels": kernels, "capability": capability, "cache_type_k": "q8_0"}
+    settings: Any = {"kernels": kernels, "capability": capability}
     with stand_in_mtp(Path(path), ids=100, capture=FakeGraphs(), **settings) as model:
         network, found, rng = model._network, {}, np.random.default_rng(0)
         hidden = rng.standard_normal((1, 3, network.config.n_embd), np.float32)

@@ -1,15 +1,16 @@
 """Run the kernels' launch code with a driver that compiles for one card and launches nothing.
 
-    python launch_without_gpu.py products|passes|needed|cached|early
+    python launch_without_gpu.py products|passes|needed|mtp|cached|early
 
 The interpreter binds arguments in its own way, and the offline compiler takes signatures from the
 cases: only this shows that what the wrappers pass is what the real launcher takes, and that it
 compiles. `products` runs the products' functions on small matrices for sm_86; `passes` a pass of
 every kind of a whole tiny model, for sm_90. Prints the names of the kernels that compiled. `needed`
 compiles nothing: it prints, as JSON, what 8B and others launch on four cards, as the launcher
-specialises it, and what passes launch that are not among the usual ones. `cached` compiles a kernel
-ahead and then launches it, and prints how many kernels triton's cache holds after each. Run as a
-process of its own, without TRITON_INTERPRET.
+specialises it, and what passes launch that are not among the usual ones. `mtp` compiles what an MTP
+block launches beside a hybrid, for sm_86, and prints the names. `cached` compiles a kernel ahead
+and then launches it, and prints how many kernels triton's cache holds after each. Run as a process
+of its own, without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ from triton.runtime.jit import JITFunction
 
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.model.file import ModelFile
-from orthrus_gguf.model.shapes import SHAPES
+from orthrus_gguf.model.mtp import block_config, block_tensors
+from orthrus_gguf.model.shapes import HYBRID_SHAPES, SHAPES
+from orthrus_gguf.model.tensors import OUTPUT_NORM, is_diffusion_tensor
 from orthrus_gguf.runtime.cuda.compile_ahead import (
     EmptyMachine,
     empty_model,
@@ -149,6 +152,26 @@ def needed() -> None:
     print(json.dumps({"needed": found, "beyond": beyond}))
 
 
+def mtp() -> None:
+    """With a head of fewer ids, and what the model itself needs left out."""
+    config = HYBRID_SHAPES["qwen3.5-0.8b-mtp"]
+    planned = planned_tensors(config, "q4_k_m")
+    own = {OUTPUT_NORM: planned[OUTPUT_NORM], **block_tensors(planned, config.n_layers)}
+    tensors = {
+        name: info
+        for name, info in planned.items()
+        if not is_diffusion_tensor(name) and not name.startswith(f"blk.{config.n_layers}.")
+    }
+    block = block_config(config), own
+    alone, both = (
+        needed_launches(config, tensors, CARDS[0], drafter=beside, ids=32_768)
+        for beside in (None, block)
+    )
+    for launch in both[len(alone) :]:
+        launch.compile()
+        print(launch.name)
+
+
 def cached() -> None:
     """Compiled ahead: the launch finds it in triton's cache."""
 
@@ -199,7 +222,7 @@ def watch_launches(capability: int) -> None:
 
 
 def main() -> None:
-    others = {"needed": needed, "cached": cached, "early": early}
+    others = {"needed": needed, "mtp": mtp, "cached": cached, "early": early}
     if sys.argv[1] in others:
         others[sys.argv[1]]()
         return

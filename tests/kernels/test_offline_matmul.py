@@ -196,6 +196,13 @@ def test_launches_bind_their_arguments(
     assert set(run_python(compiler_path, LAUNCHES, run).split()) == kernels
 
 
+@pytest.mark.slow
+def test_what_an_mtp_block_launches_compiles(compiler_path: list[str]) -> None:
+    """All of it: rows given by the host, k and v without q. The rest is as the hybrid has it."""
+    names = run_python(compiler_path, LAUNCHES, "mtp").split()
+    assert {"_quantize_rows", "_finish_qkv", "matmul_a16"} <= {*names}, names
+
+
 def test_launches_find_what_was_compiled_ahead(
     compiler_path: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("triton")
 
 from gguf import GGMLQuantizationType as T
-from mtp_models import stock_model
+from mtp_models import mtp_model, stock_model
 from synthetic_model import model_shape, write_drafter, write_model
 
 from orthrus_gguf.ggml.library import load_library
@@ -68,6 +68,18 @@ def test_a_drafters_network(tmp_path: Path) -> None:
     found = json.loads(interpreted("cuda_drafter_interpreted.py", *files, 86))
     assert set(found) == {"keys", "values", "block"}
     assert max(found.values()) < 1e-4, found
+
+
+@pytest.mark.slow
+def test_chains_of_an_mtp_block() -> None:
+    """Keys and values of committed rows, in two parts; chains of two lengths behind them, of the
+    first ids."""
+    found = json.loads(interpreted("cuda_mtp_interpreted.py", mtp_model(), 80).splitlines()[-1])
+    kernels, stand_ins = found.pop("tokens")
+    assert kernels == stand_ins
+    assert len(kernels) == 3
+    assert set(found) == {"keys", "values", "probabilities"}
+    assert max(found.values()) < 1e-6, found
 
 
 @pytest.mark.slow

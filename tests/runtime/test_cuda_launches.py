@@ -349,10 +349,9 @@ def test_chains_of_an_mtp_block(device: Device) -> None:
     hidden = np.ones((1, 16, block.config.n_embd), np.float32)
     draw = Draw(GREEDY, [0] * 100, detail=True)
     for turn in range(3):
-        for cache in caches:
-            with watched(device) as watch:
-                network.inject(cache, [1] * hidden.shape[1], hidden)
-            assert (watch.uploads, device.downloads) == (2, 0)
+        with watched(device) as watch:
+            network.inject(caches[turn], [1] * hidden.shape[1], hidden)
+        assert (watch.uploads, device.downloads) == (2, 0)
         # Angles, embedding, both halves to rows, their product; a norm, k and v, their finish.
         assert len(device.launches) == (7 if turn < 2 else 0)
         segments = [
@@ -364,4 +363,4 @@ def test_chains_of_an_mtp_block(device: Device) -> None:
         assert (watch.uploads, device.downloads) == (2, 1)
         assert len(device.launches) == (3 * 16 if turn < 2 else 0)
         assert turn < 2 or watch.kernels == 0
-    assert len(replays) == 1
+    assert len(replays) == 4  # both kinds, at their second turn and their third

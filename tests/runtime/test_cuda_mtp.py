@@ -170,7 +170,7 @@ def test_side_by_side(model: ModelWithDrafter) -> None:
 def test_quantized() -> None:
     """On int8 activations, as on a GeForce: drafts are nearly as often right as in float32."""
     accepted = cycles = 0
-    types = {"cache_type_k": "q8_0", "cache_type_v": "q4_0", "capability": 86}
+    types: Any = {"cache_type_k": "q8_0", "cache_type_v": "q4_0", "capability": 86}
     with stand_in_mtp(mtp_model("q4_k_m", wide=True), **types) as model:
         for prompt in PROMPTS[2:]:
             found = cycles_of(model, prompt, "two-pass@1", 16)[1]
