@@ -63,10 +63,10 @@ def checks(
             with CudaModel.load(file, device=device, cache_type_k=kind, cache_type_v=kind) as model:
                 if kind == "f16":
                     yield from _golden(model, cases, extent)
-                yield _row_invariance(model, extent.rows, kind)
-                yield _company(model, kind)
+                yield row_invariance(model, extent.rows, kind)
+                yield company(model, kind)
                 yield _strategies(model, golden["cases"], extent.pairs, extent.tokens, kind)
-                yield _graphs(model, kind)
+                yield graphs(model, kind)
 
 
 def generate(
@@ -125,7 +125,7 @@ def drafter_checks(
         detail = f"{accepted} accepted in {cycles} cycles; by the reference {wanted}"
         yield Check(f"accepted drafts, {kind} cache", accepted > 0.8 * wanted, detail)
         for name, one in (("model", target), ("network", network)):
-            check = _graphs(one, kind)
+            check = graphs(one, kind)
             yield Check(f"{check.name}, {name}", check.passed, check.detail)
 
 
@@ -177,7 +177,7 @@ def _lead(model: CudaModel, prefix: Sequence[int], first: int, second: int) -> f
     return float(logits[0, first] - logits[0, second])
 
 
-def _row_invariance(model: CudaModel, rows: int, kind: str) -> Check:
+def row_invariance(model: CudaModel, rows: int, kind: str) -> Check:
     """Logits of a pass of many rows against the same rows in passes of 1 and 3, to the bit."""
     tokens = [int(token) for token in np.random.default_rng(0).integers(0, 4000, rows)]
     (together,) = model.logits([ar_segment(model.new_cache(rows), tokens, 0)])
@@ -194,7 +194,7 @@ def _row_invariance(model: CudaModel, rows: int, kind: str) -> Check:
     return Check(f"rows bit for bit, {kind} cache", not differing, detail)
 
 
-def _company(model: CudaModel, kind: str) -> Check:
+def company(model: CudaModel, kind: str) -> Check:
     """Four sequences in one pass, one of them a tree and one with a block, against each alone."""
     tokens = [int(token) for token in np.random.default_rng(1).integers(0, 4000, 100)]
     segments: list[Segment] = []
@@ -204,8 +204,8 @@ def _company(model: CudaModel, kind: str) -> Check:
         cache.commit(range(length))
         parents = TREE if number == 2 else None
         segments.append(ar_segment(cache, tokens[: len(TREE)], length, parents=parents))
-        if number == 1:
-            mask = model.config.mask_token or 0
+        mask = model.config.mask_token
+        if number == 1 and mask is not None:
             segments.append(diffusion_segment(cache, tokens[1], mask, 8, length + 2))
     wrong = []
     for segment, found in zip(segments, model.logits(segments), strict=True):
@@ -213,11 +213,12 @@ def _company(model: CudaModel, kind: str) -> Check:
         alone = model.logits(own)[own.index(segment)]
         if not np.array_equal(found.view(np.uint32), alone.view(np.uint32)):
             wrong.append(f"{segment.view.value} rows behind {segment.cache.length}")
-    detail = "; ".join(wrong) or "four sequences, a tree and a block among them"
+    block = " and a block" if len(segments) > 4 else ""
+    detail = "; ".join(wrong) or f"four sequences, a tree{block} among them"
     return Check(f"company bit for bit, {kind} cache", not wrong, detail)
 
 
-def _graphs(model: CudaModel, kind: str) -> Check:
+def graphs(model: CudaModel, kind: str) -> Check:
     """Whether passes were captured: running launch by launch gives the same text, slowly."""
     graphs = model.graphs
     passed = not graphs.failed and (graphs.captured > 0 or not model.machine.is_cuda)

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +25,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from orthrus_gguf.bench.gpu_processes import ROOT, Files, Made, Runner, end
+
+#: The shape of the small hybrid: heads as large as real ones.
+HYBRID = "qwen3.5-tiny-mtp"
 
 #: Characters of the summary.
 MOST = 10_000
@@ -35,26 +36,27 @@ MOST = 10_000
 
 @dataclass(frozen=True)
 class Stage:
-    """name: of `gpu_stage`. seconds: its limit. model: whether it needs the file that is timed.
-    switch: an environment variable that is 1 in it."""
+    """name: of `gpu_stage`. seconds: its limit. file: a large one that it needs. switch: an
+    environment variable that is 1 in it."""
 
     name: str
     seconds: int
-    model: bool = False
+    file: str = ""
     switch: str = ""
 
 
 STAGES = (
     Stage("environment", 75),
     Stage("demo", 130),
-    Stage("generation", 120, model=True),
-    Stage("contexts", 80, model=True),
-    Stage("profile", 40, model=True),
+    Stage("generation", 120, file="model"),
+    Stage("contexts", 80, file="model"),
+    Stage("profile", 40, file="model"),
     Stage("checks", 120),
     Stage("drafter", 60),
-    Stage("overlap", 120, model=True, switch="ORTHRUS_PDL"),
-    Stage("tiles", 120, model=True),
+    Stage("overlap", 120, file="model", switch="ORTHRUS_PDL"),
+    Stage("tiles", 120, file="model"),
     Stage("sanitizer", 130),
+    Stage("hybrid", 150, file="large-hybrid"),
 )
 
 
@@ -81,49 +83,6 @@ def within(stages: Sequence[Stage], budget: float | None) -> list[Stage]:
             break
         kept.append(stage)
     return kept
-
-
-class Runner:
-    """Starts processes in the checkout, their output in files."""
-
-    def __init__(self, folder: Path, *, cpu: bool) -> None:
-        self.folder = folder
-        self._environment = dict(os.environ)
-        own = [str(ROOT / "kernels"), str(ROOT / "converters"), str(ROOT)]
-        path = [*own, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._environment["PYTHONPATH"] = os.pathsep.join(path)
-        self._environment["PYTHONUNBUFFERED"] = "1"
-        self._environment.pop("TRITON_INTERPRET", None)
-        if cpu:
-            self._environment["TRITON_INTERPRET"] = "1"
-
-    def start(self, log: str, *words: str, switch: str = "") -> subprocess.Popen[bytes]:
-        """`python -m words`, in a process group of its own."""
-        environment = self._environment | ({switch: "1"} if switch else {})
-        with (self.folder / f"{log}.log").open("wb") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", *words],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-
-    def last_line(self, log: str) -> str:
-        """The last thing that a process said."""
-        path = self.folder / f"{log}.log"
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        lines = ["".join(c for c in line if c.isprintable()) for line in text.splitlines()]
-        return next((line for line in reversed(lines) if line.strip()), "nothing was said")[:300]
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def run_stage(
@@ -202,29 +161,31 @@ def summary(outcomes: Sequence[Outcome], seconds: float, most: int = MOST) -> st
     return text[: most - 1] + "\n"
 
 
-def prepare(runner: Runner, options: argparse.Namespace) -> subprocess.Popen[bytes] | None:
-    """The demo model and its drafter now; the large one in the background."""
-    for name, source in (("demo", "tiny-orthrus-stdlib"), ("drafter", "tiny-dflash-stdlib")):
-        path = runner.folder / f"{name}.gguf"
-        if path.exists():
-            continue
-        log, words = f"convert-{name}", (str(ROOT / "models" / source), str(path))
-        process = runner.start(log, "orthrus_converters", *words, "--type", "f16")
-        if process.wait() != 0:
-            print(f"{source} was not converted: {runner.last_line(log)}", flush=True)
-    if options.cpu or options.model.exists():
-        return None
-    model = ("--synthetic", options.shape, str(options.model), "--type", options.type)
-    return runner.start("synthetic", "orthrus_converters", *model)
+def prepare(runner: Runner, options: argparse.Namespace) -> Files:
+    """Small models now; those that are timed in the background."""
+    folder, models = runner.folder, ROOT / "models"
+    small = [
+        Made("demo", folder / "demo.gguf", (str(models / "tiny-orthrus-stdlib"),), "f16"),
+        Made("drafter", folder / "drafter.gguf", (str(models / "tiny-dflash-stdlib"),), "f16"),
+        Made("hybrid", folder / "hybrid.gguf", ("--synthetic", HYBRID), "q4_k_m"),
+    ]
+    large = [
+        Made("model", options.model, ("--synthetic", options.shape), options.type),
+        Made("large-hybrid", options.hybrid, ("--synthetic", options.hybrid_shape), options.type),
+    ]
+    files = Files(runner, small, [] if options.cpu else large)
+    for name, why in files.failed.items():
+        print(f"{name}.gguf was not made: {why}", flush=True)
+    return files
 
 
 def run(options: argparse.Namespace, stages: Sequence[Stage]) -> list[Outcome]:
     """All stages in order; a line as each ends."""
     runner = Runner(options.folder, cpu=options.cpu)
     began = time.monotonic()
-    maker = prepare(runner, options)
-    flags = ["--demo", str(options.folder / "demo.gguf"), "--model", str(options.model)]
-    flags += ["--drafter", str(options.folder / "drafter.gguf")]
+    files = prepare(runner, options)
+    flags = [f"--{name}={runner.folder / name}.gguf" for name in ("demo", "drafter", "hybrid")]
+    flags += ["--model", str(options.model), "--large-hybrid", str(options.hybrid)]
     flags += ["--cpu"] if options.cpu else []
     outcomes = []
     kept = within(stages, options.budget)
@@ -236,12 +197,9 @@ def run(options: argparse.Namespace, stages: Sequence[Stage]) -> list[Outcome]:
             if stage not in kept or left < 5:
                 outcomes.append(Outcome(stage, "dropped", note="no time left in --budget"))
                 continue
-            if stage.model and maker is not None:
-                code = wait(maker, left)
-                if code != 0:
-                    note = f"no model file: {runner.last_line('synthetic')}"
-                    outcomes.append(Outcome(stage, "no model" if code else "too late", note=note))
-                    continue
+            if stage.file and (lacks := files.lacks(stage.file, left)):
+                outcomes.append(Outcome(stage, lacks[0], note=f"no {stage.file}: {lacks[1]}"))
+                continue
             print(f"{time.monotonic() - began:.0f} s: {stage.name}", flush=True)
             outcome = run_stage(runner, stage, left, flags, options.inject.get(stage.name))
             print(f"   {outcome.state} {outcome.note}", flush=True)
@@ -249,17 +207,8 @@ def run(options: argparse.Namespace, stages: Sequence[Stage]) -> list[Outcome]:
             text = summary(outcomes, time.monotonic() - began)
             (options.folder / "summary.md").write_text(text, encoding="utf-8")
     finally:
-        if maker is not None:
-            end(maker)
+        files.close()
     return outcomes
-
-
-def wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
-    """Its exit code; None if it needs longer."""
-    try:
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return None
 
 
 def missing() -> str | None:
@@ -292,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", type=lambda text: text.split(","), default=names,
                         help=f"of {', '.join(names)} (default: all)")  # fmt: skip
     parser.add_argument("--shape", default="qwen3-8b", help="of the model that is timed")
-    parser.add_argument("--type", default="q4_k_m", help="of its weights")
+    parser.add_argument("--hybrid-shape", default="qwen3.5-4b-mtp", help="of the hybrid")
+    parser.add_argument("--type", default="q4_k_m", help="of their weights")
     parser.add_argument("--limits", type=_limits, default={}, metavar="STAGE=SECONDS,…",
                         help="other limits of stages")  # fmt: skip
     parser.add_argument("--cpu", action="store_true", help="the logic, on stand-ins, without a GPU")
@@ -306,8 +256,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.folder = options.folder.resolve()
     options.folder.mkdir(parents=True, exist_ok=True)
     options.model = options.folder / f"{options.shape}-{options.type}.gguf"
+    options.hybrid = options.folder / f"{options.hybrid_shape}-{options.type}.gguf"
     if options.cpu:
-        options.model = options.folder / "demo.gguf"
+        options.model, options.hybrid = (options.folder / f"{n}.gguf" for n in ("demo", "hybrid"))
     began = time.monotonic()
     stages = [
         replace(stage, seconds=options.limits.get(stage.name, stage.seconds))

@@ -24,7 +24,7 @@ from orthrus_kernels.overlap import CAPABILITY, PDL
 from orthrus_kernels.tools import gpu_check_matmul, gpu_check_ops, gpu_check_times
 from orthrus_kernels.tools.gpu_check_report import Check, Figure, Item, find_machine
 
-from orthrus_gguf.bench import gpu_checks, gpu_figures, gpu_sanitizer
+from orthrus_gguf.bench import gpu_checks, gpu_figures, gpu_hybrid, gpu_sanitizer
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden/tiny-orthrus-stdlib.json"
 
@@ -108,6 +108,13 @@ def sanitizer(options: argparse.Namespace) -> Iterator[Item]:
     yield from gpu_sanitizer.checks(find_machine(options.cpu, True))
 
 
+def hybrid(options: argparse.Namespace) -> Iterator[Item]:
+    """Text, states and graphs of a small hybrid; then passes and speed of a real shape."""
+    extent = gpu_checks.SMALL if options.cpu else gpu_checks.FULL
+    yield from gpu_hybrid.checks(options.hybrid, _device(options), extent)
+    yield from gpu_figures.figures(options.large_hybrid, _device(options), None)
+
+
 STAGES: dict[str, Stage] = {
     stage.__name__: stage
     for stage in (
@@ -121,6 +128,7 @@ STAGES: dict[str, Stage] = {
         overlap,
         tiles,
         sanitizer,
+        hybrid,
     )
 }
 
@@ -152,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--demo", type=Path, help="the converted demo checkpoint")
     parser.add_argument("--drafter", type=Path, help="the converted demo drafter")
     parser.add_argument("--model", type=Path, help="the file that is timed")
+    parser.add_argument("--hybrid", type=Path, help="a small hybrid")
+    parser.add_argument("--large-hybrid", type=Path, help="one that is timed")
     parser.add_argument("--cpu", action="store_true", help="the logic, on stand-ins")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--inject", choices=["raise", "hang", "garbage"], help="for tests")

@@ -49,9 +49,17 @@ def _qwen3(
 
 
 def _qwen35(
-    name: str, *, layers: int, width: int, mlp: int, heads: tuple[int, int], values: int
+    name: str,
+    *,
+    layers: int,
+    width: int,
+    mlp: int,
+    heads: tuple[int, int],
+    values: int,
+    keys: int = 16,
+    vocab: int = 248_320,
 ) -> ModelConfig:
-    """A hybrid, without heads and without its MTP block. values: value heads of a DeltaNet."""
+    """A hybrid, without heads and without its MTP block. values, keys: heads of a DeltaNet."""
     return ModelConfig(
         name=name,
         n_layers=layers,
@@ -61,14 +69,14 @@ def _qwen35(
         n_head=heads[0],
         n_head_kv=heads[1],
         head_dim=256,
-        n_vocab=248_320,
+        n_vocab=vocab,
         rms_eps=_eps(1e-6),
         rope=Rope(1e7),
         tied=layers < 32 or width < 4096,
         block_size=None,
         mask_token=None,
         architecture=QWEN35,
-        hybrid=Hybrid(16, values, 128, rotary_dim=64, sections=(11, 11, 10, 0)),
+        hybrid=Hybrid(keys, values, 128, rotary_dim=64, sections=(11, 11, 10, 0)),
     )
 
 
@@ -142,6 +150,10 @@ SHAPES = {
 }
 
 _HYBRIDS = {
+    # None that was released: to try hybrids with, its heads as large as theirs.
+    "qwen3.5-tiny": _qwen35(
+        "Qwen3.5-tiny", layers=4, width=256, mlp=512, heads=(4, 2), values=4, keys=2, vocab=4096
+    ),
     "qwen3.5-0.8b": _qwen35(
         "Qwen3.5-0.8B", layers=24, width=1024, mlp=3584, heads=(8, 2), values=16
     ),
