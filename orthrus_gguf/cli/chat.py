@@ -65,6 +65,7 @@ def _turn(state: State, question: str, again: bool, show_drafts: bool) -> bool:
     """Answer one message, and remember both; False if nothing came. again: see `request`."""
     conversation = state.conversation
     request = conversation.request(question, again=again)
+    conversation.loaded.tell(request)
     generation = conversation.loaded.start(request)
     try:
         for piece in painted(generation, sys.stdout) if show_drafts else generation:

@@ -125,7 +125,7 @@ class Loaded:
         )
 
     def shortened(self, request: Request, messages: Sequence[Message]) -> Request:
-        """The same request with as much of its prompt as is to be read, and a line about it.
+        """The same request with as much of its prompt as is to be read.
 
         messages: that it was made of. Raises OrthrusError.
         """
@@ -141,9 +141,14 @@ class Loaded:
             selection = self.compressor.select(request.prompt, contents, on_progress=bar.update)
         if selection is None:
             return request
-        say(f"prompt shortened: {selection.words}")
         places = selection.places(request.places)
         return replace(request, prompt=selection.tokens, places=places, selection=selection)
+
+    @staticmethod
+    def tell(request: Request) -> None:
+        """A line about a prompt that was shortened."""
+        if request.selection is not None:
+            say(f"prompt shortened: {request.selection.words}")
 
     def start(self, request: Request) -> Generation:
         """Begin a generation, with a progress bar while its prompt takes long."""

@@ -251,6 +251,7 @@ def unescape(text: str) -> str:
 def _answer(loaded: Loaded, messages: list[Message], args: argparse.Namespace) -> int:
     """One prompt, one answer."""
     request = loaded.shortened(loaded.request(loaded.render(messages)), messages)
+    loaded.tell(request)
     if args.twice:
         return answer_twice(loaded, request)
     generation = loaded.start(request)

@@ -220,6 +220,7 @@ def make_service(loaded: Loaded, args: argparse.Namespace) -> Service:
     from orthrus_gguf.server.service import Service
     from orthrus_gguf.server.slots import Pool
 
+    loaded.tokenizer.prepare()
     model, n_ctx = loaded.model, loaded.session.n_ctx
     first = [loaded.session]
 

@@ -47,6 +47,10 @@ class Tokenizer:
         self._cut = _any_of(vocabulary.tokens[i] for i in always)
         self._cut_special = _any_of(vocabulary.tokens[i] for i in always | vocabulary.special)
 
+    def prepare(self) -> None:
+        """Whatever many or long texts need, now and not with the first of them."""
+        self._codec.prepare()
+
     def encode(
         self,
         text: str,

@@ -117,6 +117,7 @@ def test_turns_are_forgotten_by_what_was_kept_of_them(
         conversation, lengths = Conversation(loaded, 1, []), []
         while "forgotten" not in (err := capsys.readouterr().err):
             request = conversation.request(CODE)
+            loaded.tell(request)
             lengths.append(len(request.prompt))
             assert request.selection is not None
             assert request.selection.full > 1280 * (len(conversation.messages) // 2 + 1) * 0.7
@@ -127,6 +128,7 @@ def test_turns_are_forgotten_by_what_was_kept_of_them(
     assert lengths[:-1] == sorted(lengths[:-1])
     assert lengths[-1] < lengths[-2], "some are forgotten"
     assert "turns are forgotten]" in err
+    assert err.count("prompt shortened") == 1, "one line, of the prompt that is read"
 
 
 @pytest.mark.parametrize("scorer", ["self:2", "itself"])

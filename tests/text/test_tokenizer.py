@@ -121,6 +121,10 @@ def test_the_library_gets_the_merges_when_there_is_much_to_do(ours: Tokenizer) -
     for _ in range(FEW // len(text)):
         assert fresh.encode(text) == first
     assert given(fresh)
+    prepared = BPE(codec._index, codec._merges, PRE_TOKENIZERS["qwen2"])
+    prepared.prepare()
+    assert given(prepared)
+    assert prepared.encode(text) == first
 
 
 def test_bpe_equals_hugging_face_when_special_tokens_are_text(

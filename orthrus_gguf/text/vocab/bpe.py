@@ -79,12 +79,16 @@ class BPE:
 
     def encode(self, text: str) -> list[int]:
         self._encoded += len(text)
-        ids = self._merged(text) if self._encoded <= FEW else None
+        few = self._encoded <= FEW and "library" not in self.__dict__
+        ids = self._merged(text) if few else None
         if ids is None:
             ids = self._by_library(text)
         if self._first_lacking is None:
             return ids
         return [id for id in ids if id < self._first_lacking]
+
+    def prepare(self) -> None:
+        _ = self.library
 
     def _by_library(self, text: str) -> list[int]:
         ids: list[int]

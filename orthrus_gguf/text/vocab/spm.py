@@ -31,6 +31,9 @@ class SentencePiece:
         ids: list[int] = self._processor.encode(text)
         return ids
 
+    def prepare(self) -> None:
+        pass  # it is whole
+
     def token_bytes(self, text: str) -> bytes:
         return text.replace(_SPACE, " ").encode()
 

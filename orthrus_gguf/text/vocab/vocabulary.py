@@ -76,6 +76,9 @@ class Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def prepare(self) -> None:
+        """Whatever many or long texts need, now and not with the first of them."""
+
     def token_bytes(self, text: str) -> bytes: ...
 
 
