@@ -28,6 +28,8 @@ from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime import load
 from orthrus_gguf.runtime.cuda import buffers, memory_plan, presence
+from orthrus_gguf.runtime.cuda import cache as cache_module
+from orthrus_gguf.runtime.cuda import state as state_module
 from orthrus_gguf.runtime.cuda.cache import check_head_size
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.state import PENDING_ROWS, HybridCudaCache
@@ -201,6 +203,25 @@ def test_memory_is_what_is_said(model: CudaModel) -> None:
     cache.close()
     with pytest.raises(ValueError, match="closed"):
         model.logits([ar_segment(cache, [1], 0)])
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "line"),
+    [
+        (cache_module, "new_cache_planes", "a context of 99 tokens cannot be allocated on cpu"),
+        (state_module, "new_state", "a state of a hybrid cannot be allocated on cpu"),
+    ],
+)
+def test_memory_that_cannot_be_had(
+    model: CudaModel, monkeypatch: pytest.MonkeyPatch, module: Any, function: str, line: str
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory.\nTried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(module, function, full)
+    with pytest.raises(OrthrusError, match=rf"^{line}: out of memory\.; choose .*-c") as caught:
+        model.new_cache(99)
+    assert "\n" not in str(caught.value)
 
 
 def test_trees_and_rows_that_are_too_many(model: CudaModel) -> None:

@@ -4,7 +4,9 @@ against the block in numpy, and as graphs that run what was recorded."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ from orthrus_gguf.engine import Session
 from orthrus_gguf.request import Request
 from orthrus_gguf.runtime import load as load_module
 from orthrus_gguf.runtime.beside import ModelWithDrafter
+from orthrus_gguf.runtime.cuda import compile_ahead, compiling
 from orthrus_gguf.runtime.cuda.memory_plan import allocated
 from orthrus_gguf.runtime.cuda.model import CudaModel
 from orthrus_gguf.runtime.cuda.mtp import BlockRunner, CudaBlock
@@ -238,3 +241,29 @@ def test_auto_takes_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(block_of(model), CudaBlock)
         assert "cuda" in model.description
         model.close()
+
+
+def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that compiles finds the block, where it lies, and how many ids it drafts of."""
+    commands: list[Sequence[str]] = []
+    needed: list[Any] = []
+
+    def compiled(arguments: Sequence[str], what: str, say: Any) -> Any:
+        commands.append(arguments)
+        return nullcontext()
+
+    def launches(*arguments: Any) -> list[Any]:
+        needed.append(arguments)
+        return []
+
+    monkeypatch.setattr(compiling, "compiled", compiled)
+    monkeypatch.setattr(compile_ahead, "needed_launches", launches)
+    card: Any = SimpleNamespace(is_cuda=True, capability=86, name="a card")
+    for target, block in ((mtp_model(), None), (stock_model(), mtp_block())):
+        with opened_mtp(target, block, 100) as (file, beside):
+            with compiling.kernels_compiled(file, card, ("f16", "f16"), 64, print, beside):
+                assert compile_ahead.main(commands[-1]) == 0
+            *_, (config, tensors), ids = needed[-1]
+            assert ids == 100
+            assert config == replace(beside.config, name=config.name)
+            assert {*tensors} == {*beside.tensors}

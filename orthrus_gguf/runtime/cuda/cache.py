@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from orthrus_kernels.attention.kv_cache import (
@@ -69,6 +70,16 @@ def new_cache_planes(
     return keys, values
 
 
+@contextmanager
+def allocating(what: str, device: torch.device, advice: str) -> Iterator[None]:
+    """Memory that cannot be had is one line."""
+    try:
+        yield
+    except RuntimeError as error:  # torch's out-of-memory errors, on any device
+        reason = str(error).splitlines()[0]
+        raise OrthrusError(f"{what} cannot be allocated on {device}: {reason}; {advice}") from error
+
+
 class CudaCache:
     """See `protocol.Cache`. It needs no graph of its own: graphs find it through a table.
 
@@ -90,15 +101,9 @@ class CudaCache:
         most rows of a tree. OrthrusError if it cannot fit."""
         if capacity < 1:
             raise OrthrusError(f"a context of {capacity} tokens: expected at least 1")
-        device = anchor.device
-        try:
-            planes = new_cache_planes(config, type_k, type_v, capacity + spare, device)
-        except RuntimeError as error:  # torch's out-of-memory errors, on any device
-            raise OrthrusError(
-                f"a context of {capacity} tokens cannot be allocated on {device}: "
-                f"{str(error).splitlines()[0]}; choose a smaller one with -c, or smaller cache"
-                " types with -ctk and -ctv"
-            ) from error
+        advice = "choose a smaller one with -c, or smaller cache types with -ctk and -ctv"
+        with allocating(f"a context of {capacity} tokens", anchor.device, advice):
+            planes = new_cache_planes(config, type_k, type_v, capacity + spare, anchor.device)
         self.planes: tuple[KvPlanes, KvPlanes] | None = planes
         self.anchor = anchor
         self.entry = cache_entry(*planes, anchor)

@@ -18,11 +18,10 @@ from orthrus_kernels.recurrence.states import (
 )
 from torch import Tensor
 
-from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.checkpoints import Checkpoints
-from orthrus_gguf.runtime.cuda.cache import CudaCache
+from orthrus_gguf.runtime.cuda.cache import CudaCache, allocating
 from orthrus_gguf.runtime.cuda.device import Machine
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.recurrent import BACK, Records, Returning, RunPlan, record_count
@@ -75,14 +74,9 @@ class HybridCudaCache(Returning[State], CudaCache):
         """machine, lock: of the model. See `CudaCache`."""
         super().__init__(config, type_k, type_v, capacity, anchor, spare)
         self._shape = state_shape(config)
-        try:
+        advice = "choose a smaller context with -c, or fewer sequences at once"
+        with allocating("a state of a hybrid", anchor.device, advice):
             state = new_state(self._shape, anchor.device)
-        except RuntimeError as error:  # torch's out-of-memory errors, on any device
-            raise OrthrusError(
-                f"a state of a hybrid cannot be allocated on {anchor.device}: "
-                f"{str(error).splitlines()[0]}; choose a smaller context with -c, or fewer"
-                " sequences at once"
-            ) from error
         self.state: StateMemory | None = state
         self.state_entry = state_entry(state, anchor)
         self._machine, self._lock = machine, lock
