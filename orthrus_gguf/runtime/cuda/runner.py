@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from orthrus_kernels.attention.attention import Sight
 from orthrus_kernels.attention.kv_cache import Caches, KvPlanes
 from orthrus_kernels.elementwise.rows import Rows
 from orthrus_kernels.products.dispatch import Use
@@ -136,11 +137,15 @@ class PassRunner:
         mixed = row_range(b.mixed[layer.output[View.AR].layout], 0, total)
         launch.attention(
             q, caches, layer.place, b.block_keys, b.block_values, rows, table.tiles, b.scratch,
-            mixed, qkv if layer.heads.gated else None,
+            mixed, qkv if layer.heads.gated else None, self.sight(layer),
         )  # fmt: skip
         sums = b.attention_sums[:, :total]
         self._by_view(mixed, layer.output, sums, ar)
         return sums
+
+    def sight(self, layer: Layer) -> Sight | None:
+        """What cuts that which rows see in a layer of attention: nothing."""
+        return None
 
     def _remember(
         self, table: Table, rows: Rows, layer: Layer, index: int, x: Tensor, partials: Tensor | None
