@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton")
 
 from gguf import GGMLQuantizationType as T
-from mtp_models import mtp_model, stock_model
+from mtp_models import mtp_model
+from orthrus_hybrid import heads_model
 from synthetic_model import model_shape, write_drafter, write_model
 
 from orthrus_gguf.ggml.library import load_library
@@ -85,9 +86,9 @@ def test_chains_of_an_mtp_block() -> None:
 
 @pytest.mark.slow
 def test_a_hybrid() -> None:
-    """Both kinds of layers, records, a tree, two sequences."""
-    errors = json.loads(interpreted("cuda_hybrid_interpreted.py", stock_model()).splitlines()[-1])
-    assert len(errors) == 5
+    """Both kinds of layers, both views of them, records, a tree, two sequences."""
+    errors = json.loads(interpreted("cuda_hybrid_interpreted.py", heads_model()).splitlines()[-1])
+    assert len(errors) == 8
     assert max(errors) < 1e-6, errors
 
 

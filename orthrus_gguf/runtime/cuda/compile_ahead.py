@@ -239,11 +239,12 @@ def usual_passes(model: CudaModel, prompt_rows: int) -> Iterator[list[Segment]]:
         for width in BUCKETS:
             if width > (config.block_size or 0):
                 break
-            block = diffusion_segment(a, 0, config.mask_token, width, CONTEXT, draw=detail)
-            yield [block]
-            for count in BUCKETS:
+            for count in (0, *BUCKETS):
                 if width + count <= most:
-                    yield [rows(count), block]
+                    block = diffusion_segment(
+                        a, 0, config.mask_token, width, CONTEXT + count, draw=detail
+                    )
+                    yield [rows(count), block] if count else [block]
 
 
 def compile_launch(launch: Launch) -> tuple[str, str | None]:
