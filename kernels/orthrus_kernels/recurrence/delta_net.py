@@ -316,7 +316,6 @@ def _recur(
     count = tl.load(run + 1)
     apply_first = tl.load(run + 5)
     apply_stop = tl.load(run + 6)
-    keeps = tl.load(run + 8)
     if count + apply_stop - apply_first == 0:
         return
     CHANNELS: tl.constexpr = (2 * KEYS + VALUES) * D
@@ -337,7 +336,7 @@ def _recur(
             begun, records, slots, apply_first, apply_stop, head, key, i, j,
             KEYS, VALUES, D, COLUMNS, SIZE,
         )  # fmt: skip
-        if keeps >= 0:
+        if tl.load(run + 8) >= 0:
             tl.store(at_source, begun)
             tl.store(at_stamp, stamp)
 
@@ -366,7 +365,7 @@ def _recur(
         if slot >= 0:
             own = records + slot.to(tl.int64) * SIZE + CHANNELS
             tl.store(own + (KEYS + head) * D + j, delta)
-    if keeps > 0:
+    if tl.load(run + 8) > 0:  # loaded again: no register is left to keep it in
         tl.store(within + tl.load(run + 4) * plane, tile)
 
 
