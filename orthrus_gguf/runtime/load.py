@@ -165,13 +165,7 @@ def _check_kinds(file: ModelFile, name: RuntimeName, drafter: DrafterFile | MtpF
             f"{drafter.paths[0]}: MTP blocks do not run on --runtime {name.value} yet; use"
             " --runtime cpu, or --no-mtp"
         )
-    hybrid = file.config.hybrid is not None
-    if isinstance(drafter, DrafterFile) and hybrid and name is RuntimeName.CUDA:
-        raise OrthrusError(
-            f"{drafter.paths[0]}: drafters of {file.config.architecture.name} models do not run on"
-            f" --runtime {name.value} yet; use --runtime cpu, or leave it out"
-        )
-    if hybrid and name is RuntimeName.GGML:
+    if file.config.hybrid is not None and name is RuntimeName.GGML:
         raise OrthrusError(
             f"{file.paths[0]}: models of architecture {file.config.architecture.name} do not run on"
             f" --runtime {name.value} yet; use --runtime cpu"
@@ -259,11 +253,6 @@ def _load_cuda(
     say: Callable[[str], None],
     drafter: DrafterFile | MtpFile | None,
 ) -> Model:
-    if isinstance(drafter, DrafterFile) and drafter.window is not None:
-        raise OrthrusError(
-            f"--drafter {drafter.paths[0]}: sliding windows do not run on --runtime cuda yet; use"
-            " --runtime cpu, or leave it out"
-        )
     reason = why_unusable(settings.device)
     if reason is not None:
         raise OrthrusError(f"--runtime cuda cannot run here: {reason}")

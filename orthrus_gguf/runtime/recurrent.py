@@ -43,7 +43,7 @@ class RunPlan:
     before them, but begin from the committed state and these records.
     advance: the state behind the last row is kept, apart from the committed one, and there are no
     records to tell its rows apart by. begins: it is the first piece to do so. reach: rows that are
-    pending then.
+    pending then. ahead: it begins from such a state.
     """
 
     apply: Sequence[int]
@@ -53,6 +53,7 @@ class RunPlan:
     advance: bool = False
     begins: bool = False
     reach: int = 0
+    ahead: bool = False
 
 
 class Records:
@@ -98,13 +99,14 @@ class Records:
             order = range(count) if order is None else order
             records = records[list(order)]  # of the segment's rows, in the order of the pass
             back = _branches(before, segment.parents, order, new, replays)
-        begins = advance and piece.first == 0
+        begins, ahead = advance and piece.first == 0, self.ahead is not None
         reach = piece.first + count
-        return RunPlan(list(self.accepted), records, back, replays, advance, begins, reach)
+        return RunPlan(list(self.accepted), records, back, replays, advance, begins, reach, ahead)
 
     def plan_block(self, start: int, length: int, count: int, shared: RunPlan | None) -> RunPlan:
         """What to do with `count` rows of a block behind the first `start`, of which `length` are
-        committed: it begins from the state of those, which it leaves as it is.
+        committed: it begins from the state of those, which it leaves as it is: what it applies is
+        for its own rows.
 
         shared: of AR rows of this sequence in the same pass, which run before the block does.
         Raises ValueError where the state before `start` is not at hand.
@@ -115,14 +117,15 @@ class Records:
         elif shared is not None:
             rows = [*rows, *shared.records.tolist()]
         if ahead is None:
-            known = 0 <= pending <= len(rows)
-            replayed = [*(() if shared else self.accepted), *rows[: max(pending, 0)]]
-            window = [*self.window, *rows[: max(pending, 0)]][-BACK:]
+            known, replayed = 0 <= pending <= len(rows), rows[: max(pending, 0)]
+            window = [*self.window, *replayed][-BACK:]
         else:
             known, replayed, window = pending == reach, [], ahead
         if not known:
             raise ValueError(f"no state at {start}: {length} rows are committed")
-        return RunPlan([], np.full(count, -1, np.int32), _look_back(count, window), {0: replayed})
+        apply, none = [] if shared else list(self.accepted), np.full(count, -1, np.int32)
+        back, begins_ahead = _look_back(count, window), ahead is not None
+        return RunPlan(apply, none, back, {0: replayed}, ahead=begins_ahead)
 
     def _window_behind(self, plan: RunPlan) -> list[int]:
         """Of a state that a plan advances."""

@@ -3,7 +3,8 @@
     TRITON_INTERPRET=1 python cuda_hybrid_interpreted.py FILE
 
 Squared error over squared norm of logits against the stand-ins, pass by pass: a prompt, drafts of
-which some stay, a tree, what follows a path of it, and another sequence beside that.
+which some stay, a tree, what follows a path of it, and another sequence beside that; then blocks
+behind accepted rows, one of them behind a row of its pass.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.kernels import STAND_INS, TRITON, Kernels
 from orthrus_gguf.runtime.cuda.model import CudaModel
-from orthrus_gguf.runtime.protocol import ar_segment
+from orthrus_gguf.runtime.protocol import ar_segment, diffusion_segment
 
 
 def results(path: str, kernels: Kernels) -> list[NDArray[np.float32]]:
@@ -37,6 +38,10 @@ def results(path: str, kernels: Kernels) -> list[NDArray[np.float32]]:
             found += model.logits([ar_segment(cache, tokens, cache.length, parents=tree)])
             cache.commit(kept)
         found += model.logits([ar_segment(cache, [6], 5), ar_segment(other, [11], 0)])
+        cache.commit([0])
+        mask = model.config.mask_token or 0
+        blocks = [diffusion_segment(cache, 9, mask, 2, start) for start in (6, 7)]
+        found += model.logits([ar_segment(cache, [9], 6), *blocks])
         return found
 
 

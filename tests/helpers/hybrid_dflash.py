@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
-from drafters import loaded_pair
+from drafters import loaded_pair, stand_in_pair
 from hf_checkpoint import Weights, write_safetensors
 from hf_hybrid import MLP, VOCAB, WIDTH
 from make_file import make_file
@@ -128,8 +128,15 @@ def dflash_file(kind: str, type_name: str = "f32") -> Path:
 def loaded_dflash(
     runtime: RuntimeName, kind: str = "causal", type_name: str = "f32", **settings: Any
 ) -> Iterator[ModelWithDrafter]:
-    """The model with the drafter beside it."""
+    """The model with the drafter beside it; of the CUDA runtime, the stand-ins."""
     file = dflash_file(kind, type_name)
+    if runtime is RuntimeName.CUDA:
+        from cuda_models import FakeGraphs, small_heads
+
+        pair = stand_in_pair(stock_model(), file, capture=FakeGraphs(), **settings)
+        with small_heads(), pair as model:
+            yield model
+        return
     with loaded_pair(stock_model(), file, runtime, **settings) as model:
         yield model
 

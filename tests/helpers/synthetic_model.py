@@ -157,9 +157,15 @@ def write_model(
 
 
 def write_drafter(
-    api: Ggml, path: Path, config: ModelConfig, rule: TypeRule, taps: tuple[int, ...]
+    api: Ggml,
+    path: Path,
+    config: ModelConfig,
+    rule: TypeRule,
+    taps: tuple[int, ...],
+    window: int | None = None,
 ) -> None:
-    """Write a drafter of this shape, without tokens, that reads the inputs of layers `taps`."""
+    """Write a drafter of this shape, without tokens, that reads the inputs of layers `taps`.
+    window: that its first layer has."""
     assert config.block_size is not None
     assert config.mask_token is not None
     writer = gguf.GGUFWriter(path, "dflash")
@@ -168,6 +174,9 @@ def write_drafter(
     writer.add_uint32(keys.DFLASH_BLOCK_SIZE, config.block_size)
     writer.add_uint32(keys.MASK_TOKEN_ID, config.mask_token)
     writer.add_array(keys.DFLASH_TARGET_LAYERS, list(taps))
+    if window is not None:
+        writer.add_sliding_window(window)
+        writer.add_sliding_window_pattern([not i for i in range(config.n_layers)])
     _write_tensors(api, writer, config, drafter_tensors(config, len(taps)), rule, 1)
 
 

@@ -25,6 +25,7 @@ from orthrus_kernels.attention.attention import (
     NO_EDGE,
     AttentionScratch,
     Run,
+    Sight,
     Tiles,
     attention,
     new_attention_scratch,
@@ -48,7 +49,8 @@ ANCHOR = torch.zeros(64, dtype=torch.uint8)
 class Case:
     """Rows of a pass in one layer of caches, and a scratch, in which every unwritten number is NaN.
 
-    sequence: of each row, an index into `caches`. runs: by default one per sequence.
+    sequence: of each row, an index into `caches`. runs: by default one per sequence. positions: of
+    rows, where a `sight` asks for them.
     """
 
     q: Tensor
@@ -61,6 +63,8 @@ class Case:
     sequence: tuple[int, ...] = ()
     runs: tuple[Run, ...] = ()
     layer: int = 1
+    positions: tuple[int, ...] = ()
+    sight: Sight | None = None
 
     @property
     def keys(self) -> KvPlanes:
@@ -113,10 +117,11 @@ class Case:
             visible=self.visible,
             block_first=self.block_first,
             block_stop=self.block_stop,
+            positions=self.positions or [0] * len(self.q),
         )
         function(
             self.q, caches, self.layer, self.block_keys, self.block_values, rows,
-            self.tiles(window), scratch, out,
+            self.tiles(window), scratch, out, sight=self.sight,
         )  # fmt: skip
 
     def row(self, i: int) -> Case:
@@ -262,6 +267,33 @@ def test_lanes_come_round(length: int) -> None:
     """Every lane holds several chunks beyond LANES * CHUNK positions."""
     case = make("f16", 64, [length, 5, length + 1], group=2)
     assert nmse(run(case), exact(case)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("length", "back"), mostly_slow([(PERIOD + 90, 70)], [(PERIOD + 90, PERIOD), (5, 5), (90, 86)])
+)
+def test_sliding_windows(length: int, back: int) -> None:
+    """Blocks of two lengths, whose rows see the last positions only, against softmax attention to
+    those."""
+    rows, spans = [length] * 2 + [length - 3], [(0, 2)] * 2 + [(2, 3)]
+    positions = (length, length + 1, length - 3)
+    case = make("f16", 64, rows, spans, group=1)
+    every = exact(case)
+    for causal in (True, False):
+        sliding = dataclasses.replace(case, positions=positions, sight=Sight(back, causal))
+        found = exact(sliding)
+        assert nmse(run(sliding), found) < 1e-6
+        keys, values = (planes.values[:, :length].double() for planes in (case.keys, case.values))
+        for row, (first, stop) in enumerate(spans):
+            since = max(positions[row] + 1 - back, 0)
+            end = row + 1 if causal else stop
+            k, v = (
+                torch.cat([cached[0, since : rows[row]], block.values[0, first:end].double()])
+                for cached, block in ((keys, case.block_keys), (values, case.block_values))
+            )
+            seen = (case.q[row].double() @ k.T / 8).softmax(-1) @ v
+            torch.testing.assert_close(found[row], seen.flatten())
+        assert not torch.allclose(found[0], every[0], atol=1e-3)
 
 
 @pytest.mark.parametrize(("heads", "group"), mostly_slow([(1, 5), (2, 8)], [(1, 1), (3, 1)]))

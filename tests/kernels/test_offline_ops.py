@@ -108,7 +108,7 @@ for kernel in (
         check=True,
     )
     free = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    assert free["_parts"] == ["layer", "block_capacity", "packed", "lanes"]
+    assert free["_parts"] == ["layer", "block_capacity", "packed", "lanes", "back"]
     assert free["_combine"] == ["packed", "lanes", "part_rows"]
     assert free["_residual_norm"] == ["part_rows"]
     assert free["_finish_qkv"] == ["part_rows", "layer", "block_capacity"]

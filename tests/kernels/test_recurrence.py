@@ -4,6 +4,7 @@ recurrence written out row by row."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import numpy as np
@@ -39,9 +40,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 INPUTS = random(2, 24, SHAPE.channels + INNER, seed=1)
 GATES = random(4, 24, 2 * SHAPE.value_heads, seed=2)
-TAPS = random(SHAPE.channels, 4, seed=3)
-A, DT = -random(SHAPE.value_heads, seed=4).exp(), random(SHAPE.value_heads, seed=5)
-NORM = random(32, seed=6)
+#: Of both views.
+TAPS = random(2, SHAPE.channels, 4, seed=3)
+A, DT = -random(2, SHAPE.value_heads, seed=4).exp(), random(2, SHAPE.value_heads, seed=5)
+NORM = random(2, 32, seed=6)
 
 
 def states_of(*held: StateMemory) -> States:
@@ -73,14 +75,20 @@ def in_order(count: int) -> dict[str, list[int]]:
 
 
 def through(
-    kernels: ModuleType, states: States, runs: Runs, first: int, sequences: Sequence[int]
+    kernels: ModuleType,
+    states: States,
+    runs: Runs,
+    first: int,
+    sequences: Sequence[int],
+    blocks: Sequence[int] = (),
 ) -> Tensor:
-    """What rows of INPUTS give, from `first` on; unused ones among them have the sequence -1."""
+    """What rows of INPUTS give, from `first` on; unused ones among them have the sequence -1.
+    blocks: those of the diffusion view, whose run is the last one."""
     count = len(sequences)
     inputs, gates = INPUTS[:, first : first + count], GATES[:, first : first + count]
     rows = rows_of(
         count,
-        views=[-(sequence < 0) for sequence in sequences],
+        views=[-(sequence < 0) + (row in blocks) for row, sequence in enumerate(sequences)],
         sequences=[max(sequence, 0) for sequence in sequences],
     )
     mixed = torch.full((count, SHAPE.channels), 9.0)
@@ -89,7 +97,9 @@ def through(
     kernels.convolve(
         inputs, gates, TAPS, A, DT, rows, runs, states, LAYER, mixed, strengths
     )  # fmt: skip
-    kernels.recur(mixed, strengths, runs, states, LAYER, out)
+    for table in runs.table.split([len(runs.table) - bool(blocks), int(bool(blocks))]):
+        if len(table):
+            kernels.recur(mixed, strengths, replace(runs, table=table), states, LAYER, out)
     return out
 
 
@@ -118,13 +128,13 @@ def test_rows_written_out() -> None:
     size, keys = SHAPE.head_dim, SHAPE.key_heads
     memory = np.zeros((SHAPE.value_heads, size, size))
     for row in range(count):
-        total = (u[row : row + 4].T * TAPS.numpy()).sum(1)
+        total = (u[row : row + 4].T * TAPS[0].numpy()).sum(1)
         heads = (total / (1 + np.exp(-total))).reshape(-1, size)
         norms = np.sqrt((heads[: 2 * keys] ** 2).sum(1, keepdims=True) + 1e-6)
         q, k = np.split(heads[: 2 * keys] / norms, 2)
         for h in range(SHAPE.value_heads):
-            step = np.log1p(np.exp(alpha[row, h] + float(DT[h])))
-            memory[h] *= np.exp(float(A[h]) * step)
+            step = np.log1p(np.exp(alpha[row, h] + float(DT[0, h])))
+            memory[h] *= np.exp(float(A[0, h]) * step)
             own, v = k[h % keys], heads[2 * keys + h]
             delta = (v - own @ memory[h]) / (1 + np.exp(-beta[row, h]))
             memory[h] += np.outer(own, delta)
@@ -217,6 +227,40 @@ def test_a_record_does_what_its_row_did() -> None:
     assert equal(again, state)
 
 
+def test_a_block_behind_rows_of_its_pass() -> None:
+    """Behind one of two rows, whose records are not there before the pass: what it gives behind
+    them alone, to the bit, whether what was accepted has become part of the state or not; and
+    nothing stays of it."""
+    slots, begin, state, other = [8, 9, 3], [0, 2, 0, 0, 1, 0, 2, 1, 0], begun(), begun()
+
+    def run_of(first: int) -> list[int]:
+        return [first, 2, 0, 0, 1, 0, 2, 1, -1]
+
+    pair = runs_of(
+        4, [begin, run_of(2)], slots, record=[3, 4, -1, -1],
+        back_1=[-3, 0, 0, 2], back_2=[-2, -3, -3, 0], back_3=[-1, -2, -2, -3],
+        replay_first=[-1, -1, 2, -1], replay_stop=[0, 0, 3, 0],
+    )  # fmt: skip
+    found, wanted = (
+        through(kernels, states_of(held), pair, 0, [0] * 4, (2, 3))
+        for kernels, held in ((KERNELS, state), (TWINS, other))
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5)
+    single = runs_of(
+        2, [run_of(0)], slots, back_1=[-4, 0], back_2=[-3, -4], back_3=[-2, -3],
+        replay_first=[2, -1], replay_stop=[3, 0],
+    )  # fmt: skip
+    for applied in (True, False):
+        if not applied:  # as behind a pass that broke off
+            state.memory.copy_(begun().memory)
+            state.stamps.zero_()
+        before = StateMemory(*(part.clone() for part in vars(state).values()))
+        assert torch.equal(
+            through(KERNELS, states_of(state), single, 2, [0] * 2, (0, 1)), found[2:]
+        )
+        assert equal(state, before)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_gated_norm(int8: bool) -> None:
     x = random(5, INNER, seed=12)
@@ -227,11 +271,12 @@ def test_gated_norm(int8: bool) -> None:
 
 
 def normed_by(kernels: ModuleType, x: Tensor, *, int8: bool) -> Tensor:
-    """Rows as floats, in their order."""
+    """Rows as floats, in their order: two of the AR view, two of the other, an unused one."""
+    pass_rows = rows_of(5, views=[0, 0, 1, 1, -1])
     if int8:
         rows = new_int8_rows(5, INNER, "cpu")
-        kernels.gated_norm(x, INPUTS[:, :5], SHAPE.channels, NORM, 1e-6, rows)
+        kernels.gated_norm(x, INPUTS[:, :5], SHAPE.channels, NORM, 1e-6, pass_rows, rows)
         return (rows.quants.float() * rows.scales[..., None]).flatten(1)
     halves = new_f16_rows(5, INNER, "cpu")
-    kernels.gated_norm(x, INPUTS[:, :5], SHAPE.channels, NORM, 1e-6, halves)
+    kernels.gated_norm(x, INPUTS[:, :5], SHAPE.channels, NORM, 1e-6, pass_rows, halves)
     return deinterleave(halves, INNER).float()

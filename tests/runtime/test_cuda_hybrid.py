@@ -24,7 +24,6 @@ from orthrus_kernels.elementwise.activations import padded_columns
 from torch import Tensor
 
 from orthrus_gguf.errors import OrthrusError
-from orthrus_gguf.model.drafter import DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime import load
 from orthrus_gguf.runtime.cuda import buffers, memory_plan, presence
@@ -250,23 +249,10 @@ def test_auto_takes_what_serves_the_file(monkeypatch: pytest.MonkeyPatch) -> Non
     hybrid = config.hybrid
     assert hybrid is not None
     odd = replace(config, hybrid=replace(hybrid, head_dim=48))
-    heads = replace(config, block_size=16, mask_token=3)
-    for other, why in ((odd, "DeltaNet heads of 48"), (heads, "diffusion heads of qwen35")):
-        assert resolve(RuntimeSettings(), said.append, other).name is RuntimeName.CPU
-        line = said.pop()
-        assert line.startswith("running on the CPU: ")
-        assert why in line
-        assert "\n" not in line
-        with pytest.raises(OrthrusError, match="use --runtime cpu"):
-            check_head_size(other)
-
-
-def test_drafters_beside_it_wait() -> None:
-    """One line for DFlash drafters, before anything is loaded."""
-    dflash = DrafterFile.__new__(DrafterFile)
-    dflash.paths = (Path("drafter.gguf"),)
-    with (
-        ModelFile.open(stock_model()) as file,
-        pytest.raises(OrthrusError, match=r"drafters of qwen35 models.*run on --runtime cuda"),
-    ):
-        load.load_model(file, RuntimeSettings(RuntimeName.CUDA), drafter=dflash)
+    assert resolve(RuntimeSettings(), said.append, odd).name is RuntimeName.CPU
+    line = said.pop()
+    assert line.startswith("running on the CPU: ")
+    assert "DeltaNet heads of 48" in line
+    assert "\n" not in line
+    with pytest.raises(OrthrusError, match="use --runtime cpu"):
+        check_head_size(odd)

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton")
 
 from gguf import GGMLQuantizationType as T
-from mtp_models import mtp_model, stock_model
+from mtp_models import mtp_model
+from orthrus_hybrid import heads_model
 from synthetic_model import model_shape, write_drafter, write_model
 
 from orthrus_gguf.ggml.library import load_library
@@ -53,7 +54,8 @@ def interpreted(script: str, *arguments: object) -> str:
 
 def test_a_drafters_network(tmp_path: Path) -> None:
     """Keys and values of committed rows, in two parts, and the logits of a block that sees them:
-    features and attention's output from int8 activations, q, k and v of mixed types."""
+    features and attention's output from int8 activations, q, k and v of mixed types, a causal
+    window."""
     config = model_shape(
         n_layers=1, n_embd=64, n_ff=64, n_head=2, n_head_kv=1, n_vocab=64, block_size=4
     )
@@ -64,7 +66,7 @@ def test_a_drafters_network(tmp_path: Path) -> None:
 
     files = (tmp_path / "tiny.gguf", tmp_path / "drafter.gguf")
     write_model(api, files[0], config, rule)
-    write_drafter(api, files[1], config, rule, (1, 1))
+    write_drafter(api, files[1], config, rule, (1, 1), window=4)
     found = json.loads(interpreted("cuda_drafter_interpreted.py", *files, 86))
     assert set(found) == {"keys", "values", "block"}
     assert max(found.values()) < 1e-4, found
@@ -84,9 +86,9 @@ def test_chains_of_an_mtp_block() -> None:
 
 @pytest.mark.slow
 def test_a_hybrid() -> None:
-    """Both kinds of layers, records, a tree, two sequences."""
-    errors = json.loads(interpreted("cuda_hybrid_interpreted.py", stock_model()).splitlines()[-1])
-    assert len(errors) == 5
+    """Both kinds of layers, both views of them, records, a tree, two sequences."""
+    errors = json.loads(interpreted("cuda_hybrid_interpreted.py", heads_model()).splitlines()[-1])
+    assert len(errors) == 8
     assert max(errors) < 1e-6, errors
 
 

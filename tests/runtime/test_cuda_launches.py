@@ -21,6 +21,7 @@ from cuda_models import small_heads
 from gguf import GGMLQuantizationType as T
 from mtp_models import mtp_model, opened_mtp
 from numpy.typing import NDArray
+from orthrus_hybrid import heads_model
 from synthetic_model import model_shape, write_drafter, write_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from orthrus_gguf.ggml.library import load_library
 from orthrus_gguf.gguf.parts import open_gguf
+from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.runtime.cuda.buffers import new_buffers
 from orthrus_gguf.runtime.cuda.compile_ahead import empty_block, empty_model, empty_network
@@ -298,6 +300,28 @@ def test_how_many_launches_a_prompt_takes(model: CudaModel, device: Device) -> N
             )
         assert len(device.launches) == 10 * LAYERS + 5
         assert watch.kernels == 4 * LAYERS, "the library's products, and nothing else"
+
+
+def test_passes_of_a_hybrid(device: Device) -> None:
+    """Both views of a hybrid: one upload and one download as well, and nothing in between. A view
+    adds its products, and in DeltaNet layers the recurrence of what may need the other's records.
+    """
+    with small_heads(), ModelFile.open(heads_model()) as file:
+        model = empty_model(file.config, file.tensors, device.machine)
+        cache = model.new_cache(64)
+    cache.assume(20)
+    nets, draw = model.config.layer_kinds.count(LayerKind.DELTA_NET), Draw(GREEDY, list(range(25)))
+    rows = ar_segment(cache, range(4), 20, draw=draw)
+    blocks = [diffusion_segment(cache, 7, 261, 8, start, draw=draw) for start in (20, 22)]
+    counts = {}
+    for name, segments in (("rows", [rows]), ("block", blocks[:1]), ("both", [rows, *blocks])):
+        with watched(device) as watch:
+            model.forward(segments)
+        assert (watch.uploads, device.downloads, watch.kernels) == (1, 1, 0)
+        assert device.launches.count("_recur") == nets * (1 + (name == "both"))
+        counts[name] = len(device.launches)
+    assert counts["rows"] == counts["block"]
+    assert counts["both"] == counts["rows"] + 2 * model.config.n_layers + nets
 
 
 def test_passes_of_a_drafters_network(model: CudaModel, device: Device, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ Rows of one sequence that follow one another are a *run*. A table (`Tiles`) says
 works on, so that no program reads keys of two sequences. A run may be a branch of a tree, whose
 rows see the cache up to the column `edge` and from there on columns that lie `shift` further: where
 each key lies is data, too, while the order in which keys are summed follows from the column alone.
+In layers with a sliding window (`Sight`) what a row sees is cut further, by its position.
 
 The rows x query heads of one kv head are packed into tiles of `tile` rows, so that keys are read
 once for all of them. The cache is cut into chunks of CHUNK positions, dealt in turn to LANES
@@ -139,6 +140,16 @@ class Tiles:
     windows: tuple[tuple[int, int, int, int], ...]
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What the rows of blocks see in layers with a sliding window: their own position and those
+    before it, `back` in all, at least as many as a block has; of their block those behind them as
+    well, unless it is causal."""
+
+    back: int
+    causal: bool
+
+
 def tile_entries(runs: Sequence[Run], group: int, head_dim: int) -> list[tuple[int, ...]]:
     """The table of the tiles of some runs. group: query heads per key/value head."""
     tile, _ = attention_tile(head_dim)
@@ -160,6 +171,7 @@ def attention(
     scratch: AttentionScratch,
     out: Tensor | Int8Rows,
     gates: Tensor | None = None,
+    sight: Sight | None = None,
 ) -> None:
     """Softmax attention of every row, scaled by 1 / sqrt(head_dim).
 
@@ -170,6 +182,7 @@ def attention(
     out: f16 rows of n_head * head_dim columns, or int8 rows (head_dim a multiple of 32).
     gates: f32 partials of gated queries, as `finish_qkv` reads them: a head's output is multiplied
     by the sigmoid of its gate.
+    sight: of the layer; None where rows see all that `rows` says.
     """
     n_head, head_dim = q.shape[1:]
     group = n_head // caches.heads
@@ -187,12 +200,14 @@ def attention(
             rows.visible[first:],
             rows.block_first[first:],
             rows.block_stop[first:],
+            rows.positions[first:],
             scratch.sums,
             scratch.stats,
             layer,
             block_keys.capacity,
             packed,
             lanes,
+            0 if sight is None else sight.back,
             LOG2_E / head_dim**0.5,
             HEADS=caches.heads,
             GROUP=group,
@@ -203,6 +218,8 @@ def attention(
             CHUNK=CHUNK,
             K_FORMAT=FORMATS[caches.type_k],
             V_FORMAT=FORMATS[caches.type_v],
+            SLIDING=sight is not None,
+            CAUSAL=sight is not None and sight.causal,
             num_warps=warps,
             num_stages=STAGES,
             enable_fp_fusion=False,
@@ -262,7 +279,7 @@ def _step(
 
 
 # Not specialized on what varies between passes: they must all run one and the same compiled kernel.
-@triton.jit(do_not_specialize=["layer", "block_capacity", "packed", "lanes"])
+@triton.jit(do_not_specialize=["layer", "block_capacity", "packed", "lanes", "back"])
 def _parts(
     q,
     tiles,
@@ -276,12 +293,14 @@ def _parts(
     visible,
     block_first,
     block_stop,
+    positions,
     sums,
     stats,
     layer,
     block_capacity,
     packed,
     lanes,
+    back,
     scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -292,6 +311,8 @@ def _parts(
     CHUNK: tl.constexpr,
     K_FORMAT: tl.constexpr,
     V_FORMAT: tl.constexpr,
+    SLIDING: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Program (kv head, tile, lane): one lane's softmax; the last one is the block's."""
     begin()
@@ -340,7 +361,12 @@ def _parts(
     sum_low = tl.zeros((TILE, LOW), tl.float32)
     sum_high = tl.zeros((TILE, HIGH), tl.float32)
 
-    for t in range(tiles):
+    begins = 0
+    if SLIDING:
+        position = tl.load(positions + row, mask=used, other=0)
+        since = tl.maximum(position + 1 - back, 0)
+        begins = tl.min(tl.where(used, since, 1 << 30), 0) // period * (CHUNK // KEYS)
+    for t in range(begins, tiles):
         at = (t // (CHUNK // KEYS)) * period + lane * CHUNK + (t % (CHUNK // KEYS)) * KEYS
         column = at + n
         there = column < end
@@ -352,6 +378,8 @@ def _parts(
             v_values, v_scales, cache_base, place, there, KEYS, LOW, HIGH, V_FORMAT
         )
         seen = column[None, :] < sees[:, None]
+        if SLIDING:
+            seen &= column[None, :] >= since[:, None]
         top, total, sum_low, sum_high = _step(
             q_low, q_high, k_low, k_high, v_low, v_high, seen, scale, top, total, sum_low, sum_high
         )
@@ -362,6 +390,8 @@ def _parts(
         v_low, v_high = load_halves(block_v, block_v, base, at + n, there, KEYS, LOW, HIGH, 0)
         j = (at + n)[None, :]
         seen = (j >= first[:, None]) & (j < stop[:, None])
+        if CAUSAL:
+            seen &= sees[:, None] + j - first[:, None] <= position[:, None]
         top, total, sum_low, sum_high = _step(
             q_low, q_high, k_low, k_high, v_low, v_high, seen, scale, top, total, sum_low, sum_high
         )

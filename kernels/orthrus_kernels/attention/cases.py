@@ -21,11 +21,11 @@ def _planes(type_name: str) -> dict[str, str]:
     }
 
 
-def _attention_case(type_name: str, head_dim: int) -> KernelCase:
+def _attention_case(type_name: str, head_dim: int, *, sliding: bool = False) -> KernelCase:
     tile, warps = attention.attention_tile(head_dim)
     low, high = halves(head_dim)
     return KernelCase(
-        f"attention {type_name} d={head_dim}",
+        f"attention {type_name} d={head_dim}" + (" sliding" if sliding else ""),
         attention._parts,
         {
             "q": "*fp16",
@@ -36,12 +36,14 @@ def _attention_case(type_name: str, head_dim: int) -> KernelCase:
             "visible": "*i32",
             "block_first": "*i32",
             "block_stop": "*i32",
+            "positions": "*i32",
             "sums": "*fp32",
             "stats": "*fp32",
             "layer": "i32",
             "block_capacity": "i32",
             "packed": "i32",
             "lanes": "i32",
+            "back": "i32",
             "scale": "fp32",
         },
         {
@@ -54,6 +56,8 @@ def _attention_case(type_name: str, head_dim: int) -> KernelCase:
             "CHUNK": attention.CHUNK,
             "K_FORMAT": FORMATS[type_name],
             "V_FORMAT": FORMATS[type_name],
+            "SLIDING": sliding,
+            "CAUSAL": sliding,
         },
         num_warps=warps,
         num_stages=attention.STAGES,
@@ -155,6 +159,7 @@ CASES: tuple[KernelCase, ...] = (
         for head_dim in HEAD_DIMS
         if type_name == "f16" or head_dim % QBLOCK == 0
     ),
+    *(_attention_case(type_name, 128, sliding=True) for type_name in FORMATS),
     *(_combine_case(int8) for int8 in (False, True)),
     *(_combine_case(int8, head_dim=256, gate_splits=2) for int8 in (False, True)),
     *(_qkv_case(type_name) for type_name in FORMATS),

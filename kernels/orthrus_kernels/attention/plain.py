@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from orthrus_kernels.attention.attention import AttentionScratch, Tiles
+from orthrus_kernels.attention.attention import AttentionScratch, Sight, Tiles
 from orthrus_kernels.attention.finish_qkv import HeadWeights
 from orthrus_kernels.attention.kv_cache import QBLOCK, Caches, KvPlanes, dequantize_planes
 from orthrus_kernels.elementwise.activation_rows import Int8Rows
@@ -25,6 +25,7 @@ def attention(
     scratch: AttentionScratch,
     out: Tensor | Int8Rows,
     gates: Tensor | None = None,
+    sight: Sight | None = None,
 ) -> None:
     """See `orthrus_kernels.attention.attention.attention`; `scratch` is not used."""
     count, n_head, head_dim = q.shape
@@ -40,8 +41,11 @@ def attention(
             reach += torch.where(reach >= edge, shift, 0)
             keys, values = (_seen(planes.layer(layer), reach) for planes in caches.held[sequence])
             for row in range(first + run, last):
-                seen = slice(0, int(rows.visible[row]))
+                sees, position = int(rows.visible[row]), int(rows.positions[row])
                 start, stop = int(rows.block_first[row]), int(rows.block_stop[row])
+                seen = slice(0 if sight is None else max(position + 1 - sight.back, 0), sees)
+                if sight is not None and sight.causal:
+                    stop = min(stop, start + position + 1 - sees)
                 block = slice(start, max(start, stop))
                 k = torch.cat([keys[:, seen], block_keys.values[:, block].double()], dim=1)
                 v = torch.cat([values[:, seen], block_values.values[:, block].double()], dim=1)

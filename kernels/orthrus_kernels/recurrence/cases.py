@@ -64,6 +64,7 @@ def _norm_case(int8: bool) -> KernelCase:
         delta_net._gated_norm,
         {
             **dict.fromkeys(("x", "gates", "weight"), "*fp32"),
+            "views": "*i32",
             "part_rows": "i32",
             "part_stride": "i32:16",
             "eps": "fp32",

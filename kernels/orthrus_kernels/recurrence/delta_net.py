@@ -46,11 +46,12 @@ def convolve(
     mixed: Tensor,
     strengths: Tensor,
 ) -> None:
-    """The convolution of all AR rows, and what the recurrence needs beside; records of the rows
+    """The convolution of all rows, and what the recurrence needs beside; records of the rows
     that have one, but for their delta.
 
     inputs: f32 partials [splits, rows, at least channels], q | k | v. gates: f32 partials [splits,
-    rows, 2 value heads], alpha | beta. taps: f32 [channels, 4]. a, dt: f32 [value heads].
+    rows, 2 value heads], alpha | beta. taps: f32 [views, channels, 4]. a, dt: f32 [views, value
+    heads]. A row has those of its view.
     mixed: f32 [rows, channels], q and k of length 1 / sqrt(head_dim) and 1. strengths: f32 [rows, 2
     value heads], decay | beta.
     """
@@ -90,7 +91,7 @@ def convolve(
 def recur(
     mixed: Tensor, strengths: Tensor, runs: Runs, states: States, layer: int, out: Tensor
 ) -> None:
-    """All runs through the recurrence of a layer.
+    """Runs through the recurrence of a layer, none of which needs what another one leaves.
 
     mixed, strengths: see `convolve`. out: f32 [rows, value heads * head_dim], written for the rows
     of runs.
@@ -122,19 +123,26 @@ def recur(
 
 
 def gated_norm(
-    x: Tensor, inputs: Tensor, first: int, weight: Tensor, eps: float, out: Tensor | Int8Rows
+    x: Tensor,
+    inputs: Tensor,
+    first: int,
+    weight: Tensor,
+    eps: float,
+    rows: Rows,
+    out: Tensor | Int8Rows,
 ) -> None:
     """out = RMSNorm of each head * weight * silu(gate).
 
     x: f32 [rows, heads * head_dim]. inputs: f32 partials whose columns from `first` on are the
-    gates. weight: f32 [head_dim]. out: f16 rows, or int8 rows (head_dim a multiple of 32).
+    gates. weight: f32 [views, head_dim]. out: f16 rows, or int8 rows (head_dim a multiple of 32).
     """
-    rows, n = x.shape
-    size = weight.shape[0]
-    _gated_norm[(rows, n // size)](
+    count, n = x.shape
+    size = weight.shape[1]
+    _gated_norm[(count, n // size)](
         x,
         inputs[..., first:],
         weight,
+        rows.views,
         *row_pointers(out),
         *part_sizes(inputs),
         *row_strides(out),
@@ -195,9 +203,13 @@ def _convolve(
     """Program (row, head of q | k | v; the last one: decay and beta)."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    if tl.load(views + row) != 0:
+    view = tl.load(views + row)
+    if view < 0:
         return
     HEADS: tl.constexpr = 2 * KEYS + VALUES
+    taps += view * (HEADS * D * 4)
+    a += view * VALUES
+    dt += view * VALUES
     at_entry = entries + tl.load(sequences + row).to(tl.int64) * 3
     records = memory + tl.load(at_entry + 1) * 4 + layer.to(tl.int64) * (RECORDS * SIZE)
     slot = tl.load(record + row)
@@ -324,8 +336,9 @@ def _recur(
             begun, records, slots, apply_first, apply_stop, head, key, i, j,
             KEYS, VALUES, D, COLUMNS, SIZE,
         )  # fmt: skip
-        tl.store(at_source, begun)
-        tl.store(at_stamp, stamp)
+        if tl.load(run + 8) >= 0:
+            tl.store(at_source, begun)
+            tl.store(at_stamp, stamp)
 
     tile = begun
     for n in range(count):
@@ -352,7 +365,7 @@ def _recur(
         if slot >= 0:
             own = records + slot.to(tl.int64) * SIZE + CHANNELS
             tl.store(own + (KEYS + head) * D + j, delta)
-    if tl.load(run + 8) != 0:
+    if tl.load(run + 8) > 0:  # loaded again: no register is left to keep it in
         tl.store(within + tl.load(run + 4) * plane, tile)
 
 
@@ -361,6 +374,7 @@ def _gated_norm(
     x,
     gates,
     weight,
+    views,
     out,
     scales,
     sums,
@@ -383,6 +397,7 @@ def _gated_norm(
     y = tl.load(x + row.to(tl.int64) * N + first + c)
     gate = split_sum(gates, row, part_rows, part_stride, first + c, c >= 0, SPLITS)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(y * y, 0) / D + eps))
+    weight += tl.maximum(tl.load(views + row), 0) * D  # unused rows have none
     y = y * inverse * tl.load(weight + c) * tl.div_rn(gate, 1.0 + tl.exp(-gate))
     store_columns(
         y,

@@ -9,8 +9,16 @@ from torch.nn.functional import silu, softplus
 
 from orthrus_kernels.elementwise.activation_rows import Int8Rows
 from orthrus_kernels.elementwise.plain import normed, store_rows
-from orthrus_kernels.elementwise.rows import AR, Rows
-from orthrus_kernels.recurrence.states import RUN, Runs, StateMemory, States, StateShape
+from orthrus_kernels.elementwise.rows import Rows
+from orthrus_kernels.recurrence.states import (
+    ADVANCE,
+    DRAFT,
+    RUN,
+    Runs,
+    StateMemory,
+    States,
+    StateShape,
+)
 
 
 def convolve(
@@ -30,15 +38,17 @@ def convolve(
     s = states.shape
     x = inputs[..., : s.channels].double().sum(0)
     alpha, beta = gates.double().sum(0).split(s.value_heads, dim=1)
-    strengths.copy_(torch.cat([torch.exp(a * softplus(alpha + dt)), beta.sigmoid()], dim=1))
+    of = rows.views.clamp_min(0).long()
+    decay = torch.exp(a[of] * softplus(alpha + dt[of]))
+    strengths.copy_(torch.cat([decay, beta.sigmoid()], dim=1))
     back = torch.stack([runs.back_3, runs.back_2, runs.back_1], dim=1).tolist()
     keys = slice(s.key_heads * s.head_dim, 2 * s.key_heads * s.head_dim)
     for row, view in enumerate(rows.views.tolist()):
-        if view != AR:
+        if view < 0:
             continue
         records = states.held[int(rows.sequences[row])].records[layer]
         before = [x[at] if at >= 0 else records[-1 - at, : s.channels].double() for at in back[row]]
-        y = silu((torch.stack([*before, x[row]], dim=1) * taps).sum(1)).view(-1, s.head_dim)
+        y = silu((torch.stack([*before, x[row]], dim=1) * taps[view]).sum(1)).view(-1, s.head_dim)
         y[: 2 * s.key_heads] /= (y[: 2 * s.key_heads].pow(2).sum(1, keepdim=True) + 1e-6).sqrt()
         y[: s.key_heads] /= s.head_dim**0.5
         mixed[row] = y.flatten()
@@ -65,8 +75,12 @@ def recur(
         held = states.held[run["sequence"]]
         source, stamps = held.memory[run["source"], layer], held.stamps[layer]
         if apply and int(stamps[0, 0]) != run["stamp"]:
-            source.copy_(_replayed(source, apply, held, layer, s))
-            stamps.fill_(run["stamp"])
+            applied = _replayed(source, apply, held, layer, s).float()
+            if run["keeps"] == DRAFT:
+                source = applied
+            else:
+                source.copy_(applied)
+                stamps.fill_(run["stamp"])
         memory = source.double()
         for row in range(run["first"], run["first"] + run["rows"]):
             if begins[row] >= 0:
@@ -82,16 +96,23 @@ def recur(
             if slot >= 0:
                 own = _parts(held.records[layer, slot], s)[2]
                 own.copy_(delta)
-        if run["advance"]:
+        if run["keeps"] == ADVANCE:
             held.memory[run["target"], layer] = memory.float()
 
 
 def gated_norm(
-    x: Tensor, inputs: Tensor, first: int, weight: Tensor, eps: float, out: Tensor | Int8Rows
+    x: Tensor,
+    inputs: Tensor,
+    first: int,
+    weight: Tensor,
+    eps: float,
+    rows: Rows,
+    out: Tensor | Int8Rows,
 ) -> None:
     """See `orthrus_kernels.recurrence.delta_net.gated_norm`."""
-    rows, n = x.shape
-    heads = normed(x.double().view(rows, -1, weight.shape[0]), weight, eps)
+    count, n = x.shape
+    own = weight[rows.views.clamp_min(0).long(), None]
+    heads = normed(x.double().view(count, -1, weight.shape[1]), own, eps)
     gate = inputs[..., first : first + n].double().sum(0)
     store_rows(heads.flatten(1) * silu(gate), out)
 

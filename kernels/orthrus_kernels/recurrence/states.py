@@ -45,9 +45,13 @@ RUN = (
     "apply_first",
     "apply_stop",
     "stamp",
-    "advance",
+    "keeps",
 )
 """Columns of `Runs.table`."""
+
+ADVANCE, RECORD, DRAFT = 1, 0, -1
+"""What a run keeps: the state behind its last row; records of its rows only; nothing, not even what
+it applies."""
 
 ROW = ("record", "back_1", "back_2", "back_3", "replay_first", "replay_stop")
 """Columns that the host fills for each row, see `Runs`."""
@@ -136,8 +140,10 @@ class Runs:
     A run is rows of one sequence that follow one another in the pass. table: i32 [runs, RUN]: first
     row, rows (0: an unused run, unless there is something to apply), sequence; plane that the state
     is read from, and the one that it is left in where it advances; the range of `slots` that holds
-    records to apply first; the stamp of a state that has them; whether the state behind the last
-    row is kept.
+    records to apply first; the stamp of a state that has them; what is kept (ADVANCE: the state
+    behind the last row, in a plane of its own).
+
+    Runs that need what others of the same pass leave in records go into a launch behind theirs.
 
     Of each row, i32 [rows]: record, where it leaves what it does (-1: nowhere); back_1 to back_3,
     the rows before it, the nearest first: rows of the pass, or -1 - a record of its sequence;

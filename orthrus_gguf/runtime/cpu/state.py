@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -150,6 +151,8 @@ class HybridCpuCache(Returning[State], CpuCache):
         """
         shared = None if alone else self._plan
         plan = self._book.plan_block(start, self._length, len(rows), shared)
+        # What is applied to the state would stay there.
+        plan = replace(plan, apply=[], replays={0: [*plan.apply, *plan.replays[0]]})
         return _describe(plan, first, rows, run)
 
     def ran(self) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from orthrus_kernels.attention.attention import NO_EDGE, PROMPT_WINDOW, Run, tile_entries
 from orthrus_kernels.elementwise.rows import AR, COLUMNS, DIFFUSION
+from orthrus_kernels.recurrence.states import DRAFT
 
 from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.config import ModelConfig
@@ -21,7 +23,7 @@ from orthrus_gguf.runtime.cuda.tables import Host, Shape
 from orthrus_gguf.runtime.cuda.trees import TreeLayout, tree_layout
 from orthrus_gguf.runtime.passes import Piece
 from orthrus_gguf.runtime.protocol import View
-from orthrus_gguf.runtime.recurrent import RunPlan
+from orthrus_gguf.runtime.recurrent import BACK, RunPlan
 
 _COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
@@ -32,7 +34,8 @@ _MOVES, _MORE, _BANS, _SLOTS = 64, 64, 16, 64
 @dataclass(frozen=True)
 class Placed:
     """A piece in a pass: its first row there, the rows of the segment in the order of the pass, and
-    where its sequence stands in the table of caches. plan: what the recurrence of a hybrid does."""
+    where its sequence stands in the table of caches. plan: what the recurrence of a hybrid does.
+    shared: of a block of a hybrid, AR rows of its sequence in the same pass."""
 
     piece: Piece
     first: int
@@ -40,6 +43,11 @@ class Placed:
     sequence: int
     tree: TreeLayout | None = None
     plan: RunPlan | None = None
+    shared: Placed | None = None
+
+    @property
+    def is_block(self) -> bool:
+        return self.piece.segment.view is View.DIFFUSION
 
     def rows(self, wanted: Sequence[int]) -> list[int]:
         """Where rows of the segment are in the pass."""
@@ -81,7 +89,7 @@ class Arrangement:
         for placed in self.placed:
             _fill_rows(host["rows"], placed, more)
         host["more"][: len(more)] = more
-        if self.shape.runs:
+        if self.shape.slots:
             self._fill_states(host)
         if self.draws is not None:
             self.draws.fill(host, config.n_vocab)
@@ -89,20 +97,20 @@ class Arrangement:
     def _fill_states(self, host: Host) -> None:
         """What the recurrence of a hybrid does."""
         slots: list[int] = []
-        runs = 0
+        places = {False: count(), True: count(self.shape.runs)}
         for number, cache in enumerate(self.caches):
             assert isinstance(cache, HybridCudaCache)
             host["states"][number] = cache.state_entry
         for placed in self.placed:
             if placed.plan is not None:
-                host["runs"][runs] = _fill_run(host["state_rows"], placed, placed.plan, slots)
-                runs += 1
+                entry = _fill_run(host["state_rows"], placed, placed.plan, slots)
+                host["runs"][next(places[placed.is_block])] = entry
         host["slots"][: len(slots)] = slots
 
     def ran(self) -> None:
         """The pass has run: what that means for the states of hybrids."""
         for placed in self.placed:
-            if placed.plan is not None:
+            if placed.plan is not None and not placed.is_block:
                 cache = cast(HybridCudaCache, placed.piece.segment.cache)
                 cache.ran(placed.plan, None if placed.tree is None else placed.tree.order)
 
@@ -120,11 +128,15 @@ def arrange(
     ar = sum(piece.count for piece in pieces if piece.segment.view is View.AR)
     blocks = sum(piece.count for piece in pieces) - ar
     sizes = (ar, 0) if prompt else padded(ar, blocks, most)
-    placed = []
+    placed: list[Placed] = []
+    verified: dict[int, Placed] = {}  # AR rows, by sequence
     at = {View.AR: 0, View.DIFFUSION: sizes[0]}
     for piece in pieces:
         view = piece.segment.view
-        placed.append(_place(piece, at[view], number[id(piece.segment.cache)]))
+        sequence = number[id(piece.segment.cache)]
+        placed.append(_place(piece, at[view], sequence, verified.get(sequence)))
+        if view is View.AR:
+            verified[sequence] = placed[-1]
         at[view] += piece.count
     placed.sort(key=lambda one: one.first)
     wanted = WantedRows()
@@ -138,12 +150,12 @@ def arrange(
     more = sum(len(places) for one in placed if one.tree for places in one.tree.more)
     moves = sum(len(cache.moves) for cache in caches)
     taps = tuple(sorted({tap for piece in pieces for tap in piece.segment.taps})) if draws else ()
-    count = len(rows)
     plans = [one.plan for one in placed if one.plan is not None]
+    block_runs = sum(one.is_block for one in placed if one.plan is not None)
     slots = sum(len(p.apply) + sum(map(len, p.replays.values())) for p in plans)
     shape = Shape(
         *sizes,
-        wanted=count if prompt else padded(count, 0, most)[0],
+        wanted=len(rows) if prompt else padded(len(rows), 0, most)[0],
         tiles=len(tiles),
         kind=wanted.kind(config.n_vocab) if draws else None,
         more=power(more, _MORE) if more else 1,
@@ -151,7 +163,8 @@ def arrange(
         windows=power(len(wanted.windows)),
         bans=power(len(wanted.bans), _BANS) if wanted.bans else 1,
         taps=taps,
-        runs=padded(len(plans), 0, most)[0],
+        runs=padded(len(plans) - block_runs, 0, most)[0],
+        block_runs=padded(block_runs, 0, most)[0],
         slots=power(slots, _SLOTS) if plans else 0,
     )
     return Arrangement(
@@ -159,13 +172,18 @@ def arrange(
     )
 
 
-def _place(piece: Piece, first: int, sequence: int) -> Placed:
+def _place(piece: Piece, first: int, sequence: int, shared: Placed | None) -> Placed:
+    """shared: AR rows of its sequence in the same pass."""
     segment, cache = piece.segment, cast(CudaCache, piece.segment.cache)
     hybrid = cache if isinstance(cache, HybridCudaCache) else None
     if segment.parents is None:
         order = range(piece.first, piece.first + piece.count)
-        plan = hybrid.plan(piece) if hybrid and segment.view is View.AR else None
-        return Placed(piece, first, order, sequence, plan=plan)
+        if hybrid is None:
+            return Placed(piece, first, order, sequence)
+        if segment.view is View.AR:
+            return Placed(piece, first, order, sequence, plan=hybrid.plan(piece))
+        block = hybrid.plan_block(piece, None if shared is None else shared.plan)
+        return Placed(piece, first, order, sequence, plan=block, shared=shared)
     tree = tree_layout(segment.parents, segment.start)
     if not cache.holds(tree):
         raise ValueError(
@@ -182,10 +200,15 @@ def _fill_run(
     """Columns of a run's rows, i32 [len(ROW), rows], and its entry (`states.RUN`). slots: receives
     the records that it names."""
     first, count = placed.first, placed.piece.count
-    record, *back, replay_first, replay_stop = rows[:, first : first + count]
+    own = rows[:, first : first + count]
+    record, back, (replay_first, replay_stop) = own[0], own[1 : 1 + BACK], own[1 + BACK :]
     record[:] = plan.records
-    for column, before in zip(back, plan.back.T, strict=True):
-        column[:] = np.where(before >= 0, before + first, before)
+    back[:] = np.where(plan.back >= 0, plan.back + first, plan.back).T
+    if placed.shared is not None and placed.shared.plan is not None:
+        # What the same launch writes to records is read where it comes from.
+        for row, written in enumerate(placed.shared.plan.records, placed.shared.first):
+            if written >= 0:
+                back[back == -1 - written] = row
     begin = len(slots)
     slots += plan.apply
     stop = len(slots)
@@ -195,9 +218,8 @@ def _fill_run(
         slots += records
         replay_stop[row] = len(slots)
     source, target, stamp = cast(HybridCudaCache, placed.piece.segment.cache).run_entry(plan)
-    return (
-        first, count, placed.sequence, source, target, begin, stop, stamp, int(plan.advance)
-    )  # fmt: skip
+    keeps = DRAFT if placed.is_block else int(plan.advance)
+    return first, count, placed.sequence, source, target, begin, stop, stamp, keeps
 
 
 def _fill_rows(rows: NDArray[Any], placed: Placed, more: list[int]) -> None:

@@ -112,7 +112,7 @@ def new_buffers(config: ModelConfig, plan: WeightPlan, device: torch.device) -> 
         sampling=new_sample_scratch(rows, c.n_vocab, device),
         codebook=iq4_codebook(device),
         delta_inputs=tuple(torch.empty(rows * size, device=device) for size in input_sizes(plan)),
-        delta_sums=partials(net.output.split, c.n_embd) if net else None,
+        delta_sums=partials(net.output[View.AR].split, c.n_embd) if net else None,
         delta=new_delta_buffers(c, rows, device, output_layouts(plan), new_rows),
     )
 
@@ -121,8 +121,8 @@ def normed_layouts(plan: WeightPlan) -> set[Layout]:
     """Forms in which products read normed rows, the head's aside."""
     found = {layer.gate_up.layout for layer in plan.layers}
     for layer in plan.layers:
-        readers = layer.delta_net.inputs if layer.delta_net else (layer.qkv[View.AR],)
-        found |= {product.layout for product in readers}
+        readers = layer.delta_net.inputs if layer.delta_net else (layer.qkv,)
+        found |= {by_view[View.AR].layout for by_view in readers}
     return found
 
 

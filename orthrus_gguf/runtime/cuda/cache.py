@@ -32,11 +32,6 @@ def check_head_size(config: ModelConfig) -> None:
             f"{config.name}: heads of {config.head_dim} elements have no CUDA kernel "
             f"(expected {', '.join(map(str, HEAD_DIMS))}); use --runtime cpu"
         )
-    if config.hybrid is not None and config.has_heads:
-        raise OrthrusError(
-            f"{config.name}: the cuda runtime has no diffusion heads of {config.architecture.name}"
-            " models yet; use --runtime cpu"
-        )
     if config.hybrid is not None and config.hybrid.head_dim not in STATE_DIMS:
         raise OrthrusError(
             f"{config.name}: DeltaNet heads of {config.hybrid.head_dim} elements have no CUDA"

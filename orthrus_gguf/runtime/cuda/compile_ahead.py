@@ -32,6 +32,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.mtp import MtpFile, open_beside
 from orthrus_gguf.model.tensors import FEATURES
+from orthrus_gguf.model.window import Window
 from orthrus_gguf.runtime.cuda.beside import CudaBeside
 from orthrus_gguf.runtime.cuda.buffers import new_buffers, pass_rows
 from orthrus_gguf.runtime.cuda.device import Machine
@@ -84,10 +85,14 @@ def empty_model(
 
 
 def empty_network(
-    config: ModelConfig, tensors: Mapping[str, TensorInfo], target: CudaModel
+    config: ModelConfig,
+    tensors: Mapping[str, TensorInfo],
+    target: CudaModel,
+    window: Window | None = None,
 ) -> CudaNetwork:
     """A DFlash drafter's network without numbers, beside a model without."""
-    plan = plan_drafter(config, tensors, target.plan, target.machine.capability)
+    capability = target.machine.capability
+    plan = plan_drafter(config, tensors, target.plan, capability, window=window)
     weights = empty_drafter(plan, target.runner.weights, META)
     taps = tensors[FEATURES].shape[1] // config.n_embd
     return CudaNetwork(plan, weights, tuple(range(taps)), target, None)
@@ -111,9 +116,10 @@ def needed_launches(
     prompt_rows: int = PROMPT_ROWS,
     drafter: tuple[ModelConfig, Mapping[str, TensorInfo]] | None = None,
     ids: int | None = None,
+    window: Window | None = None,
 ) -> list[Launch]:
     """What passes of a model launch on a card of this compute capability, each kernel once.
-    drafter: config and tensors of one beside it. ids: see `MtpFile.cut`."""
+    drafter: config and tensors of one beside it. ids: see `MtpFile.cut`. window: of the drafter."""
     config, tensors = one_layer_of_each(config, tensors)
     machine = EmptyMachine(META, "no card", capability, TRITON, tuned or {}, None, False)
     with recorded(capability) as found:
@@ -121,9 +127,10 @@ def needed_launches(
         for segments in usual_passes(model, prompt_rows):
             model.forward(segments)
         if drafter is not None:
-            config, tensors = one_layer_of_each(*drafter)
+            # Layers with a window and without differ in what they launch, too.
+            config, tensors = drafter if window else one_layer_of_each(*drafter)
             if FEATURES in tensors:
-                network = empty_network(config, tensors, model)
+                network = empty_network(config, tensors, model, window)
                 for segments in (*learning_passes(network), *block_passes(network)):
                     network.forward(segments)
             else:
@@ -232,11 +239,12 @@ def usual_passes(model: CudaModel, prompt_rows: int) -> Iterator[list[Segment]]:
         for width in BUCKETS:
             if width > (config.block_size or 0):
                 break
-            block = diffusion_segment(a, 0, config.mask_token, width, CONTEXT, draw=detail)
-            yield [block]
-            for count in BUCKETS:
+            for count in (0, *BUCKETS):
                 if width + count <= most:
-                    yield [rows(count), block]
+                    block = diffusion_segment(
+                        a, 0, config.mask_token, width, CONTEXT + count, draw=detail
+                    )
+                    yield [rows(count), block] if count else [block]
 
 
 def compile_launch(launch: Launch) -> tuple[str, str | None]:
@@ -287,11 +295,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.perf_counter()
     with ExitStack() as stack:
         file = stack.enter_context(ModelFile.open(*options.files))
-        drafter = None
+        drafter = window = None
         if options.drafter is not None or options.mtp:
             beside = MtpFile.inside(file) if options.mtp else open_beside(options.drafter, file)
             stack.callback(beside.close)
             drafter = beside.config, beside.tensors
+            window = None if isinstance(beside, MtpFile) else beside.window
         launches = needed_launches(
             file.config,
             file.tensors,
@@ -301,6 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.prompt_rows,
             drafter,
             options.draft_ids,
+            window,
         )
     failures, parent = 0, os.getppid()
     for done, (line, problem) in enumerate(compile_all(launches, options.jobs), 1):

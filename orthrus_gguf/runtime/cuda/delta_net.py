@@ -18,6 +18,7 @@ from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.runtime.cuda.kernels import Kernels
 from orthrus_gguf.runtime.cuda.weight_plan import WeightPlan
 from orthrus_gguf.runtime.cuda.weights import Layer
+from orthrus_gguf.runtime.protocol import View
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def new_delta_buffers(
 def input_sizes(plan: WeightPlan) -> list[int]:
     """Floats per row of the partials of each product with inputs, in the layer that has most."""
     sizes = [
-        [product.split * product.columns for product in layer.delta_net.inputs]
+        [by_view[View.AR].split * by_view[View.AR].columns for by_view in layer.delta_net.inputs]
         for layer in plan.layers
         if layer.delta_net is not None
     ]
@@ -65,7 +66,8 @@ def input_sizes(plan: WeightPlan) -> list[int]:
 
 def output_layouts(plan: WeightPlan) -> set[Layout]:
     """Forms in which the products behind DeltaNets read their rows."""
-    return {layer.delta_net.output.layout for layer in plan.layers if layer.delta_net is not None}
+    nets = [layer.delta_net for layer in plan.layers if layer.delta_net is not None]
+    return {net.output[View.AR].layout for net in nets}
 
 
 def remember(
@@ -73,7 +75,7 @@ def remember(
     config: ModelConfig,
     layer: Layer,
     rows: Rows,
-    runs: Runs,
+    runs: Sequence[Runs],
     states: States,
     b: DeltaBuffers,
     parts: Sequence[Tensor],
@@ -81,7 +83,7 @@ def remember(
 ) -> None:
     """From the products with the inputs' matrices to the rows that the output's product reads.
 
-    parts: f32 partials of `DeltaNet.inputs`. normed: those rows.
+    runs: one launch after the other. parts: f32 partials of `DeltaNet.inputs`. normed: those rows.
     """
     net, hybrid, count = layer.delta_net, config.hybrid, parts[0].shape[1]
     assert net is not None
@@ -89,7 +91,8 @@ def remember(
     inputs, gates = parts[0], parts[-1][..., -2 * hybrid.n_value_heads :]
     mixed, strengths, told = b.mixed[:count], b.strengths[:count], b.told[:count]
     launch.convolve(
-        inputs, gates, net.conv, net.a, net.dt, rows, runs, states, layer.place, mixed, strengths
+        inputs, gates, net.conv, net.a, net.dt, rows, runs[0], states, layer.place, mixed, strengths
     )
-    launch.recur(mixed, strengths, runs, states, layer.place, told)
-    launch.gated_norm(told, inputs, hybrid.channels, net.norm, config.rms_eps, normed)
+    for some in runs:
+        launch.recur(mixed, strengths, some, states, layer.place, told)
+    launch.gated_norm(told, inputs, hybrid.channels, net.norm, config.rms_eps, rows, normed)

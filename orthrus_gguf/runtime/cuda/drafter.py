@@ -8,18 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from orthrus_kernels.attention.attention import Sight
 
 from orthrus_gguf.model.beside import Beside
 from orthrus_gguf.model.drafter import dflash
 from orthrus_gguf.runtime.cuda.beside import BesideRunner, CudaBeside
 from orthrus_gguf.runtime.cuda.cache import CudaCache
 from orthrus_gguf.runtime.cuda.tables import Table
+from orthrus_gguf.runtime.cuda.weights import Layer
 from orthrus_gguf.runtime.protocol import ar_segment
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrafterRunner(BesideRunner):
     """See `BesideRunner`."""
+
+    def sight(self, layer: Layer) -> Sight | None:
+        """See `PassRunner.sight`."""
+        return self.drafter.sliding[layer.place]
 
     def run(self, table: Table) -> None:
         """A pass: of blocks as the model's, of committed rows keys and values in their caches,

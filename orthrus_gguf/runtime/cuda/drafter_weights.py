@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from orthrus_kernels.attention.attention import Sight
 from orthrus_kernels.packing.quant_tensor import QuantTensor
 from orthrus_kernels.products.dispatch import split_for
 from orthrus_kernels.products.matmul import Activations
@@ -30,6 +31,7 @@ from orthrus_gguf.model.tensors import (
     MTP_OUTPUT,
     MTP_PROJECTION,
 )
+from orthrus_gguf.model.window import Window
 from orthrus_gguf.runtime.cuda.buffers import Buffers, new_buffers, new_rows, pass_rows
 from orthrus_gguf.runtime.cuda.loader import (
     assemble,
@@ -67,7 +69,8 @@ class DrafterPlan:
     features: what makes one vector per row of what is joined: of what some layers of the target
     read, or of a token and what the last one gave. norms: names, of what comes out of that product,
     or of the two that go in. shared: the target's head. embedding: the name of its own. ids: the
-    first rows of the head, of which drafts are made.
+    first rows of the head, of which drafts are made. sliding: what rows see in each layer, None
+    where all.
     """
 
     config: ModelConfig
@@ -78,6 +81,7 @@ class DrafterPlan:
     shared: ProductPlan
     embedding: str | None
     ids: int
+    sliding: tuple[Sight | None, ...]
 
     def matrices(self) -> list[MatrixPlan]:
         """Those of its own, in the order of loading."""
@@ -93,6 +97,7 @@ class DrafterWeights:
     features: Product
     norms: tuple[Tensor, ...]
     injected: tuple[Product, ...]
+    sliding: tuple[Sight | None, ...]
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def plan_drafter(
     target: WeightPlan,
     capability: int,
     ids: int | None = None,
+    window: Window | None = None,
 ) -> DrafterPlan:
     """The plan for a drafter of these checked tensors, of either kind, beside a target. ids: see
     `MtpFile.cut`."""
@@ -132,16 +138,21 @@ def plan_drafter(
         (*plan_vectors(config, suffixes), *norms),
         suffixes,
     )
+    sliding: tuple[Sight | None, ...] = (None,) * config.n_layers
+    if window is not None:
+        sight = Sight(window.size, window.causal)
+        sliding = tuple(sight if slides else None for slides in window.layers)
     return DrafterPlan(
         config, tensors, network, plan_product(features, tensors, capability), norms, target.head,
-        _EMBEDDING if own else None, config.n_vocab if ids is None else ids,
+        _EMBEDDING if own else None, config.n_vocab if ids is None else ids, sliding,
     )  # fmt: skip
 
 
 def plan_beside(file: DrafterFile | MtpFile, target: WeightPlan, capability: int) -> DrafterPlan:
     """The plan for an open drafter."""
-    ids = file.ids if isinstance(file, MtpFile) else None
-    return plan_drafter(file.config, file.tensors, target, capability, ids)
+    chains = isinstance(file, MtpFile)
+    ids, window = (file.ids, None) if chains else (None, file.window)
+    return plan_drafter(file.config, file.tensors, target, capability, ids, window)
 
 
 def load_drafter(
@@ -184,6 +195,7 @@ def _assembled(
         Product(features, plan.features.split, plan.features.layout),
         tuple(vectors[name] for name in plan.norms),
         tuple(_without_q(layer.qkv[View.AR]) for layer in network.layers),
+        plan.sliding,
     )
 
 

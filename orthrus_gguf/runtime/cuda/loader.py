@@ -20,7 +20,7 @@ from orthrus_gguf.model.architectures import Pairing
 from orthrus_gguf.model.config import ModelConfig
 from orthrus_gguf.model.file import ModelFile, WeightFile
 from orthrus_gguf.model.hybrid import CONV_KERNEL
-from orthrus_gguf.model.tensors import TOKEN_EMBD
+from orthrus_gguf.model.tensors import TOKEN_EMBD, in_view
 from orthrus_gguf.runtime.cuda.staging import StagedReader
 from orthrus_gguf.runtime.cuda.weight_plan import (
     DELTA_VECTORS,
@@ -214,12 +214,18 @@ def assemble(
         matrices = tuple(packed[matrix] for matrix in wanted.matrices)
         return Product(matrices, wanted.split, wanted.layout)
 
-    kinds = config.layer_kinds
+    def by_view(wanted: Mapping[View, ProductPlan]) -> dict[View, Product]:
+        return {view: product(part) for view, part in wanted.items()}
+
+    kinds, suffixes = config.layer_kinds, plan.suffixes.values()
 
     def delta_net(prefix: str, wanted: DeltaPlan) -> DeltaNet:
-        conv, a, dt, norm = (vectors[prefix + name] for name in DELTA_VECTORS)
-        inputs = tuple(product(part) for part in wanted.inputs)
-        return DeltaNet(inputs, conv.view(-1, CONV_KERNEL), a, dt, norm, product(wanted.output))
+        conv, a, dt, norm = (
+            torch.stack([vectors[prefix + in_view(name, suffix)] for suffix in suffixes])
+            for name in DELTA_VECTORS
+        )
+        inputs, conv = tuple(map(by_view, wanted.inputs)), conv.view(len(conv), -1, CONV_KERNEL)
+        return DeltaNet(inputs, conv, a, dt, norm, by_view(wanted.output))
 
     def layer(index: int, wanted: LayerPlan) -> Layer:
         prefix, delta = f"blk.{index}.", wanted.delta_net
@@ -227,8 +233,8 @@ def assemble(
             kinds[:index].count(kinds[index]),
             vectors[prefix + "attn_norm.weight"],
             _head_weights(config, vectors, prefix, {} if delta else plan.suffixes),
-            {view: product(part) for view, part in wanted.qkv.items()},
-            {view: product(part) for view, part in wanted.output.items()},
+            by_view(wanted.qkv),
+            by_view(wanted.output),
             vectors[f"{prefix}{config.architecture.mlp_norm}.weight"],
             product(wanted.gate_up),
             product(wanted.down),

@@ -139,8 +139,8 @@ def _remember(
     """A DeltaNet's output, until the next product."""
     assert b.delta is not None
     parts = [
-        _product(runner, b, b.normed, product, out)
-        for product, out in zip(net.inputs, (None, b.gates), strict=False)
+        _product(runner, b, b.normed, by_view[View.AR], out)
+        for by_view, out in zip(net.inputs, (None, b.gates), strict=False)
     ]
     told = b.delta.normed[Layout.A16]
     assert isinstance(told, Tensor)
@@ -148,7 +148,7 @@ def _remember(
         runner.machine.kernels, runner.config, layer, rows, table.runs, runner.states(table),
         b.delta, parts, told,
     )  # fmt: skip
-    return _product(runner, b, told, net.output)
+    return _product(runner, b, told, net.output[View.AR])
 
 
 def _product(

@@ -32,7 +32,7 @@ def check_rows(runner: PassRunner, table: StagedTable) -> None:
         for row in range(count):
             if table.host["rows"][_VIEWS, row] != AR:
                 continue
-            if table.shape.runs and _run_of(table.host, row)[RUN.index("advance")]:
+            if table.shape.runs and _run_of(table.host, row)[RUN.index("keeps")]:
                 continue
             single, sequence = _alone(runner, table, row)
             runner.held[:] = [held[sequence]]

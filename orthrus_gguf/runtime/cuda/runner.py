@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from orthrus_kernels.attention.attention import Sight
 from orthrus_kernels.attention.kv_cache import Caches, KvPlanes
 from orthrus_kernels.elementwise.rows import Rows
 from orthrus_kernels.products.dispatch import Use
@@ -136,39 +137,44 @@ class PassRunner:
         mixed = row_range(b.mixed[layer.output[View.AR].layout], 0, total)
         launch.attention(
             q, caches, layer.place, b.block_keys, b.block_values, rows, table.tiles, b.scratch,
-            mixed, qkv if layer.heads.gated else None,
+            mixed, qkv if layer.heads.gated else None, self.sight(layer),
         )  # fmt: skip
         sums = b.attention_sums[:, :total]
         self._by_view(mixed, layer.output, sums, ar)
         return sums
 
+    def sight(self, layer: Layer) -> Sight | None:
+        """What cuts that which rows see in a layer of attention: nothing."""
+        return None
+
     def _remember(
         self, table: Table, rows: Rows, layer: Layer, index: int, x: Tensor, partials: Tensor | None
     ) -> Tensor:
         """A DeltaNet's output, partials [split, rows, n_embd]."""
-        b, net, total = self.buffers, layer.delta_net, table.shape.rows
+        b, net, total, ar = self.buffers, layer.delta_net, table.shape.rows, table.shape.ar
         assert net is not None
         assert b.delta is not None
         assert b.delta_sums is not None
+        first = [by_view[View.AR] for by_view in net.inputs]
         parts = [
             floats[: product.split * total * product.columns].view(product.split, total, -1)
-            for floats, product in zip(b.delta_inputs, net.inputs, strict=False)
+            for floats, product in zip(b.delta_inputs, first, strict=False)
         ]
-        for product, part in zip(net.inputs, parts, strict=True):
-            normed = row_range(b.normed[product.layout], 0, total)
+        for by_view, part in zip(net.inputs, parts, strict=True):
+            normed = row_range(b.normed[by_view[View.AR].layout], 0, total)
             self.machine.kernels.residual_norm(
                 partials, x, layer.attn_norm, self.config.rms_eps, normed
             )
             partials = None  # x holds their sum now
-            self.product(normed, product, part)
+            self._by_view(normed, by_view, part, ar)
         self.tap(table, index, x)
-        told = row_range(b.delta.normed[net.output.layout], 0, total)
+        told = row_range(b.delta.normed[net.output[View.AR].layout], 0, total)
         remember(
             self.machine.kernels, self.config, layer, rows, table.runs, self.states(table), b.delta,
             parts, told,
         )  # fmt: skip
         sums = b.delta_sums[:, :total]
-        self.product(told, net.output, sums)
+        self._by_view(told, net.output, sums, ar)
         return sums
 
     def tap(self, table: Table, layer: int, x: Tensor) -> None:

@@ -97,9 +97,16 @@ class HybridCudaCache(Returning[State], CudaCache):
             raise ValueError(f"a tree of {len(order)} rows: at most {PENDING_ROWS}")
         return self._book.plan(piece, order)
 
+    def plan_block(self, piece: Piece, shared: RunPlan | None) -> RunPlan:
+        """The same of a block. shared: of AR rows of this sequence in the same pass.
+
+        Raises ValueError where the state that it begins from is not at hand.
+        """
+        return self._book.plan_block(piece.start, self._length, piece.count, shared)
+
     def run_entry(self, plan: RunPlan) -> tuple[int, int, int]:
         """The planes that a run reads and leaves its state in, and its stamp (`states.RUN`)."""
-        source = 1 - self._plane if plan.advance and not plan.begins else self._plane
+        source = 1 - self._plane if plan.ahead else self._plane
         return source, 1 - self._plane, self._stamp
 
     def ran(self, plan: RunPlan, order: Sequence[int] | None) -> None:

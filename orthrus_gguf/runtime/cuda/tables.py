@@ -38,8 +38,8 @@ class Shape:
     ar, blocks: rows by view. wanted: rows that the head computes. tiles: of attention.
     kind: how the wanted rows are drawn; None leaves their logits.
     more, moves, windows, bans: sizes of tables, see `Rows`, `CudaCache` and `Draws`.
-    taps: see `protocol.Segment`. runs, slots: of the recurrence, see `states.Runs`; 0 where there
-    is none. steps: how often such rows run, each time with what the time before drew.
+    taps: see `protocol.Segment`. runs, block_runs, slots: of the recurrence, see `states.Runs`; 0
+    where there is none. steps: how often such rows run, each time with what the time before drew.
     """
 
     ar: int
@@ -53,6 +53,7 @@ class Shape:
     bans: int = 1
     taps: tuple[int, ...] = ()
     runs: int = 0
+    block_runs: int = 0
     slots: int = 0
     steps: int = 1
 
@@ -70,6 +71,7 @@ def _fields(shape: Shape, n_vocab: int) -> dict[str, tuple[str, tuple[int, ...]]
     """Name → numpy type and shape of every table."""
     rows, wanted = shape.rows, shape.wanted
     masked = shape.kind is not None and shape.kind.masked
+    runs = shape.runs + shape.block_runs
     return {
         "entries": ("i8", (rows, ENTRY)),
         "numbers": ("f8", (wanted, NUMBERS)),
@@ -85,9 +87,9 @@ def _fields(shape: Shape, n_vocab: int) -> dict[str, tuple[str, tuple[int, ...]]
         "window_stop": ("i4", (wanted,)),
         "windows": ("i4", (shape.windows,)),
         "bans": ("i4", (shape.bans, 2)),
-        "states": ("i8", (rows if shape.runs else 0, STATE_ENTRY)),
-        "runs": ("i4", (shape.runs, len(RUN))),
-        "state_rows": ("i4", (len(ROW), rows if shape.runs else 0)),
+        "states": ("i8", (rows if runs else 0, STATE_ENTRY)),
+        "runs": ("i4", (runs, len(RUN))),
+        "state_rows": ("i4", (len(ROW), rows if runs else 0)),
         "slots": ("i4", (shape.slots,)),
         "masks": ("i4", (wanted if masked else 0, -(-n_vocab // 32))),
     }
@@ -133,11 +135,13 @@ class Table:
         return Tiles(self.tensors["tiles"], self.windows)
 
     @property
-    def runs(self) -> Runs:
-        """What the recurrence of a hybrid does."""
-        t = self.tensors
+    def runs(self) -> tuple[Runs, ...]:
+        """What the recurrence of a hybrid does, launch by launch: with AR rows, then with blocks,
+        which may need what those leave in records."""
+        t, shape = self.tensors, self.shape
         columns = dict(zip(ROW, t["state_rows"], strict=True))
-        return Runs(t["runs"], slots=t["slots"], **columns)
+        parts = t["runs"][: shape.runs], t["runs"][shape.runs :]
+        return tuple(Runs(part, slots=t["slots"], **columns) for part in parts if len(part))
 
     @property
     def draws(self) -> Draws:

@@ -8,9 +8,9 @@ activations: int8 only where all of them want it, since rows exist in one form a
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 import torch
 from gguf import GGMLQuantizationType
@@ -28,7 +28,7 @@ from orthrus_kernels.products.dispatch import layout_for, split_for
 from orthrus_gguf.gguf.reader import TensorInfo
 from orthrus_gguf.model.architectures import LayerKind
 from orthrus_gguf.model.config import ModelConfig
-from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD
+from orthrus_gguf.model.tensors import OUTPUT, OUTPUT_NORM, TOKEN_EMBD, in_view
 from orthrus_gguf.runtime.protocol import View
 
 _T = GGMLQuantizationType
@@ -100,11 +100,11 @@ class ProductPlan:
 
 @dataclass(frozen=True)
 class DeltaPlan:
-    """The products of a gated DeltaNet. inputs: qkv and gate, then alpha and beta; two products
-    where these want another form of the rows."""
+    """The products of a gated DeltaNet, by view. inputs: qkv and gate, then alpha and beta; two
+    products where these want another form of the rows."""
 
-    inputs: tuple[ProductPlan, ...]
-    output: ProductPlan
+    inputs: tuple[Mapping[View, ProductPlan], ...]
+    output: Mapping[View, ProductPlan]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ class LayerPlan:
         """All of them."""
         yield from (*self.qkv.values(), *self.output.values())
         if self.delta_net is not None:
-            yield from (*self.delta_net.inputs, self.delta_net.output)
+            for part in (*self.delta_net.inputs, self.delta_net.output):
+                yield from part.values()
         yield from (self.gate_up, self.down)
 
 
@@ -184,13 +185,25 @@ def plan_layers(
     """Products of all layers. suffixes: of the tensors of each view; views with the same one share
     their products. q_apart: q is a matrix of its own, so that k and v can be had without it."""
 
-    def attention(index: int, parts: tuple[str, ...]) -> dict[View, ProductPlan]:
-        names = {
-            view: [f"blk.{index}.attn_{part}{suffix}.weight" for part in parts]
-            for view, suffix in suffixes.items()
-        }
-        shared = _layout([name for part in names.values() for name in part], tensors, capability)
-        return {view: _stacked(part, tensors, shared, q_apart) for view, part in names.items()}
+    def mixing(index: int, *parts: str) -> dict[View, ProductPlan]:
+        """The product with some of what mixes a layer's rows, by view."""
+        names = _in_views(index, parts, suffixes)
+        shared = _layout(chain.from_iterable(names.values()), tensors, capability)
+        apart = q_apart and "attn_q.weight" in parts
+        return {view: _stacked(part, tensors, shared, apart) for view, part in names.items()}
+
+    def delta_net(index: int) -> DeltaPlan:
+        wide, narrow = (
+            ("attn_qkv.weight", "attn_gate.weight"),
+            ("ssm_alpha.weight", "ssm_beta.weight"),
+        )
+        layouts = [
+            _layout(chain.from_iterable(names.values()), tensors, capability)
+            for names in (_in_views(index, parts, suffixes) for parts in (wide, narrow))
+        ]
+        pairs = [wide, narrow] if len({*layouts}) > 1 else [(*wide, *narrow)]
+        inputs = tuple(mixing(index, *parts) for parts in pairs)
+        return DeltaPlan(inputs, mixing(index, "ssm_out.weight"))
 
     layers = []
     for index, kind in enumerate(config.layer_kinds):
@@ -198,27 +211,24 @@ def plan_layers(
         attends = kind is LayerKind.ATTENTION
         layers.append(
             LayerPlan(
-                attention(index, ("q", "k", "v")) if attends else {},
-                attention(index, ("output",)) if attends else {},
+                mixing(index, *(f"attn_{part}.weight" for part in "qkv")) if attends else {},
+                mixing(index, "attn_output.weight") if attends else {},
                 _gate_up(ffn, tensors, _layout(ffn, tensors, capability)),
                 plan_product(f"blk.{index}.ffn_down.weight", tensors, capability),
-                None if attends else _plan_delta_net(f"blk.{index}.", tensors, capability),
+                None if attends else delta_net(index),
             )
         )
     return tuple(layers)
 
 
-def _plan_delta_net(prefix: str, tensors: Mapping[str, TensorInfo], capability: int) -> DeltaPlan:
-    pairs = [
-        [f"{prefix}{name}.weight" for name in names]
-        for names in (("attn_qkv", "attn_gate"), ("ssm_alpha", "ssm_beta"))
-    ]
-    layouts = [_layout(names, tensors, capability) for names in pairs]
-    if layouts[0] is layouts[1]:
-        pairs = [[*pairs[0], *pairs[1]]]
-    inputs = [_stacked(names, tensors, own) for names, own in zip(pairs, layouts, strict=False)]
-    output = plan_product(f"{prefix}ssm_out.weight", tensors, capability)
-    return DeltaPlan(tuple(inputs), output)
+def _in_views(
+    index: int, parts: Sequence[str], suffixes: Mapping[View, str]
+) -> dict[View, list[str]]:
+    """Names of some tensors of a layer, by view."""
+    return {
+        view: [f"blk.{index}.{in_view(part, suffix)}" for part in parts]
+        for view, suffix in suffixes.items()
+    }
 
 
 def plan_product(name: str, tensors: Mapping[str, TensorInfo], capability: int) -> ProductPlan:
@@ -226,7 +236,7 @@ def plan_product(name: str, tensors: Mapping[str, TensorInfo], capability: int) 
     return _stacked([name], tensors, _layout([name], tensors, capability))
 
 
-def _layout(names: list[str], tensors: Mapping[str, TensorInfo], capability: int) -> Layout:
+def _layout(names: Iterable[str], tensors: Mapping[str, TensorInfo], capability: int) -> Layout:
     """Of all matrices that read the same rows."""
     wanted = {layout_for(packed_type(tensors[name].type), capability) for name in names}
     return Layout.A8 if wanted == {Layout.A8} else Layout.A16
@@ -267,7 +277,8 @@ def plan_vectors(config: ModelConfig, suffixes: Mapping[View, str]) -> tuple[str
         prefix = f"blk.{index}."
         names += [f"{prefix}{name}.weight" for name in ("attn_norm", arch.mlp_norm)]
         if kind is LayerKind.DELTA_NET:
-            names += [prefix + name for name in DELTA_VECTORS]
+            for view in _in_views(index, DELTA_VECTORS, suffixes).values():
+                names += view
             continue
         for suffix in dict.fromkeys(suffixes.values()):
             if arch.qk_norms:

@@ -31,15 +31,15 @@ class Product:
 
 @dataclass(frozen=True)
 class DeltaNet:
-    """A gated DeltaNet. inputs: see `DeltaPlan`. conv: f32 [channels, taps]. a, dt: f32 [value
-    heads]. norm: f32 [head_dim]."""
+    """A gated DeltaNet. inputs, output: see `DeltaPlan`. Of each view: conv f32 [views, channels,
+    taps]; a, dt f32 [views, value heads]; norm f32 [views, head_dim]."""
 
-    inputs: tuple[Product, ...]
+    inputs: tuple[Mapping[View, Product], ...]
     conv: Tensor
     a: Tensor
     dt: Tensor
     norm: Tensor
-    output: Product
+    output: Mapping[View, Product]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,10 @@ class Layer:
 
     def products(self, views: Sequence[View] = OWN_VIEWS) -> list[Product]:
         """Those that some views read."""
-        found = [by_view[v] for by_view in (self.qkv, self.output) for v in views if v in by_view]
-        if self.delta_net is not None:
-            found += [*self.delta_net.inputs, self.delta_net.output]
+        mixing, net = [self.qkv, self.output], self.delta_net
+        if net is not None:
+            mixing += [*net.inputs, net.output]
+        found = [by_view[v] for by_view in mixing for v in views if v in by_view]
         return [*found, self.gate_up, self.down]
 
     def vectors(self) -> list[Tensor]:
