@@ -263,7 +263,7 @@ def test_what_is_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         with opened_mtp(target, block, 100) as (file, beside):
             with compiling.kernels_compiled(file, card, ("f16", "f16"), 64, print, beside):
                 assert compile_ahead.main(commands[-1]) == 0
-            *_, (config, tensors), ids = needed[-1]
+            *_, (config, tensors), ids, _ = needed[-1]
             assert ids == 100
             assert config == replace(beside.config, name=config.name)
             assert {*tensors} == {*beside.tensors}

@@ -150,8 +150,8 @@ def plan_drafter(
 
 def plan_beside(file: DrafterFile | MtpFile, target: WeightPlan, capability: int) -> DrafterPlan:
     """The plan for an open drafter."""
-    chains = isinstance(file, MtpFile)
-    ids, window = (file.ids, None) if chains else (None, file.window)
+    ids = file.ids if isinstance(file, MtpFile) else None
+    window = file.window if isinstance(file, DrafterFile) else None
     return plan_drafter(file.config, file.tensors, target, capability, ids, window)
 
 
