@@ -53,6 +53,12 @@ def _parser() -> Parser:
         default=0.85,
         help="weight of a draft by the one before (%(default)s)",
     )
+    add(
+        "--for-auto",
+        action="store_true",
+        help="blocks where auto asks for them: behind accepted drafts, where lookups have nothing;"
+        " rows weighed by the drafts that they bring, not by --decay",
+    )
     add("--mask-token", type=integer, help="id of the mask token (default: the tokenizer's)")
     add(
         "--device",
@@ -122,6 +128,7 @@ def _train(args: argparse.Namespace) -> int:
         blocks=args.blocks,
         rows=args.block_size,
         decay=args.decay,
+        for_auto=args.for_auto,
         device=args.device,
         dtype=args.dtype,
         threads=args.threads,

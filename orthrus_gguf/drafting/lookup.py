@@ -31,7 +31,8 @@ class LookupDrafter:
 
     taps = ()
 
-    def __init__(self, sequence: TokenSequence) -> None:
+    def __init__(self, sequence: TokenSequence | None = None) -> None:
+        """sequence: nothing is asked of it."""
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 

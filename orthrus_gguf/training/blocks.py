@@ -68,13 +68,14 @@ class Library:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks on texts.
+    """Blocks on `texts`.
 
     tokens: [texts, blocks, rows]. anchors: [texts, blocks]. probabilities, ids: what the AR view
     says where each row drafts [texts, blocks, rows, LIKELIEST]. live: rows that draft what the
     text holds [texts, blocks, rows].
     """
 
+    texts: Sequence[Text]
     tokens: Tensor
     anchors: Tensor
     memory: Memory
@@ -88,9 +89,9 @@ def usable(answer: Answer) -> bool:
     return len(answer.tokens) - answer.n_prompt >= 2
 
 
-def draw_anchors(text: Text, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+def draw_anchors(answer: Answer, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Positions for blocks, in the answer or right before it; something follows each."""
-    return np.sort(rng.integers(text.first, len(text.tokens) - 1, count))
+    return np.sort(rng.integers(answer.n_prompt - 1, len(answer.tokens) - 1, count))
 
 
 def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, mask: int) -> Batch:
@@ -108,6 +109,7 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
         probabilities.append(text.probabilities[at])
         ids.append(text.ids[at].long())
     return Batch(
+        texts,
         tokens,
         places,
         memory,
@@ -117,20 +119,34 @@ def lay(texts: Sequence[Text], anchors: Sequence[NDArray[np.int64]], rows: int, 
     )
 
 
-def loss_and_hits(network: Network, batch: Batch, decay: float) -> tuple[Tensor, Tensor]:
+def loss_and_hits(network: Network, batch: Batch, decay: float | None) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the AR view's likeliest tokens, and which rows draft its likeliest token
     [texts, blocks, rows] (False where the text has ended).
 
     decay: what each row counts, times that of the row before it: drafts are of use only if all
-    before them were right.
+    before them were right. None: see `reach`.
     """
     logits = network.logits(network.draft(batch.tokens, batch.anchors, batch.memory))
     said = logits.gather(-1, batch.ids) - logits.logsumexp(-1, keepdim=True)
     row = torch.arange(batch.tokens.shape[2], device=network.device)
-    weights = decay**row * batch.live
+    if decay is None:
+        weights = reach(said[..., 0].detach().exp(), batch.live)
+    else:
+        weights = decay**row * batch.live
     loss = -((batch.probabilities * said).sum(-1) * weights).sum() / weights.sum()
     hits = (logits.detach().argmax(-1) == batch.ids[..., 0]) & batch.live
     return loss, hits
+
+
+def reach(likely: Tensor, live: Tensor) -> Tensor:
+    """What each row of blocks counts: how many of the drafts that a cycle verifies (all rows but
+    the last) are accepted at this row and behind it, by what the heads think of the AR view's
+    likeliest tokens [texts, blocks, rows]. Half of it, and half certainty: heads that are not
+    trained yet would learn next to nothing behind the first row. (D-PACE, arXiv 2605.18810.)"""
+    verified = live.clone()
+    verified[..., -1] = False
+    accepted = ((1 + likely) / 2 * verified).cumprod(-1)
+    return accepted.flip(-1).cumsum(-1).flip(-1)
 
 
 @dataclass(frozen=True)
@@ -156,7 +172,7 @@ def acceptance(
     runs, domains = [], []
     for answer in answers:
         text = library.text(answer)
-        anchors = draw_anchors(text, 8, np.random.default_rng(answer.index))
+        anchors = draw_anchors(answer, 8, np.random.default_rng(answer.index))
         _, hits = loss_and_hits(network, lay([text], [anchors], rows, mask), 1.0)
         runs.append(hits[0, :, : rows - 1].int().cumprod(1).float())
         domains.append(answer.domain)

@@ -66,11 +66,11 @@ def forecast(
     text = library.text(trial)
     network.finish()
     read = time.perf_counter() - started
-    anchors = [draw_anchors(text, recipe.blocks, rng) for _ in range(recipe.texts)]
+    anchors = [draw_anchors(trial, recipe.blocks, rng) for _ in range(recipe.texts)]
     batch = lay([text] * recipe.texts, anchors, recipe.rows, recipe.mask)
     for _ in range(2):  # the first is slower than the rest
         started = time.perf_counter()
-        loss, _ = loss_and_hits(network, batch, recipe.decay)
+        loss, _ = loss_and_hits(network, batch, recipe.weighed)
         loss.backward()  # type: ignore[no-untyped-call]
         network.finish()
         step = time.perf_counter() - started

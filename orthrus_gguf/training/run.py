@@ -58,6 +58,7 @@ class Settings:
     blocks: int
     rows: int
     decay: float
+    for_auto: bool
     device: str
     dtype: str
     threads: int | None
@@ -120,6 +121,7 @@ def _stages(
     recipe = Recipe(
         *(settings.steps, settings.rate, settings.texts, settings.blocks, settings.rows),
         *(mask, wanted.seed, settings.decay, str(device.dtype).removeprefix("torch.")),
+        settings.for_auto,
     )
     network = Network(start, device.dtype, device.tensors, device.compiler)
     model = load_model(base, device.runtime, say=say)

@@ -28,6 +28,7 @@ from orthrus_gguf.training.blocks import (
     loss_and_hits,
     usable,
 )
+from orthrus_gguf.training.cycles import Cycles
 from orthrus_gguf.training.network import Network
 
 _CHECKPOINT = "checkpoint.pt"
@@ -43,7 +44,8 @@ class Recipe:
 
     steps: in all; the learning rate rises over the first twentieth of them, and falls as a cosine
     to a twentieth of `rate`. texts, blocks: texts of a step, and blocks on each. rows: of a block.
-    decay: see `loss_and_hits`. dtype: of matrix products.
+    dtype: of matrix products. for_auto: blocks are laid where `Cycles` has them, not evenly, and
+    rows are weighed by `reach`; otherwise by `decay`, see `loss_and_hits`.
     """
 
     steps: int
@@ -55,6 +57,12 @@ class Recipe:
     seed: int
     decay: float = 0.85
     dtype: str = "float32"
+    for_auto: bool = False
+
+    @property
+    def weighed(self) -> float | None:
+        """How the rows of a block are, see `loss_and_hits`."""
+        return None if self.for_auto else self.decay
 
     @property
     def averaged(self) -> int:
@@ -94,6 +102,7 @@ class Trainer:
                 "of two tokens and more; ask for more with --texts, or give other --prompts"
             )
         self._library = Library(network, keep_bytes)
+        self._cycles = Cycles(self._texts) if recipe.for_auto else None
         self._optimizer = torch.optim.AdamW(
             network.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.0
         )
@@ -103,18 +112,21 @@ class Trainer:
 
     def batch(self, step: int) -> Batch:
         """What is learned from in a step."""
-        recipe = self.recipe
+        recipe, cycles = self.recipe, self._cycles
         rng = np.random.default_rng((recipe.seed, step))
-        chosen = rng.integers(0, len(self._texts), recipe.texts)
+        shares = None if cycles is None else cycles.shares
+        chosen = rng.choice(len(self._texts), recipe.texts, p=shares)
         texts = [self._library.text(self._texts[i]) for i in chosen]
-        anchors = [draw_anchors(text, recipe.blocks, rng) for text in texts]
+        draw = draw_anchors if cycles is None else cycles.anchors
+        anchors = [draw(text.answer, recipe.blocks, rng) for text in texts]
         return lay(texts, anchors, recipe.rows, recipe.mask)
 
     def advance(self) -> float:
         """Take a step; its loss. Raises OrthrusError when it is no number."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.rate_at(self.step)
-        loss, _ = loss_and_hits(self.network, self.batch(self.step), self.recipe.decay)
+        batch = self.batch(self.step)
+        loss, hits = loss_and_hits(self.network, batch, self.recipe.weighed)
         value = loss.item()
         if not math.isfinite(value):
             raise OrthrusError(
@@ -124,6 +136,11 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._cycles is not None:
+            accepted = hits[..., :-1].int().cumprod(-1).sum(-1).cpu().numpy()
+            anchors = batch.anchors.cpu().numpy()
+            for text, begun, runs in zip(batch.texts, anchors, accepted, strict=True):
+                self._cycles.went(text.answer, begun, runs)
         self.step += 1
         share = 1 / min(self.step, self.recipe.averaged)
         with torch.no_grad():
@@ -193,6 +210,7 @@ class Trainer:
             "heads": [head.detach() for head in self.network.parameters()],
             "means": self._means,
             "optimizer": self._optimizer.state_dict(),
+            "places": {} if self._cycles is None else self._cycles.places,
         }
         try:
             with beside.open("wb") as file:
@@ -212,8 +230,9 @@ class Trainer:
         if path.exists():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                recipe, step = state["recipe"], int(state["step"])
+                recipe, step = {"for_auto": False, **state["recipe"]}, int(state["step"])
                 heads, means = state["heads"], state["means"]
+                places = state.get("places", {})
             except Exception as error:
                 raise OrthrusError(
                     f"{path}: is no checkpoint of ours, or damaged; remove it to begin again"
@@ -230,6 +249,8 @@ class Trainer:
             self._means = [mean.to(self.network.device) for mean in means]
             self._optimizer.load_state_dict(state["optimizer"])
             self.step = step
+            if self._cycles is not None:
+                self._cycles.places = places
         self._cut_losses()
 
     def _cut_losses(self) -> None:

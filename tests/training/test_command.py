@@ -147,6 +147,25 @@ def test_interrupted_it_saves_and_goes_on_alike(
         assert (tmp_path / "out" / name).read_bytes() == (trained / name).read_bytes()
 
 
+def test_blocks_where_auto_asks_for_them_go_on_alike(begun: Path, tmp_path: Path) -> None:
+    """Where cycles go on depends on the steps before, and a checkpoint holds it."""
+    answers = read_answers(begun / "answers.jsonl")
+    recipe = Recipe(steps=6, rate=1e-3, texts=8, blocks=4, rows=4, mask=261, seed=0, for_auto=True)
+
+    def losses_of(name: str, *parts: int) -> list[float]:
+        (tmp_path / name).mkdir()
+        found = []
+        for steps in parts:
+            with ModelFile.open(begun / "base.gguf") as file:
+                network = Network(file)
+            trainer = Trainer(network, answers, recipe, tmp_path / name, keep_bytes=1 << 20)
+            found += [trainer.advance() for _ in range(steps)]
+            trainer.save()
+        return found
+
+    assert losses_of("whole", 6) == losses_of("parts", 4, 2)
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_it_has_the_same_losses(
     trained: Path, base: Path, tmp_path: Path
@@ -209,6 +228,7 @@ def test_a_full_disk_leaves_the_answers_before(base: Path, begun: Path, capsys: 
         (["--mask-token", "5000"], "expected an id below 270"),
         (["--prompts", "other"], "holds a training with another prompts"),
         (["--decay", "0.5"], "was begun with decay 0.85, not 0.5"),
+        (["--for-auto"], "was begun with for_auto False, not True"),
         (["--dtype", "bfloat16"], "was begun with dtype float32, not bfloat16"),
         (["--device", "cuda"], "--device cuda: no NVIDIA GPU was found"),
     ],

@@ -93,7 +93,7 @@ def test_nothing_is_left_on_the_cpu(tmp_path: Path) -> None:
     library = Library(network, 1 << 30)
     texts = [library.text(answer) for answer in answers]
     rng = np.random.default_rng(0)
-    batch = lay(texts, [draw_anchors(text, 3, rng) for text in texts], BLOCK_SIZE, MASK)
+    batch = lay(texts, [draw_anchors(text.answer, 3, rng) for text in texts], BLOCK_SIZE, MASK)
     loss, hits = loss_and_hits(network, batch, 0.85)
     grads = torch.autograd.grad(loss, network.parameters())
     assert all(grad.device == meta for grad in grads)

@@ -73,7 +73,7 @@ def test_every_head_learns() -> None:
         network = Network(file)
     library = Library(network, 1 << 30)
     texts, rng = [library.text(a) for a in answers_of(network)], np.random.default_rng(0)
-    batch = lay(texts, [draw_anchors(text, 4, rng) for text in texts], BLOCK, MASK)
+    batch = lay(texts, [draw_anchors(text.answer, 4, rng) for text in texts], BLOCK, MASK)
     names = [name for name, _ in network.named_heads()]
     assert len(names) == 3 * 9 + 6
     optimizer, losses = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.0), []
@@ -102,7 +102,7 @@ def test_nothing_is_left_on_the_cpu() -> None:
     library = Library(network, 1 << 30)
     answers = [Answer(i, "text", 4, tuple(range(i, i + 20 + i)), held=False) for i in range(2)]
     texts, rng = [library.text(answer) for answer in answers], np.random.default_rng(0)
-    batch = lay(texts, [draw_anchors(text, 3, rng) for text in texts], BLOCK, MASK)
+    batch = lay(texts, [draw_anchors(text.answer, 3, rng) for text in texts], BLOCK, MASK)
     loss, _ = loss_and_hits(network, batch, 0.85)
     grads = torch.autograd.grad(loss, network.parameters())
     assert all(grad.device == meta for grad in grads)
