@@ -150,9 +150,9 @@ def plan_drafter(
 
 def plan_beside(file: DrafterFile | MtpFile, target: WeightPlan, capability: int) -> DrafterPlan:
     """The plan for an open drafter."""
-    chains = isinstance(file, MtpFile)
-    ids, window = (file.ids, None) if chains else (None, file.window)
-    return plan_drafter(file.config, file.tensors, target, capability, ids, window)
+    if isinstance(file, MtpFile):
+        return plan_drafter(file.config, file.tensors, target, capability, file.ids)
+    return plan_drafter(file.config, file.tensors, target, capability, window=file.window)
 
 
 def load_drafter(
