@@ -97,8 +97,8 @@ def through(
     kernels.convolve(
         inputs, gates, TAPS, A, DT, rows, runs, states, LAYER, mixed, strengths
     )  # fmt: skip
-    cut = len(runs.table) - bool(blocks)
-    for table in (runs.table[:cut], runs.table[cut:]):
+    last = len(runs.table) - bool(blocks)
+    for table in (runs.table[:last], runs.table[last:]):
         if len(table):
             kernels.recur(mixed, strengths, replace(runs, table=table), states, LAYER, out)
     return out

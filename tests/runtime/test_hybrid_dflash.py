@@ -41,9 +41,8 @@ TOKENS, CAPACITY = 12, 160
 PLANS = ("two-pass", "two-pass@4+tree=6", "ar+dflash+lookup", "auto")
 F32: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
 RUNTIMES = (RuntimeName.REFERENCE, RuntimeName.CPU)
-CUDA = pytest.param(
-    RuntimeName.CUDA, marks=pytest.mark.skipif(not find_spec("triton"), reason="without triton")
-)
+WITHOUT = pytest.mark.skipif(not find_spec("triton"), reason="without triton")
+CUDA = pytest.param(RuntimeName.CUDA, marks=WITHOUT)
 
 
 class Endless(ToyTokenizer):
@@ -76,7 +75,11 @@ def model(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(RuntimeName.REFERENCE, marks=pytest.mark.slow), RuntimeName.CPU, CUDA],
+    params=[
+        pytest.param(RuntimeName.REFERENCE, marks=pytest.mark.slow),
+        RuntimeName.CPU,
+        pytest.param(RuntimeName.CUDA, marks=[pytest.mark.slow, WITHOUT]),
+    ],
 )
 def decoder(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
     """The same, for whole texts."""
@@ -225,7 +228,7 @@ def test_blocks_are_the_networks(runtime: RuntimeName, kind: str) -> None:
 
 
 def test_every_cycle(model: ModelWithDrafter) -> None:
-    """Drafts, and how many of them are right."""
+    """Drafts, and how many of them are right; and the text."""
     network, accepted, cycles = NumpyDrafter("causal"), 0, 0
     for prompt in PROMPTS:
         text, found = cycles_of(model, prompt, "two-pass")
@@ -240,6 +243,8 @@ def test_every_cycle(model: ModelWithDrafter) -> None:
         accepted += sum(cycle.accepted for cycle in found)
         cycles += len(found)
     assert accepted > 0.7 * cycles
+    plain, _ = cycles_of(model, prompt, "ar")
+    assert text[: len(plain)] == plain
 
 
 @pytest.mark.parametrize("batch", [1, 3])

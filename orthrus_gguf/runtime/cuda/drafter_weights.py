@@ -150,9 +150,9 @@ def plan_drafter(
 
 def plan_beside(file: DrafterFile | MtpFile, target: WeightPlan, capability: int) -> DrafterPlan:
     """The plan for an open drafter."""
-    ids = file.ids if isinstance(file, MtpFile) else None
-    window = file.window if isinstance(file, DrafterFile) else None
-    return plan_drafter(file.config, file.tensors, target, capability, ids, window)
+    if isinstance(file, MtpFile):
+        return plan_drafter(file.config, file.tensors, target, capability, file.ids)
+    return plan_drafter(file.config, file.tensors, target, capability, window=file.window)
 
 
 def load_drafter(
