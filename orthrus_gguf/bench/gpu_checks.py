@@ -114,7 +114,7 @@ def drafter_checks(
             expected, _ = generate(
                 target, target.new_cache(CAPACITY), case["prompt_ids"], GREEDY, "ar", count
             )
-            found, own = _drafted(model, case["prompt_ids"], count)
+            found, own = drafted(model, case["prompt_ids"], count, "ar+dflash")
             wrong += [f"case {number}"] if found != expected else []
             cycles += len(own)
             accepted += sum(cycle.accepted for cycle in own)
@@ -129,15 +129,15 @@ def drafter_checks(
             yield Check(f"{check.name}, {name}", check.passed, check.detail)
 
 
-def _drafted(
-    model: ModelWithDrafter, prompt: Sequence[int], n: int
+def drafted(
+    model: ModelWithDrafter, prompt: Sequence[int], n: int, plan: str
 ) -> tuple[list[int], list[Cycle]]:
-    """`n` tokens with the drafter's drafts, and their cycles."""
+    """`n` tokens with the drafts of a network beside the model, and their cycles."""
     caches = model.new_cache(CAPACITY), model.new_draft_cache(CAPACITY)
     sequence = TokenSequence(
         model.config, caches[0], Sampler(GREEDY), list(prompt), draft_cache=caches[1]
     )
-    policy = FixedPolicy(parse("ar+dflash"), model.config)
+    policy = FixedPolicy(parse(plan), model.config)
     drafters = policy.drafters(sequence)
     drive(model, prefill(sequence, drafters))
     cycles: list[Cycle] = []

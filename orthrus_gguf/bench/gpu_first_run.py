@@ -161,8 +161,8 @@ def summary(outcomes: Sequence[Outcome], seconds: float, most: int = MOST) -> st
     return text[: most - 1] + "\n"
 
 
-def prepare(runner: Runner, options: argparse.Namespace) -> Files:
-    """Small models now; those that are timed in the background."""
+def prepare(runner: Runner, options: argparse.Namespace, stages: Sequence[Stage]) -> Files:
+    """Small models now; those that are timed in the background. stages: what is to run."""
     folder, models = runner.folder, ROOT / "models"
     small = [
         Made("demo", folder / "demo.gguf", (str(models / "tiny-orthrus-stdlib"),), "f16"),
@@ -173,7 +173,10 @@ def prepare(runner: Runner, options: argparse.Namespace) -> Files:
         Made("model", options.model, ("--synthetic", options.shape), options.type),
         Made("large-hybrid", options.hybrid, ("--synthetic", options.hybrid_shape), options.type),
     ]
-    files = Files(runner, small, [] if options.cpu else large)
+    needed = {stage.name for stage in stages} | {stage.file for stage in stages}
+    small = [one for one in small if one.name in needed or (stages and one.name == "demo")]
+    large = [one for one in large if one.name in needed and not options.cpu]
+    files = Files(runner, small, large)
     for name, why in files.failed.items():
         print(f"{name}.gguf was not made: {why}", flush=True)
     return files
@@ -183,12 +186,12 @@ def run(options: argparse.Namespace, stages: Sequence[Stage]) -> list[Outcome]:
     """All stages in order; a line as each ends."""
     runner = Runner(options.folder, cpu=options.cpu)
     began = time.monotonic()
-    files = prepare(runner, options)
+    kept = within(stages, options.budget)
+    files = prepare(runner, options, kept)
     flags = [f"--{name}={runner.folder / name}.gguf" for name in ("demo", "drafter", "hybrid")]
     flags += ["--model", str(options.model), "--large-hybrid", str(options.hybrid)]
     flags += ["--cpu"] if options.cpu else []
     outcomes = []
-    kept = within(stages, options.budget)
     try:
         for stage in stages:
             left: float = stage.seconds

@@ -1,4 +1,4 @@
-"""Processes of a first run on a GPU: started in the checkout, their output in files; what they make.
+"""Processes of a first run on a GPU, started in the checkout, and the files that they make.
 
 A process has a group of its own, so that it ends with all that it started.
 """
