@@ -38,11 +38,11 @@ demo-weights:
 	    exit 1; \
 	}
 
-test: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow'
+test: $(VENV)/.test-installed $(VENV)/.oldest-triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
-test-long: $(VENV)/.test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+test-long: $(VENV)/.test-installed $(VENV)/.oldest-triton
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 # 100,000 damaged files, then coverage-guided fuzzing for FUZZ_SECONDS.
 FUZZ_SECONDS ?= 3600
@@ -72,11 +72,14 @@ $(BIN)/python:
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 
 # The oldest triton that is promised, without its torch, for the compiler's tests; they skip it where
-# it cannot be had.
+# it cannot be had. With make -j it is installed beside the rest.
 OLDEST_TRITON := .cache/triton-3.6
-$(VENV)/.test-installed: $(BIN)/python pyproject.toml tests/requirements.txt tests/requirements-triton36.txt
+$(VENV)/.oldest-triton: $(BIN)/python tests/requirements-triton36.txt
+	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) --requirement tests/requirements-triton36.txt
+	touch $@
+
+$(VENV)/.test-installed: $(BIN)/python pyproject.toml tests/requirements.txt
 	@echo "installing what the tests need, PyTorch among it (some gigabytes) …"
 	$(BIN)/python -m pip install --quiet --requirement tests/requirements.txt
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	-$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(OLDEST_TRITON) --requirement tests/requirements-triton36.txt
 	touch $@

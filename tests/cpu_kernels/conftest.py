@@ -69,19 +69,11 @@ def driver(build: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(compiler: str, *flags: str) -> list[str]:
         path = folder / f"driver-{abs(hash((compiler, *flags))):x}"
         common = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
-        sources = [*map(str, build.SOURCES), str(Path(__file__).with_name("driver.c"))]
-        command = [
-            compiler,
-            *common,
-            "-Wextra",
-            "-Werror",
-            *flags,
-            f"-I{KERNELS / 'src'}",
-            *sources,
-            "-o",
-            str(path),
-        ]
-        done = subprocess.run([*command, "-lm", "-lpthread"], capture_output=True, text=True)
+        command = [compiler, *common, "-Wextra", "-Werror", *flags, f"-I{KERNELS / 'src'}"]
+        command += ["-x", "c", "-", str(Path(__file__).with_name("driver.c")), "-o", str(path)]
+        done = subprocess.run(
+            [*command, "-lm", "-lpthread"], input=build.TOGETHER, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         assert not done.stderr, done.stderr
         return [str(path)]

@@ -29,6 +29,9 @@ Make = Callable[..., list[str]]
 
 GCC_ARM, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
+#: Compiles in a fraction of the time that -O1 takes, most of all the products; the same bits.
+QUICK = "-Og"
+
 #: Every error ends the process. (Leaks are the driver's own business: it ends anyway.)
 SANITIZERS = "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"
 
@@ -90,7 +93,7 @@ def test_arm_gives_the_bits_of_portable_c(
             "NEON needs a cross compiler and an emulator: apt-get install gcc-aarch64-linux-gnu"
             " libc6-dev-arm64-cross qemu-user"
         )
-    command = driver(GCC_ARM, *build.targets("aarch64")[name], "-O1", "-static")
+    command = driver(GCC_ARM, *build.targets("aarch64")[name], QUICK, "-static")
     found = run_driver([QEMU, *command], cases)
     for case, ours, wanted in zip(cases, found, expected, strict=True):
         assert_same(ours, wanted, f"{name} (aarch64), {case.name}")
@@ -104,7 +107,7 @@ def sanitized(build: ModuleType, driver: Make, objects: dict[str, Kernels]) -> C
     def run(name: str, cases: Sequence[Case]) -> list[list[NDArray[Any]]]:
         if name not in objects:
             pytest.skip(f"this machine does not run {name}")
-        command = driver(build.compiler(), *build.targets()[name], "-O1", *SANITIZERS)
+        command = driver(build.compiler(), *build.targets()[name], QUICK, *SANITIZERS)
         return run_driver(command, cases, env=os.environ | {"ASAN_OPTIONS": "detect_leaks=0"})
 
     return run
