@@ -80,7 +80,8 @@ ALLOWED: dict[str, set[str]] = {
 
 #: Tools that run on a GPU, and say so.
 GPU_CHECKS = tuple(
-    f"orthrus_gguf.bench.gpu_{name}" for name in ("checks", "figures", "hybrid", "sanitizer", "stage")
+    f"orthrus_gguf.bench.gpu_{name}"
+    for name in ("checks", "figures", "hybrid", "sanitizer", "stage")
 )
 
 #: Packages that are heavy, or a concern of few → the modules, or folders, that may import them.
