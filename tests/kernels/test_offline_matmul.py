@@ -1,7 +1,8 @@
-"""The matrix products through the real compiler, for cards that need not be here.
+"""The kernels through the real compiler, for cards that need not be here.
 
-Each capability is compiled in two processes of their own, since this one runs the interpreter; the
-compiled kernels are kept in triton's cache between runs.
+It runs in processes of its own, since this one runs the interpreter; compiled kernels are kept in
+triton's cache between runs. What was accepted from the same sources, by the same compiler, is not
+compiled again: a few kernels are, here, and everything in the slow tests.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pytest
 from orthrus_kernels.tools.budget_table import (
     MAIN_KERNELS,
     MATRIX,
+    PINNED,
     Budget,
     check,
     known_cases,
@@ -38,6 +40,7 @@ from orthrus_kernels.tools.offline import (
 )
 
 MODULE = "orthrus_kernels.products.cases"
+TABLE = "orthrus_kernels.tools.budget_table"
 
 Report = dict[str, dict[int, Resources]]
 
@@ -60,30 +63,27 @@ GOOD = Resources(
 )
 
 
+#: Compiled here whatever was accepted; other kinds are where launches are tested.
+SAMPLE = ("matmul Q4_K a16 32 rows", "matmul Q6_K a16 32 rows")
+
+
 @pytest.fixture(scope="module")
 def report() -> Report:
-    return report_module(MODULE)
+    return report_module(MODULE, (86, 90), wanted=SAMPLE.__contains__)
 
 
-def test_every_kernel_keeps_its_budget(report: Report) -> None:
-    budgets = load_budgets()
-    found = [
-        line
-        for name, by_capability in report.items()
-        for capability, used in by_capability.items()
-        for line in violations(name, capability, used, budgets.get(name, {}).get(capability))
-    ]
-    assert found == []
+def test_compiled_anew_they_keep_their_budgets(report: Report) -> None:
+    found = {(name, card) for name, by_card in report.items() for card in by_card}
+    assert found == {(name, card) for name in SAMPLE for card in (86, 90)}
+    assert check(report, load_budgets()) == []
 
 
-def test_every_architecture_is_covered(report: Report) -> None:
-    for name, by_capability in report.items():
-        assert 86 in by_capability, name
-        is_product = by_capability[86].instructions_per_weight is not None
-        if is_product and 90 in by_capability:
-            assert by_capability[90].wgmma > 0, name
-    seen = {capability for by_capability in report.values() for capability in by_capability}
-    assert seen == set(CAPABILITIES)
+def test_every_architecture_is_covered() -> None:
+    known: dict[str, set[int]] = {}
+    for case in load_cases(MODULE):
+        known.setdefault(case.name, set()).update(case.capabilities)
+    assert all(86 in capabilities for capabilities in known.values())
+    assert set().union(*known.values()) == set(CAPABILITIES)
 
 
 def test_promised_instruction_counts(report: Report) -> None:
@@ -222,12 +222,39 @@ def test_kernels_that_start_early_wait_first(
     assert found[:-2] == (waits if switch == "1" else [])
 
 
-def test_the_oldest_compiler_keeps_its_budgets() -> None:
-    if not (OLDEST_TRITON / "triton").is_dir():
-        pytest.skip(f"{OLDEST_TRITON} is missing: `make test` installs triton 3.6.0 there")
-    found = run_python([str(OLDEST_TRITON)], "-m", "orthrus_kernels.tools.budget_table")
-    assert found.startswith("triton 3.6: ")
+def test_every_kernel_keeps_its_budget(compiler_path: list[str]) -> None:
+    """What differs from what was accepted is compiled."""
+    found = run_python(compiler_path, "-m", TABLE, "--changed")
+    assert found.startswith(f"triton {'3.6' if compiler_path else PINNED}: ")
     assert found.endswith(" 0 problems\n")
+
+
+@pytest.mark.slow
+def test_every_kernel_keeps_its_budget_compiled_anew(compiler_path: list[str]) -> None:
+    assert run_python(compiler_path, "-m", TABLE).endswith(" 0 problems\n")
+
+
+def test_sources_are_told_apart() -> None:
+    """A kernel's own lines, what it calls, arguments, constants, options and cards."""
+    code = """
+import dataclasses
+from orthrus_kernels.elementwise import ops
+from orthrus_kernels.tools.offline import load_cases, source_key
+cases = load_cases("orthrus_kernels.elementwise.cases")
+case = next(one for one in cases if one.fn is ops._residual_norm)
+change = lambda **changes: dataclasses.replace(case, **changes)
+cases = [case, change(num_warps=2 * case.num_warps), change(num_stages=case.num_stages + 1)]
+name, kind = next((n, k) for n, k in case.signature.items() if k.startswith("*"))
+cases.append(change(signature={**case.signature, name: "*fp64"}))
+name, value = next((n, v) for n, v in case.constants.items() if isinstance(v, int))
+cases.append(change(constants={**case.constants, name: value + 1}))
+keys = [source_key(one, 86) for one in cases] + [source_key(case, 90)]
+assert source_key(change(name="another"), 86) == keys[0]
+case.fn._unsafe_update_src(case.fn.src + "    tl.debug_barrier()")
+keys.append(source_key(case, 86))
+print(len(keys), len(set(keys)))
+"""
+    assert run_python([], "-c", code) == "7 7\n"
 
 
 def numbers(arguments: Mapping[str, str]) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
     python -m orthrus_kernels.tools.budget_table            compile a selection, check it
     python -m orthrus_kernels.tools.budget_table --all      compile everything, check it
+    python -m orthrus_kernels.tools.budget_table --changed  compile what differs from what was
+                                                            accepted, check it (also: --all)
     python -m orthrus_kernels.tools.budget_table --accept   take today's figures (also: --all)
     python -m orthrus_kernels.tools.budget_table --print    print what is known; compiles nothing
 
-budgets.json is the truth, for each minor version of triton; kernels/RESOURCES.md shows a part of
-it, which --accept writes anew. Another compiler than PINNED, in a folder on PYTHONPATH
-(tests/requirements-triton36.txt), compiles a short list for two cards.
+budgets.json is the truth, for each minor version of triton, and sources.json says of which sources
+(only where nothing was wrong); kernels/RESOURCES.md shows a part of it. --accept writes all three.
+Another compiler than PINNED, in a folder on PYTHONPATH (tests/requirements-triton36.txt), compiles
+a short list for two cards.
 Compiled kernels are cached by triton: --all takes up to an hour on two cores the first time (run it
 under `nice`), minutes later on, and goes on where a run was broken off.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,9 +29,11 @@ from typing import Any
 from orthrus_kernels.tools.offline import (
     CAPABILITIES,
     SHARED_MEMORY_LIMIT,
+    KernelCase,
     Resources,
     load_cases,
     report_module,
+    source_key,
 )
 
 MODULES = (
@@ -80,6 +86,11 @@ def budgets_path() -> Path:
     return Path(__file__).parent / "budgets.json"
 
 
+def sources_path() -> Path:
+    """`source_key` of what was accepted, for each minor version of triton."""
+    return Path(__file__).parent / "sources.json"
+
+
 def compiler() -> str:
     """Minor version of the triton that is installed."""
     import triton
@@ -124,6 +135,9 @@ def violations(name: str, capability: int, used: Resources, budget: Budget | Non
         found.append(f"{where}: {used.stack} bytes of stack, {used.spills} spill instructions")
     if used.shared > SHARED_MEMORY_LIMIT[capability] * 1024:
         found.append(f"{where}: {used.shared} bytes shared do not fit the card")
+    attention = re.fullmatch(r"attention \S+ d=(\d+).*", name)
+    if attention is not None:
+        found += attention_violations(where, capability, used, int(attention[1]))
     return found + (product_violations(where, capability, used) if _is_product(used) else [])
 
 
@@ -138,6 +152,23 @@ def product_violations(where: str, capability: int, used: Resources) -> list[str
         found.append(f"{where}: {used.loop_i2f} int-to-float conversions in the loop")
     if any(warps != (used.num_warps, 1) for warps in used.warps_per_cta):
         found.append(f"{where}: warps {used.warps_per_cta} share rows or split K")
+    return found + ([f"{where}: no wgmma"] if capability == 90 and not used.wgmma else [])
+
+
+def attention_violations(where: str, capability: int, used: Resources, head_dim: int) -> list[str]:
+    """MMAs with no warp on another's keys (heads of up to 128), wide asynchronous copies, no
+    conversions."""
+    found = []
+    if used.mma + used.wgmma == 0:
+        found.append(f"{where}: no MMA")
+    if used.async16 == 0:
+        found.append(f"{where}: keys are not copied 16 bytes at a time")
+    if used.loop_i2f:
+        found.append(f"{where}: {used.loop_i2f} int-to-float conversions in the loop")
+    if head_dim <= 128 and used.warps_per_cta != ((4, 1),):
+        found.append(f"{where}: warps {used.warps_per_cta} share keys")
+    if head_dim <= 128 and capability == 90 and not used.wgmma:
+        found.append(f"{where}: no wgmma")
     return found
 
 
@@ -236,17 +267,49 @@ def _cell(used: Budget | None, shared: bool) -> str:
 
 
 def compile_everything(
-    modules: Sequence[str] = MODULES, talk: bool = False, short: bool = False
+    modules: Sequence[str] = MODULES,
+    talk: bool = False,
+    *,
+    short: bool = False,
+    changed: bool = False,
 ) -> dict[str, dict[int, Resources]]:
     """Reports of all modules, merged; talk: a line per kernel as it is done. short: what is
-    compiled with other versions of triton."""
+    compiled with other versions of triton. changed: only what differs from what was accepted."""
     report: dict[str, dict[int, Resources]] = {}
     cards = OTHERS_CAPABILITIES if short else CAPABILITIES
+    old = load_sources(compiler()) if changed else {}
     for module in modules:
-        found = report_module(module, cards, talk=talk, wanted=in_short_list if short else None)
+        names = {
+            case.name
+            for case in load_cases(module)
+            if (not short or in_short_list(case.name))
+            and (not changed or _differs(case, cards, old.get(case.name, {})))
+        }
+        found = report_module(module, cards, talk=talk, wanted=names.__contains__) if names else {}
         for name, by_capability in found.items():
             report.setdefault(name, {}).update(by_capability)
     return report
+
+
+def _differs(case: KernelCase, cards: Sequence[int], keys: Mapping[str, str]) -> bool:
+    """Whether anything about it is not what was accepted, on any of these cards."""
+    wanted = set(cards).intersection(case.capabilities)
+    return any(keys.get(str(card)) != source_key(case, card) for card in wanted)
+
+
+def load_sources(version: str) -> dict[str, dict[str, str]]:
+    """{kernel: {capability: source_key}} of what was accepted without problems."""
+    found: dict[str, dict[str, str]] = json.loads(sources_path().read_text()).get(version, {})
+    return found
+
+
+def keys_of(report: Report) -> dict[str, dict[str, str]]:
+    """`source_key` of everything in a report, as JSON."""
+    found: dict[str, dict[str, str]] = {}
+    for case in (case for module in (*MODULES, MATRIX) for case in load_cases(module)):
+        for card in sorted(set(case.capabilities).intersection(report.get(case.name, ()))):
+            found.setdefault(case.name, {})[str(card)] = source_key(case, card)
+    return found
 
 
 def known_cases() -> dict[str, set[int]]:
@@ -259,29 +322,45 @@ def known_cases() -> dict[str, set[int]]:
 
 
 def accept(report: Report, version: str) -> None:
-    """Write the figures of a report; those of other kernels stay, as long as there are such."""
-    versions = json.loads(budgets_path().read_text())
-    budgets = versions.setdefault(version, {})
-    for name, by_capability in accepted(report).items():
-        budgets.setdefault(name, {}).update(by_capability)
+    """Write the figures of a report, and of which sources they are where nothing is wrong with
+    them; what is known of other kernels stays, as long as there are such."""
+    _update(budgets_path(), version, accepted(report))
+    budgets = load_budgets(version=version)
+    good = {
+        name: {
+            card: used for card, used in by_card.items() if not check({name: {card: used}}, budgets)
+        }
+        for name, by_card in report.items()
+    }
+    _update(sources_path(), version, keys_of(good))
+
+
+def _update(path: Path, version: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write values of kernels and cards; others stay, as long as there are such."""
+    versions = json.loads(path.read_text())
+    values = versions.setdefault(version, {})
+    for name, by_capability in found.items():
+        values.setdefault(name, {}).update(by_capability)
     known = known_cases()
-    kept = {
-        name: {cap: used for cap, used in budgets[name].items() if int(cap) in known[name]}
-        for name in sorted(budgets)
+    versions[version] = {
+        name: {cap: value for cap, value in values[name].items() if int(cap) in known[name]}
+        for name in sorted(values)
         if name in known
     }
-    versions[version] = kept
     parts = []
     for one, kernels in sorted(versions.items()):
         lines = [f"{json.dumps(name)}: {json.dumps(by_card)}" for name, by_card in kernels.items()]
         parts.append(f"{json.dumps(one)}: {{\n " + ",\n ".join(lines) + "\n}")
-    budgets_path().write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, check, write."""
     parser = argparse.ArgumentParser(prog="python -m orthrus_kernels.tools.budget_table")
     parser.add_argument("--all", action="store_true", help="every product")
+    parser.add_argument(
+        "--changed", action="store_true", help="only what differs from sources.json"
+    )
     parser.add_argument("--accept", action="store_true", help="take today's figures as budgets")
     parser.add_argument("--print", action="store_true", help="print all figures and stop")
     parser.add_argument(
@@ -297,7 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(_table(budgets, sorted(budgets), shared=True)))
         return 0
     modules = (*MODULES, MATRIX) if options.all else MODULES
-    report = compile_everything(modules, talk=options.all, short=version != PINNED)
+    report = compile_everything(
+        modules, talk=options.all, short=version != PINNED, changed=options.changed
+    )
     if options.accept:
         accept(report, version)
         options.summary.write_text(summary(load_budgets()))

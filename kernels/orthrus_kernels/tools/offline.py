@@ -18,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import os
@@ -139,6 +140,21 @@ def compile_kernel(
     """
     import triton
     from triton.backends.compiler import GPUTarget
+
+    handle = triton.compile(
+        _source(fn, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+            "enable_fp_fusion": fp_fusion,
+        },
+    )
+    return Compiled(handle, num_warps, weights_per_iteration)
+
+
+def _source(fn: Any, signature: Mapping[str, str], constants: Mapping[str, Any]) -> Any:
+    """A kernel with its arguments, as triton's compiler takes it."""
     from triton.compiler import ASTSource
 
     if not hasattr(fn, "arg_names") or type(fn).__name__ == "InterpretedFunction":
@@ -155,17 +171,17 @@ def compile_kernel(
         if kind.startswith("*") or multiple == "16":
             attributes[(index,)] = [["tt.divisibility", 16]]
     values = {(fn.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn, signature=types, constexprs=values, attrs=attributes)
-    handle = triton.compile(
-        source,
-        target=GPUTarget("cuda", capability, 32),
-        options={
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-            "enable_fp_fusion": fp_fusion,
-        },
-    )
-    return Compiled(handle, num_warps, weights_per_iteration)
+    return ASTSource(fn, signature=types, constexprs=values, attrs=attributes)
+
+
+def source_key(case: KernelCase, capability: int) -> str:
+    """What decides what becomes of a case: the kernel's source with all that it calls (as triton's
+    own cache tells them apart), its arguments, options, the card and the exact compiler."""
+    import triton
+
+    source = _source(case.fn, case.signature, case.constants).hash()
+    words = (triton.__version__, source, capability, case.num_warps, case.num_stages)
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:16]
 
 
 def compile_case(case: KernelCase, capability: int) -> Compiled:
