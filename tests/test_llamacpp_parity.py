@@ -60,7 +60,7 @@ def llamacpp_tokens(base: Path, prompts: list[list[int]]) -> list[list[int]]:
     return outputs
 
 
-@pytest.mark.parametrize("type_name", ["f32", "f16"])
+@pytest.mark.parametrize("type_name", ["f32", pytest.param("f16", marks=pytest.mark.slow)])
 def test_greedy_tokens_equal_stock_llamacpp(
     type_name: str, demo_file: Callable[..., Path], golden: dict[str, Any]
 ) -> None:

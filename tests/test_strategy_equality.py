@@ -25,7 +25,7 @@ from orthrus_gguf.text.tokenizer import load_tokenizer
 #: Seeds per prompt, three prompts, beside 12 greedy runs, on each file: every pair of prompt and
 #: seed with four plans beside plain decoding (the reference runtime: three seeds). The long test
 #: takes 1,350 pairs on either runtime.
-SEEDS = 8
+SEEDS = 3
 LONG_SEEDS = range(100, 175)
 
 #: Runtime and type of the file; and those of the long test.
@@ -129,7 +129,7 @@ def test_greedy(session: Session, golden: dict[str, Any]) -> None:
 def test_sampled(session: Session, golden: dict[str, Any]) -> None:
     accepted = 0
     texts = set()
-    seeds = 3 if session.model.description.startswith("reference") else SEEDS  # it is slow
+    seeds = 1 if session.model.description.startswith("reference") else SEEDS  # it is slow
     for number in (1, 6, 10):
         for seed in range(seeds):
             prompt = golden["cases"][number]["prompt_ids"]

@@ -416,7 +416,9 @@ def seeded(seed: int, **more: Any) -> SamplingSettings:
     return SamplingSettings(temperature=0.9, seed=seed, **more)
 
 
-@pytest.mark.parametrize("runtime", ["reference", "ggml", "cpu"])
+@pytest.mark.parametrize(
+    "runtime", [pytest.param("reference", marks=pytest.mark.slow), "ggml", "cpu"]
+)
 def test_company_changes_nothing_on_models(
     runtime: str, demo_file: Callable[..., Path], golden: dict[str, Any]
 ) -> None:

@@ -13,7 +13,6 @@ from orthrus_gguf.errors import OrthrusError
 from orthrus_gguf.model.drafter import DIALECTS, DrafterFile
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.model.window import Window
-from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from tests.tiny_model import (
     BLOCK_SIZE,
     MASK,
@@ -199,12 +198,3 @@ def test_windows(tmp_path: Path, target: Path) -> None:
     ):
         with opened(write_drafter(tmp_path / "drafter.gguf", metadata=more), target) as drafter:
             assert drafter.window == expected
-
-
-def test_cuda_has_no_windows_yet(tmp_path: Path, target: Path) -> None:
-    more = {WINDOW: np.uint32(64), PATTERN: np.ones(2, np.bool_)}
-    path = write_drafter(tmp_path / "drafter.gguf", metadata=more)
-    with ModelFile.open(target) as file, opened(path, target) as drafter:
-        settings = RuntimeSettings(RuntimeName.CUDA)
-        with pytest.raises(OrthrusError, match="sliding windows do not run on --runtime cuda yet"):
-            load_model(file, settings, drafter=drafter)

@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GREEDY = Sampler(SamplingSettings(temperature=0))
 
 
-@pytest.fixture(scope="module", params=["single", "split"])
+@pytest.fixture(scope="module", params=["single", pytest.param("split", marks=pytest.mark.slow)])
 def model(request: pytest.FixtureRequest, demo_file: DemoFile) -> Iterator[ReferenceModel]:
     """The F32 demo model, from one file and from a base with its heads beside it."""
     torch.set_num_threads(1)
