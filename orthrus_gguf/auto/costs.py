@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import field, replace
 from typing import Protocol
@@ -18,6 +19,14 @@ NEWEST, CURVE_COUNTS = 0.05, 4
 #: Passes are learned from by the median of so many: some are held up, by another program or a page
 #: fault, and a plan must not change with these.
 TOGETHER = 5
+
+#: Few passes change a correction by no more than what they would if they took this many times more
+#: or less: the machine may have slowed down between them and those that they are compared with.
+AT_ONCE = 1.5
+
+#: What the machine does now is the median of so many passes of any kind; a kind is compared with
+#: the others among so many, if there are so few at least.
+NOW, BESIDE, LEAST_BESIDE = 9, 8, 3
 
 #: The curve no longer fits when its corrections differ by this factor, each of so many passes. (A
 #: common factor changes no decision: the machine is busy, the context has grown.)
@@ -113,28 +122,29 @@ class CostCurve:
 
 @dataclass
 class _Correction:
-    """What passes of one kind took, of what the curve says."""
+    """What passes of one kind took, of what the curve says, beside others at about that time."""
 
     scale: float = 1.0
     count: int = 0
     waiting: list[float] = field(default_factory=list)
 
-    def add(self, ratio: float, times: int) -> bool:
-        """Count a pass, or the median of several at once. Whether the scale has changed."""
+    def add(self, ratio: float, times: int) -> None:
+        """Count a pass, or the median of several at once."""
         if times == 1:
             self.waiting.append(ratio)
             if len(self.waiting) < TOGETHER:
-                return False
+                return
             ratio, times = median(self.waiting), len(self.waiting)
             self.waiting.clear()
         self.count += times
+        ratio = min(max(ratio, self.scale / AT_ONCE), AT_ONCE * self.scale)
         weight = max(1 - (1 - NEWEST) ** times, times / (CURVE_COUNTS + self.count))
         self.scale += weight * (ratio - self.scale)
-        return True
 
 
 class RunningCosts:
-    """A cost curve, each of its points corrected by the passes that really run."""
+    """A cost curve, corrected by the passes that really run: all of it by how fast the machine is
+    now, and each of its points by how it does beside the others."""
 
     def __init__(self, curve: CostCurve) -> None:
         self.curve = curve
@@ -142,35 +152,33 @@ class RunningCosts:
         self._draft, self._mixed = _Correction(), _Correction()
         # Between two points, passes count for the nearer one by their ratio.
         self._borders = [(a * b) ** 0.5 for a, b in itertools.pairwise(curve.rows)]
-        self._rows: tuple[int, ...] = ()
-        self._scales: tuple[float, ...] = ()
+        self._recent: deque[tuple[_Correction, float]] = deque(maxlen=NOW)
+        self._machine = 1.0
 
     @property
     def drafter(self) -> float:
-        return self._scale(self.curve.draft_rows, 0) * self.curve.drafter
+        return self._machine * self.curve.drafter
 
     def seconds(self, ar_rows: int, diffusion_rows: int, context: int) -> float:
         curve = self.curve.at(ar_rows, diffusion_rows, context)
-        return self._scale(ar_rows, diffusion_rows) * curve
+        return self._machine * self._scale(ar_rows, diffusion_rows) * curve
 
     def _scale(self, ar_rows: int, diffusion_rows: int) -> float:
-        """Between the corrections of the nearest points that have any. Of what has not run yet, it
-        is taken to be as slow or as fast as what has: that is the machine."""
+        """Between the corrections of the nearest points."""
+        rows = ar_rows + diffusion_rows
         if diffusion_rows:
             own = self._mixed if ar_rows else self._draft
             if own.count:
                 return own.scale
-        known, rows = self._rows, ar_rows + diffusion_rows
-        if not known:
-            return 1.0
+        known, points = self.curve.rows, self._points
         i = bisect_left(known, rows)
         if i in (0, len(known)):
-            return self._scales[min(i, len(known) - 1)]
+            return points[min(i, len(known) - 1)].scale
         share = (rows - known[i - 1]) / (known[i] - known[i - 1])
-        return self._scales[i - 1] + share * (self._scales[i] - self._scales[i - 1])
+        return points[i - 1].scale + share * (points[i].scale - points[i - 1].scale)
 
     def observe(self, done: Pass, times: int = 1) -> None:
-        """Move the correction of such passes towards what this one took."""
+        """Move the corrections towards what this pass took."""
         ar_rows = done.ar_rows + done.company
         expected = self.curve.at(ar_rows, done.diffusion_rows, done.context)
         if expected <= 0:
@@ -179,11 +187,13 @@ class RunningCosts:
             kind = self._mixed if ar_rows else self._draft
         else:
             kind = self._points[bisect_left(self._borders, ar_rows)]
-        if kind.add(done.seconds / expected, times):
-            points = zip(self.curve.rows, self._points, strict=True)
-            known = [(rows, point.scale) for rows, point in points if point.count]
-            self._rows = tuple(rows for rows, _ in known)
-            self._scales = tuple(scale for _, scale in known)
+        ratio = done.seconds / expected
+        beside = list(self._recent)[-BESIDE:]
+        others = [found for other, found in beside if other is not kind]
+        if len(others) >= LEAST_BESIDE:
+            kind.add(ratio / median(others), times)
+        self._recent.append((kind, ratio / kind.scale))
+        self._machine = median([found for _, found in self._recent])
 
     @property
     def fits(self) -> bool:
@@ -198,11 +208,11 @@ class RunningCosts:
         return replace(
             curve,
             seconds=tuple(
-                self._scale(rows, 0) * seconds
+                self._machine * self._scale(rows, 0) * seconds
                 for rows, seconds in zip(curve.rows, curve.seconds, strict=True)
             ),
-            draft=self._scale(0, block) * curve.draft,
-            mixed=self._scale(block, block) * curve.mixed,
+            draft=self._machine * self._scale(0, block) * curve.draft,
+            mixed=self._machine * self._scale(block, block) * curve.mixed,
             drafter=self.drafter,
         )
 
