@@ -7,8 +7,9 @@ the best choice wins. Plain decoding is always among them.
 
 Two accounts keep the promise "never slower than plain decoding": estimates may be wrong, so time
 lost to drafts, beside plain decoding by the same clock, may not exceed a small share of all time
-(in the company of other sequences there is nothing to compare with, and nothing is counted); and
-what was given up is forgotten slowly, so that it is tried again when the text changes.
+(in the company of other sequences there is nothing to compare with, and nothing is counted), unless
+the text shows that drafts would have won it back (`account.py`); and what was given up is forgotten
+slowly, so that it is tried again when the text changes.
 """
 
 from __future__ import annotations

@@ -407,6 +407,16 @@ def test_what_takes_time_on_the_host_is_only_asked_where_rows_are_cheap() -> Non
     assert "TailDrafter" in [type(d).__name__ for d in without]
 
 
+@pytest.mark.parametrize(("confidence", "left_out"), [(0.05, 2), (0.95, 0)])
+def test_what_hardly_pays_is_left_out_each_fourth_time(confidence: float, left_out: int) -> None:
+    """So that single rows are timed beside it."""
+    controller = Controller(Machine(0.0), None)
+    draft = Draft(LOOKUP, (5,), (confidence,))
+    chosen = [controller.choose([draft], (), 8, 64) for _ in range(8)]
+    assert [found is NO_DRAFT for found in chosen].count(True) == left_out
+    assert [i for i, found in enumerate(chosen, 1) if found is NO_DRAFT] == [4, 8][:left_out]
+
+
 def test_phases_account_for_everything() -> None:
     machine = Machine(0.02)
     controller = Controller(machine, BLOCK)

@@ -13,23 +13,21 @@ import pytest
 from hf_hybrid import PROMPTS as GOLDEN_PROMPTS
 from hf_hybrid import write_hybrid
 from hybrid_dflash import KINDS, NumpyDrafter, loaded_dflash
+from mtp_cycles import CAPACITY, TOKENS, cycles_of
 from numpy.typing import NDArray
 from orthrus_converters.cli import main as convert
 from timeless import Timeless
 from toy_model import ToyTokenizer
 
-from orthrus_gguf.decode import drive, prefill, run_cycle
-from orthrus_gguf.drafting.cycle import Cycle
 from orthrus_gguf.drafting.plan import FixedPolicy, parse
 from orthrus_gguf.drafting.policy import Policy
-from orthrus_gguf.drafting.sequence import TokenSequence
 from orthrus_gguf.engine import Generation, Session
 from orthrus_gguf.model.file import ModelFile
 from orthrus_gguf.request import Request, Result
 from orthrus_gguf.runtime.beside import DraftCache, ModelWithDrafter
 from orthrus_gguf.runtime.load import RuntimeName, RuntimeSettings, load_model
 from orthrus_gguf.runtime.protocol import Model, ar_segment, diffusion_segment
-from orthrus_gguf.sampling import Sampler, SamplingSettings
+from orthrus_gguf.sampling import SamplingSettings
 from orthrus_gguf.together import Together
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
@@ -37,7 +35,6 @@ GREEDY = SamplingSettings(temperature=0)
 PROMPTS: list[list[int]] = [[101], [130, 244], [92, 170, 241]]
 PROMPTS.append(np.random.default_rng(3).integers(0, 256, 21).tolist())
 TREE = (-1, 0, 0, 1, 2, 2)
-TOKENS, CAPACITY = 12, 160
 PLANS = ("two-pass", "two-pass@4+tree=6", "ar+dflash+lookup", "auto")
 F32: dict[str, Any] = {"cache_type_k": "f32", "cache_type_v": "f32"}
 RUNTIMES = (RuntimeName.REFERENCE, RuntimeName.CPU)
@@ -90,28 +87,6 @@ def decoder(request: pytest.FixtureRequest) -> Iterator[ModelWithDrafter]:
 def near_ties(model: ModelWithDrafter) -> float:
     """How far apart two logits are that rounding may turn round."""
     return 0.01 if "cuda" in model.description else 1e-4
-
-
-def sequence_of(model: ModelWithDrafter, prompt: Sequence[int]) -> TokenSequence:
-    cache, beside = model.new_cache(CAPACITY), model.new_draft_cache(CAPACITY)
-    return TokenSequence(model.config, cache, Sampler(GREEDY), list(prompt), draft_cache=beside)
-
-
-def cycles_of(
-    model: ModelWithDrafter,
-    prompt: Sequence[int],
-    plan: str,
-    batch: int = 512,
-    tokens: int = TOKENS,
-) -> tuple[list[int], list[Cycle]]:
-    """The text and what decoding did, cycle by cycle, never short of room."""
-    sequence, policy = sequence_of(model, prompt), FixedPolicy(parse(plan), model.config)
-    drafters = policy.drafters(sequence)
-    drive(model, prefill(sequence, drafters, batch=batch))
-    cycles = []
-    while len(sequence.tokens) < len(prompt) + tokens:
-        cycles.append(drive(model, run_cycle(sequence, policy, drafters, 100))[0])
-    return sequence.tokens, cycles
 
 
 def finished(generation: Generation) -> Result:
